@@ -1,0 +1,100 @@
+"""Who runs a layer: the contract of a backend, and the table of backends.
+
+A backend is two functions, `forward` and `backward`, over one recurrent layer in one or more directions. They are
+called below autograd, with detached tensors of one floating dtype on one device, already validated.
+
+Dimensions: T steps, B batch rows, I input width, H hidden units, P width of the output state (H, or `proj_size`),
+G gates, D directions. Everything is time-major.
+
+Row layouts. The rows of step t are contiguous, and their number never grows with t:
+    dense    x is [T, B, I], `batch_sizes` is None: every step has B rows
+    padded   x is [T, B, I], `batch_sizes` is an int64 [T]: step t has its first batch_sizes[t] rows. The other rows
+             hold anything, NaN included, and reach no result; in the results they are 0
+    packed   x is [rows, I], `batch_sizes` is an int64 [T] on the CPU: the steps follow one another without gaps
+A reverse direction runs from the last step to the first; a row joins, with its initial state, at its last valid step.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction, in torch's shapes and gate order."""
+
+    w_ih: Tensor  # [G*H, I]
+    w_hh: Tensor  # [G*H, P]
+    b_ih: Tensor | None  # [G*H]
+    b_hh: Tensor | None  # [G*H]
+    w_hr: Tensor | None  # [P, H], with `proj_size`
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a layer, as backends receive it.
+
+    hx: the initial states, one [D, B, P or H] tensor per state of the cell, the output state first.
+    reverse: the direction of each of the D independent recurrences over x.
+    resets: bool [T, B] or None; where it is true, the state that enters that step is zeroed first.
+    """
+
+    cell: str
+    x: Tensor
+    hx: tuple[Tensor, ...]
+    weights: tuple[Weights, ...]
+    reverse: tuple[bool, ...]
+    batch_sizes: Tensor | None = None
+    resets: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What `forward` returns. The leading dimensions L are those of x: (T, B) or (rows,).
+
+    states: one [*L, D, P or H] tensor per state: its value after every step. Those beyond the first are empty
+        tensors, shape [0], unless they were asked for.
+    finals: one [D, B, P or H] tensor per state, each row after its own last step.
+    saved: whatever this backend's `backward` wants beside the states; empty unless asked for.
+    """
+
+    states: tuple[Tensor, ...]
+    finals: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns, in the shapes of `Layer`. Entries that were not asked for are None."""
+
+    x: Tensor | None
+    hx: tuple[Tensor | None, ...]
+    weights: tuple[Weights, ...]  # of gradients; each field None where not asked for
+
+
+class Needs(NamedTuple):
+    """Which gradients `backward` must compute; the weights' flags hold for every direction."""
+
+    x: bool
+    hx: bool
+    weights: bool
+
+
+class Backend(Protocol):
+    """A module with these functions."""
+
+    def forward(self, layer: Layer, *, save: bool, all_states: bool) -> Result:
+        """Run the layer. `save` asks for everything that `backward` needs, `all_states` for every entry of `states`."""
+
+    def backward(
+        self,
+        layer: Layer,
+        states: tuple[Tensor, ...],
+        saved: tuple[Tensor, ...],
+        dstates: tuple[Tensor | None, ...],
+        dfinals: tuple[Tensor | None, ...],
+        needs: Needs,
+    ) -> Gradients:
+        """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
+
+    def unsupported(self, layer_type: str, device: str, dtype: str) -> str | None:
+        """Say why this backend cannot run the case, or None where it can."""
