@@ -14,10 +14,10 @@ Row layouts. The rows of step t are contiguous, and their number never grows wit
 A reverse direction runs from the last step to the first; a row joins, with its initial state, at its last valid step.
 """
 
-import importlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -50,7 +50,7 @@ class Layer:
 
 
 class Result(NamedTuple):
-    """What `forward` returns. The leading dimensions L are those of x: (T, B) or (rows,).
+    """What `forward` returns: tensors that share no memory with one another or with the inputs. The leading dimensions L are those of x: (T, B) or (rows,).
 
     states: one [*L, D, P or H] tensor per state: its value after every step. Those beyond the first are empty
         tensors, shape [0], unless they were asked for.
@@ -96,5 +96,11 @@ class Backend(Protocol):
     ) -> Gradients:
         """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
 
-    def unsupported(self, layer_type: str, device: str, dtype: str) -> str | None:
+    def saved_like(self, layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each tensor that `forward(layer, save=True)` puts into `saved`.
+
+        Called while a graph is traced: tensors are fake, sizes may be symbolic, no data may be read.
+        """
+
+    def unsupported(self, cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Say why this backend cannot run the case, or None where it can."""
