@@ -1,0 +1,62 @@
+# Every command sets the environment up where that is still to be done: `make demo` is all a new machine needs.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check lint bench aot gpu clean
+
+# The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
+	$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $p)))
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+INSTALLED := .venv/installed
+
+help:
+	@echo "make demo    train the same language model with torch.nn and rnnfast, compare them, save a plot"
+	@echo "make test    run all tests, the formatter, the linter and the type checker among them"
+	@echo "make check   what continuous integration runs: make test"
+	@echo "make lint    the formatter, the linter and the type checker alone"
+	@echo "make bench   time rnnfast beside its peers"
+	@echo "make aot     compile the GPU kernels for every target; needs no GPU"
+	@echo "make gpu     run the tests and the benchmarks that need a GPU"
+	@echo "make clean   remove caches and built files"
+
+setup: $(INSTALLED)
+
+# An environment whose setup was interrupted holds `incomplete` and is made anew. torch comes first and pinned, so that no other
+# package chooses it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "rnnfast needs Python >= 3.10 with its venv module (on Debian and Ubuntu:" \
+		"apt install python3-venv)"; exit 1; }
+	@if [ -e .venv/incomplete ] || ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+		echo "setup 1/3: creating .venv with $(PYTHON)"; \
+		rm -rf .venv && mkdir .venv && touch .venv/incomplete && $(PYTHON) -m venv .venv; fi
+	@touch .venv/incomplete
+	@echo "setup 2/3: installing torch, the largest download"
+	@$(PIP) torch
+	@echo "setup 3/3: installing rnnfast and the tools of its tests and benchmarks"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ && rm .venv/incomplete
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.demo
+
+test check: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_style.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+aot: $(INSTALLED)
+	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks --device cuda
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
