@@ -50,12 +50,15 @@ class Layer:
 
 
 class Result(NamedTuple):
-    """What `forward` returns: tensors that share no memory with one another or with the inputs. The leading dimensions L are those of x: (T, B) or (rows,).
+    """What `forward` returns: tensors that share no memory with one another or with the inputs.
+
+    The leading dimensions L are those of x: (T, B) or (rows,).
 
     states: one [*L, D, P or H] tensor per state: its value after every step. Those beyond the first are empty
         tensors, shape [0], unless they were asked for.
     finals: one [D, B, P or H] tensor per state, each row after its own last step.
-    saved: whatever this backend's `backward` wants beside the states; empty unless asked for.
+    saved: whatever this backend's `backward` wants beside the states, each tensor with leading dimensions L; empty
+        unless asked for.
     """
 
     states: tuple[Tensor, ...]
@@ -93,8 +96,13 @@ class Backend(Protocol):
         dstates: tuple[Tensor | None, ...],
         dfinals: tuple[Tensor | None, ...],
         needs: Needs,
+        groups: int = 1,
     ) -> Gradients:
-        """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
+        """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero.
+
+        groups: row b of the batch belongs to group b % groups, and each group gets its own gradients of the weights:
+        with more than one group these have a leading dimension [groups]. (Per-sample gradients are one call.)
+        """
 
     def saved_like(self, layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape and dtype of each tensor that `forward(layer, save=True)` puts into `saved`.

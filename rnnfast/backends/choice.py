@@ -1,0 +1,114 @@
+"""Which backend runs a case, and why: `use_backend`, the environment's default, and what `auto` means.
+
+`auto` takes Triton for CUDA and ROCm tensors and Numba for CPU tensors; torch itself runs what neither supports.
+The setting is a context variable: it belongs to the thread or task that made it.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "triton", "numba", "reference", "torch")
+MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
+
+
+def checked(name: object, source: str) -> str:
+    """Return a backend's name, or raise ValueError naming the valid ones."""
+    if name not in BACKENDS:
+        expected = ", ".join(repr(valid) for valid in BACKENDS)
+        raise ValueError(f"{source}: expected one of {expected}, got {name!r}")
+    return str(name)
+
+
+_setting: ContextVar[str | None] = ContextVar("rnnfast_backend", default=None)
+
+
+def setting() -> str:
+    """Return the backend asked for here: by `use_backend`, else by RNNFAST_BACKEND, else "auto"."""
+    name = _setting.get()
+    return default_setting() if name is None else name
+
+
+@cache
+def default_setting() -> str:
+    """Read RNNFAST_BACKEND, once."""
+    return checked(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the block's layers on one backend: "auto", "triton", "numba", "reference" or "torch".
+
+    A named backend that cannot run a case raises RuntimeError; it never falls back in silence. The setting holds
+    for the current thread or asyncio task.
+
+    Raises:
+        ValueError: the name is none of the above.
+    """
+    token = _setting.set(checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _setting.reset(token)
+
+
+class Choice(NamedTuple):
+    """A backend and the reason for it, in words."""
+
+    backend: str
+    reason: str
+
+
+def choose(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> Choice:
+    """Choose the backend of one call.
+
+    needs_ours: the call uses what torch.nn cannot do (resets, every cell state), which rules out "torch".
+
+    Raises:
+        RuntimeError: the backend that was asked for by name cannot run the case.
+    """
+    asked = setting()
+    if asked == "auto":
+        return automatic(cell, device, dtype, needs_ours)
+    problem = unsupported(asked, cell, device, dtype, needs_ours)
+    if problem is not None:
+        raise RuntimeError(f"the {asked!r} backend cannot run this: {problem}")
+    return Choice(asked, "asked for by name")
+
+
+@cache
+def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> Choice:
+    """Choose for `auto`: the device's own kernels where they can run the case, else torch, else the reference loop."""
+    own = "triton" if device.type == "cuda" else "numba"
+    problem = unsupported(own, cell, device, dtype, needs_ours)
+    if problem is None:
+        return Choice(own, f"fused kernel for {device.type} tensors")
+    if needs_ours:
+        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks an option that is used")
+    return Choice("torch", f"{own} cannot run this: {problem}")
+
+
+def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str | None:
+    """Say why a backend cannot run the case, or None where it can."""
+    if backend == "torch":
+        return "torch.nn has neither resets nor all_states" if needs_ours else None
+    if backend == "reference":
+        return None
+    try:
+        module = load(backend)
+    except ImportError as error:
+        return f"{error.name} cannot be imported ({error})"
+    return module.unsupported(cell, device, dtype)
+
+
+@cache
+def load(backend: str) -> ModuleType:
+    """Import a backend's module; this is what imports Numba or Triton."""
+    return importlib.import_module(MODULES[backend])

@@ -1,0 +1,107 @@
+"""The rules that let `torch.func.vmap` pass through the autograd Functions.
+
+Where the weights are shared, the mapped dimension joins the batch: row b of member n becomes row b * N + n. Rows of a
+step stay contiguous that way in every row layout, so one kernel call serves all members. Where the weights differ
+from member to member, the members run one after another.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fold(tensor: Tensor | None, dim: int | None, size: int, at: int) -> Tensor | None:
+    """Merge the mapped dimension of `tensor` behind the batch dimension `at`; expand it where it is not mapped."""
+    if tensor is None:
+        return None
+    tensor = expand(tensor, at + 1, size) if dim is None else tensor.movedim(dim, at + 1)
+    return tensor.flatten(at, at + 1)
+
+
+def expand(tensor: Tensor, at: int, size: int) -> Tensor:
+    """Insert a dimension of `size` equal members at position `at`."""
+    return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+
+
+def unfold(tensor: Tensor, size: int, at: int) -> Tensor:
+    """Split the batch dimension `at` into the batch and, behind it, the mapped dimension."""
+    return tensor.unflatten(at, (-1 if tensor.shape[at] else 0, size))
+
+
+def member(tensor: Tensor | None, dim: int | None, n: int) -> Tensor | None:
+    """Take member n of a tensor that may not be mapped."""
+    return tensor if tensor is None or dim is None else tensor.select(dim, n)
+
+
+def each(function, size: int, constants: tuple, args: tuple, dims: tuple):
+    """Apply an autograd Function to the members one after another and stack its results."""
+    calls = [
+        function.apply(*constants, *(member(a, d, n) for a, d in zip(args, dims, strict=True))) for n in range(size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def map_layer(function, size: int, constants: tuple, args: tuple, dims: tuple, states: int):
+    """Vmap rule of `LayerFunction`. args: batch_sizes, resets, x, hx, weights. Returns results and their dimensions."""
+    end = 3 + states
+    if dims[0] is not None or any(d is not None for d in dims[end:]):
+        return each(function, size, constants, args, dims)
+    batch_sizes, resets, x = args[:3]
+    at = x.dim() - (dims[2] is not None) - 2  # where the batch stands: 1 in [T, B, I], 0 in packed rows [rows, I]
+    results = function.apply(
+        *constants,
+        None if batch_sizes is None else batch_sizes * size,
+        fold(resets, dims[1], size, 1),
+        fold(x, dims[2], size, at),
+        *(fold(a, d, size, 1) for a, d in zip(args[3:end], dims[3:end], strict=True)),
+        *args[end:],
+    )
+    ats = tuple(1 if states <= n < 2 * states else at for n in range(len(results)))
+    return tuple(unfold(r, size, a) for r, a in zip(results, ats, strict=True)), tuple(a + 1 for a in ats)
+
+
+def map_backward(function, size: int, constants: tuple, args: tuple, dims: tuple, states: int, saved: int):
+    """Vmap rule of `LayerBackward`. args: batch_sizes, resets, x, hx, weights, states, saved, dstates, dfinals.
+
+    Each member gets its own gradients of the shared weights, by the operator's `groups`.
+    """
+    end = len(args) - 3 * states - saved
+    need_x, need_hx, need_weights = constants[3:6]
+    tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    weights_mapped = any(d is not None for d in dims[3 + states : end])
+    if dims[0] is not None or weights_mapped or (need_weights and tracked):
+        return each(function, size, constants, args, dims)
+    batch_sizes, resets, x = args[:3]
+    at = x.dim() - (dims[2] is not None) - 2
+    ats = (1,) * states + (at,) * (2 * states + saved) + (1,) * states  # of hx, states, saved, dstates, dfinals
+    rows = (*range(3, 3 + states), *range(end, len(args)))
+    folded = {n: fold(args[n], dims[n], size, a) for n, a in zip(rows, ats, strict=True)}
+    results = function.apply(
+        *constants[:6],
+        size if need_weights else 1,
+        *constants[7:],
+        None if batch_sizes is None else batch_sizes * size,
+        fold(resets, dims[1], size, 1),
+        fold(x, dims[2], size, at),
+        *(folded.get(n, args[n]) for n in range(3, len(args))),
+    )
+    return split_gradients(results, size, at, states, (need_x, need_hx, need_weights))
+
+
+def split_gradients(results, size: int, at: int, states: int, needs: tuple[bool, bool, bool]):
+    """Give the gradients of x, hx and weights back their mapped dimension; what was not needed has none."""
+    need_x, need_hx, need_weights = needs
+    x, hx, weights = results[0], results[1 : 1 + states], results[1 + states :]
+    if need_weights and size == 1:
+        weights = tuple(w[None] for w in weights)
+    outputs = (
+        unfold(x, size, at) if need_x else x,
+        *(unfold(h, size, 1) if need_hx else h for h in hx),
+        *weights,
+    )
+    dims = (
+        at + 1 if need_x else None,
+        *(2 if need_hx else None for _ in hx),
+        *(0 if need_weights else None for _ in weights),
+    )
+    return outputs, dims

@@ -1,0 +1,132 @@
+"""Every check of a user's arguments, in torch's words where torch makes the same check."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rnnfast_kernels.cells import CELLS
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def module_name(options) -> str:
+    """Return the name of torch's module for a cell."""
+    return {"lstm": "LSTM", "gru": "GRU"}.get(options.cell, "RNN")
+
+
+def input_is_batched(options, input: Tensor) -> bool:
+    """Say whether a plain input has a batch dimension."""
+    if input.dim() not in (2, 3):
+        name = module_name(options)
+        kind = "D tensor" if name == "RNN" else "D"
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}{kind} instead")
+    return input.dim() == 3
+
+
+def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
+    """Return the initial states as a tuple of batched tensors. `batched` is None for a packed input."""
+    if hx is None:
+        return None
+    count = len(CELLS[options.cell].states)
+    states = (hx,) if count == 1 else tuple(hx[n] for n in range(count))
+    if batched is None:
+        return states
+    dims = 3 if batched else 2
+    if any(s.dim() != dims for s in states):
+        raise RuntimeError(wrong_hidden_dims(states, batched))
+    return states if batched else tuple(s.unsqueeze(1) for s in states)
+
+
+def wrong_hidden_dims(states: Sequence[Tensor], batched: bool) -> str:
+    """Say, as torch does, that initial states have the wrong number of dimensions."""
+    case, dims = ("batched 3-D", "3-D") if batched else ("unbatched 2-D", "2-D")
+    if len(states) == 1:
+        return f"For {case} input, hx should also be {dims} but got {states[0].dim()}-D tensor"
+    got = ", ".join(f"{s.dim()}-D" for s in states)
+    return f"For {case} input, hx and cx should also be {dims} but got ({got}) tensors"
+
+
+def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor]) -> None:
+    """Check the dtype and width of a time-major input and the shapes of the initial states against the weights."""
+    w_ih, w_hh = weights[0], weights[1]
+    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
+            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
+    if hx is None:
+        return
+    rows = options.num_layers * options.directions
+    widths = (w_hh.shape[1], w_hh.shape[0] // CELLS[options.cell].gates)
+    for n, state in enumerate(hx):
+        expected = (rows, batch, widths[min(n, 1)])
+        if state.shape != expected:
+            what = f"hidden[{n}]" if len(hx) > 1 else "hidden"
+            raise RuntimeError(f"Expected {what} size {expected}, got {list(state.shape)}")
+        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"Input and hidden tensors are not the same dtype, got {x.dtype} and {state.dtype}")
+        if state.device != x.device:
+            raise RuntimeError(
+                f"Input and hidden tensors are not at the same device, found input tensor at {x.device} "
+                f"and hidden tensor at {state.device}"
+            )
+    if w_ih.device != x.device:
+        raise RuntimeError(
+            f"Input and parameter tensors are not at the same device, found input tensor at {x.device} "
+            f"and parameter tensor at {w_ih.device}"
+        )
+
+
+def packed(sequence: PackedSequence, lengths: Tensor | None) -> None:
+    """Check what may not go with a PackedSequence."""
+    if lengths is not None:
+        raise ValueError("lengths: expected None with a PackedSequence, which carries its own, got a tensor")
+    if sequence.data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {sequence.data.dim()}")
+
+
+def lengths(given: Tensor, batch: int, batched: bool) -> None:
+    """Check `lengths`, except for its values, which `ops.sort_lengths` sees."""
+    if not isinstance(given, Tensor) or given.dtype not in INTEGERS:
+        got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"lengths: expected an integer tensor of shape [{batch}], got {got}")
+    if not batched:
+        raise ValueError("lengths: expected None with an unbatched input, got a tensor")
+    if given.shape != (batch,):
+        raise ValueError(f"lengths: expected shape [{batch}], one per batch row, got {list(given.shape)}")
+
+
+def resets(options, given: Tensor | None, steps: int, batch: int, batched: bool = True) -> Tensor | None:
+    """Check `resets` and return it time-major, [T, B]."""
+    if given is None:
+        return None
+    if not isinstance(given, Tensor) or given.dtype != torch.bool:
+        got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"resets: expected a bool tensor, got {got}")
+    if options.bidirectional:
+        raise ValueError("resets: expected None for a bidirectional module, got a tensor; resets have one direction")
+    batch_first = options.batch_first and batched
+    expected = ((batch, steps) if batch_first else (steps, batch)) if batched else (steps,)
+    if given.shape != expected:
+        layout = "[B, T]" if batch_first else "[T, B]" if batched else "[T]"
+        raise ValueError(f"resets: expected shape {list(expected)}, {layout}, got {list(given.shape)}")
+    if not batched:
+        return given.unsqueeze(1)
+    return given.transpose(0, 1) if batch_first else given
+
+
+def cast_for_autocast(call):
+    """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do."""
+    device = call.x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
+
+    return replace(call, x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])

@@ -1,0 +1,251 @@
+"""RNN, LSTM and GRU on plain tensors: validation, layers, directions, packing, lengths and resets.
+
+`rnn_tanh`, `rnn_relu`, `lstm` and `gru` share one signature. A `Call` is what all of them become: time-major input,
+sorted rows, a full set of initial states. It runs layer by layer through `rnnfast.autograd`, or whole through torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from rnnfast_kernels.cells import CELLS
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import autograd, checks, native, ops, reference
+from rnnfast.backends import Layer
+from rnnfast.backends.choice import choose
+
+States = tuple[Tensor, ...]
+
+
+class Options(NamedTuple):
+    """The constants of a stack of layers; the meanings are those of torch.nn.LSTM's arguments."""
+
+    cell: str
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+
+    @property
+    def directions(self) -> int:
+        """Return D."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def reverse(self) -> tuple[bool, ...]:
+        """Say for each direction whether it runs backwards."""
+        return (False, True)[: self.directions]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call in the layout of `rnnfast.backends`.
+
+    x: [T, B, I], or [rows, I] when packed. hx: one [layers*D, B, P or H] tensor per state. weights: flat, as in
+    `torch.nn.LSTM._flat_weights`.
+    """
+
+    options: Options
+    x: Tensor
+    hx: States
+    weights: Sequence[Tensor]
+    batch_sizes: Tensor | None = None
+    resets: Tensor | None = None
+    all_states: bool = False
+
+
+class Outcome(NamedTuple):
+    """output [*L, D*P]; finals, one [layers*D, B, P or H] per state; states of the last layer, one [*L, D*H] each."""
+
+    output: Tensor
+    finals: States
+    states: States
+
+
+def recurrent(
+    options: Options,
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: Tensor | Sequence[Tensor] | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    all_states: bool = False,
+):
+    """Run a stack of recurrent layers; see `lstm`."""
+    if isinstance(input, PackedSequence):
+        return run_packed(options, input, weights, hx, lengths, resets, all_states)
+    batched = checks.input_is_batched(options, input)
+    if not batched:
+        input = input.unsqueeze(0 if options.batch_first else 1)
+    hx = checks.hidden(options, hx, batched)
+    x = input.transpose(0, 1) if options.batch_first else input
+    checks.sizes(options, x, x.shape[1], hx, weights)
+    resets = checks.resets(options, resets, x.shape[0], x.shape[1], batched)
+    call = Call(options, x, initial_states(options, hx, x, x.shape[1], weights), weights, None, resets, all_states)
+    if lengths is not None:
+        checks.lengths(lengths, x.shape[1], batched)
+        outcome = run_ragged(call, lengths)
+    else:
+        outcome = run(call)
+    return present(options, outcome, batched, all_states)
+
+
+def run_packed(options, packed, weights, hx, lengths, resets, all_states):
+    """Run a PackedSequence; its rows are already in the order of falling length."""
+    checks.packed(packed, lengths)
+    data, batch_sizes, order, inverse = packed
+    batch = int(batch_sizes[0])
+    hx = checks.hidden(options, hx, None)
+    checks.sizes(options, data, batch, hx, weights)
+    resets = checks.resets(options, resets, len(batch_sizes), batch)
+    hx = initial_states(options, permuted(hx, order), data, batch, weights)
+    resets = None if resets is None or order is None else resets.index_select(1, order)
+    outcome = run(Call(options, data, hx, weights, batch_sizes, resets, all_states))
+    finals = single(permuted(outcome.finals, inverse))
+    repack = partial(PackedSequence, batch_sizes=batch_sizes, sorted_indices=order, unsorted_indices=inverse)
+    if all_states:
+        return repack(outcome.output), finals, tuple(repack(s) for s in outcome.states)
+    return repack(outcome.output), finals
+
+
+def run_ragged(call: Call, lengths: Tensor) -> Outcome:
+    """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
+    batch_sizes, order, inverse = torch.ops.rnnfast.sort_lengths(lengths.to(call.x.device), call.x.shape[0])
+    outcome = run(
+        replace(
+            call,
+            x=call.x.index_select(1, order),
+            hx=permuted(call.hx, order),
+            batch_sizes=batch_sizes,
+            resets=None if call.resets is None else call.resets.index_select(1, order),
+        )
+    )
+    return Outcome(
+        outcome.output.index_select(1, inverse), permuted(outcome.finals, inverse), permuted(outcome.states, inverse)
+    )
+
+
+def run(call: Call) -> Outcome:
+    """Choose a backend and run every layer on it."""
+    call = checks.cast_for_autocast(call)
+    needs_ours = call.resets is not None or call.all_states
+    backend = choose(call.options.cell, call.x.device, call.x.dtype, needs_ours).backend
+    if backend == "torch":
+        return Outcome(*native.run(call), ())
+    options, directions = call.options, call.options.directions
+    count = len(call.weights) // options.num_layers
+    x, finals, states = call.x, [], ()
+    for n in range(options.num_layers):
+        last = n == options.num_layers - 1
+        hx = tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
+        weights = call.weights[n * count : (n + 1) * count]
+        states, final = run_layer(call, backend, x, hx, weights, last and call.all_states)
+        finals.append(final)
+        x = states[0].flatten(-2)  # [*L, D*P]
+        if options.dropout > 0 and options.training and not last:
+            x = torch.nn.functional.dropout(x, options.dropout)
+    joined = finals[0] if len(finals) == 1 else tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+    return Outcome(x, joined, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+
+
+def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_states: bool) -> tuple[States, States]:
+    """Run one layer in all its directions."""
+    cell, reverse = call.options.cell, call.options.reverse
+    if backend == "reference":
+        named = ops.pack_weights(weights, len(reverse))
+        return reference.run(Layer(cell, x, hx, named, reverse, call.batch_sizes, call.resets))
+    spec = autograd.Spec(cell, backend, reverse, all_states)
+    return autograd.layer(spec, x, hx, weights, call.batch_sizes, call.resets)
+
+
+def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:
+    """Return the initial states, zero where none were given."""
+    if hx is not None:
+        return hx
+    rows = options.num_layers * options.directions
+    widths = [weights[1].shape[1]] + [weights[1].shape[0] // CELLS[options.cell].gates] * (n_states(options) - 1)
+    return tuple(x.new_zeros(rows, batch, width) for width in widths)
+
+
+def n_states(options: Options) -> int:
+    """Return S, the number of state tensors of the cell."""
+    return len(CELLS[options.cell].states)
+
+
+def permuted(states: States | None, order: Tensor | None) -> States | None:
+    """Reorder the batch dimension of each [*, B, *] tensor."""
+    if states is None or order is None:
+        return states
+    return tuple(s.index_select(1, order) for s in states)
+
+
+def single(states: States) -> Tensor | States:
+    """Return states the way torch does: a tuple for an LSTM, the tensor alone for a cell with one state."""
+    return states if len(states) > 1 else states[0]
+
+
+def present(options: Options, outcome: Outcome, batched: bool, all_states: bool):
+    """Return results in the layout of the input."""
+
+    def sequence(tensor: Tensor) -> Tensor:
+        if not batched:
+            return tensor.squeeze(1)
+        return tensor.transpose(0, 1) if options.batch_first else tensor
+
+    finals = single(outcome.finals if batched else tuple(s.squeeze(1) for s in outcome.finals))
+    if all_states:
+        return sequence(outcome.output), finals, tuple(sequence(s) for s in outcome.states)
+    return sequence(outcome.output), finals
+
+
+def _public(cell: str, name: str, equation: str):
+    def function(
+        input: Tensor | PackedSequence,
+        weights: Sequence[Tensor],
+        hx: Tensor | Sequence[Tensor] | None = None,
+        *,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        training: bool = False,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        all_states: bool = False,
+    ):
+        options = Options(cell, num_layers, bidirectional, batch_first, dropout, training)
+        return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
+
+    function.__name__ = function.__qualname__ = cell
+    function.__doc__ = f"""Run {name} over a sequence: {equation}.
+
+    Args:
+        input: [T, B, I] ([B, T, I] with batch_first), unbatched [T, I], or a PackedSequence.
+        weights: flat list in the order of `torch.nn.LSTM._flat_weights`: per layer and direction w_ih [G*H, I],
+            w_hh [G*H, P], then b_ih and b_hh [G*H] or neither, then w_hr [P, H] with a projection (LSTM only).
+        hx: the initial state [layers*D, B, P], for an LSTM the pair with the cell state [layers*D, B, H]; zero if None.
+        num_layers, bidirectional, batch_first, dropout, training: as in `torch.nn.LSTM`.
+        lengths: int tensor [B], any order, zeros allowed. What stands past a row's end reaches nothing; the output
+            there is 0, the final state is that of the last valid step, the reverse direction starts there.
+        resets: bool tensor [T, B] ([B, T] with batch_first); where true, the state entering the step is zeroed first.
+        all_states: also return, as a third result, every state of every step of the last layer.
+
+    Returns:
+        The output [T, B, D*P], the final state(s), and with `all_states` a tuple of [T, B, D*H] tensors.
+
+    Raises:
+        ValueError, RuntimeError: as torch does for the same mistake; ValueError or TypeError for lengths and resets.
+    """
+    return function
+
+
+rnn_tanh = _public("rnn_tanh", "an Elman network with tanh", "h' = tanh(W_ih x + b_ih + W_hh h + b_hh)")
+rnn_relu = _public("rnn_relu", "an Elman network with a rectifier", "h' = relu(W_ih x + b_ih + W_hh h + b_hh)")
+lstm = _public("lstm", "a long short-term memory", "c' = f * c + i * g, h' = o * tanh(c')")
+gru = _public("gru", "a gated recurrent unit", "h' = (1 - z) * n + z * h")

@@ -1,0 +1,126 @@
+"""`RNN`, `LSTM` and `GRU`: drop-in replacements for the modules of the same names in `torch.nn`.
+
+They derive from `torch.nn.RNNBase`, which gives them torch's constructor checks, parameter names, initial values and
+`state_dict`, and not from `torch.nn.LSTM` and its siblings, which `torch.compile` refuses to trace.
+
+Weights are read by name at every call, so parametrizations, `torch.func.functional_call`, weight dropout and a plain
+tensor set in a parameter's place all work.
+"""
+
+from torch import Tensor, nn
+
+from rnnfast.functional import Options, recurrent
+
+CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
+
+class Recurrent(nn.RNNBase):
+    """What the three modules share: the call, and weights that are read when they are used."""
+
+    def forward(self, input, hx=None, *, lengths=None, resets=None, all_states=False):
+        """Run the layers over `input`, as the torch module of the same name does.
+
+        Args:
+            input: [T, B, I] ([B, T, I] with batch_first), unbatched [T, I], or a PackedSequence.
+            hx: initial state [layers*D, B, P]; for an LSTM the pair (h, c), c being [layers*D, B, H]. Zero if None.
+            lengths: int tensor [B], any order, zeros allowed, any device: the valid steps of each row. What stands past
+                a row's end, NaN included, reaches no output and no gradient; the output there is 0; the final state is
+                that of the last valid step (the initial state for length 0); the reverse direction starts there.
+            resets: bool tensor [T, B] ([B, T] with batch_first): where true, the state that enters the step is zeroed
+                first, and its gradient with it. One direction only.
+            all_states: return a third result, a tuple with one [T, B, D*H] tensor per state of the last layer: its
+                value after every step, (h,) or (h, c).
+
+        Returns:
+            output [T, B, D*P] and the final state(s) [layers*D, B, P or H], in the layout of the input.
+
+        Raises:
+            ValueError, RuntimeError: what torch raises for the same mistake. ValueError or TypeError for lengths and
+                resets: what was expected and what came. RuntimeError if a backend asked for by name cannot run this.
+        """
+        return recurrent(
+            self.options(), input, self._flat_weights, hx, lengths=lengths, resets=resets, all_states=all_states
+        )
+
+    def options(self) -> Options:
+        """Return the constants of a call."""
+        return Options(
+            CELL_OF_MODE[self.mode],
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first,
+            self.dropout,
+            self.training,
+        )
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights) -> None:
+        """Accept what RNNBase stores; the parameters themselves are the truth."""
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to update: no list of weights is kept."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing, for callers of torch's modules: the kernels take each parameter where it is."""
+
+
+class RNN(Recurrent):
+    """Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of `torch.nn.RNN`.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        num_layers: layers, each over the output of the one before. Default 1.
+        nonlinearity: "tanh" or "relu". Default "tanh".
+        bias: whether there are biases. Default True.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. Default False.
+        dropout: probability of zeroing an element between layers in training. Default 0.
+        bidirectional: whether a second direction runs from the end. Default False.
+        device, dtype: of the parameters.
+    """
+
+    nonlinearity: str
+
+    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+        if nonlinearity not in modes:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(modes[nonlinearity], input_size, hidden_size, num_layers, *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+
+class LSTM(Recurrent):
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997); takes the arguments of `torch.nn.LSTM`.
+
+    i, f, o = sigmoid(...), g = tanh(...), each of W_ih x + b_ih + W_hh h + b_hh
+    c' = f * c + i * g,  h' = o * tanh(c')
+
+    Args:
+        proj_size: width P of a projection h' = W_hr (o * tanh(c')) (Sak et al., 2014). Default 0, none.
+
+    The other arguments are those of `RNN`, without `nonlinearity`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit (Cho et al., 2014), in the form of cuDNN and torch; takes the arguments of `torch.nn.GRU`.
+
+    r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
+    n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),  h' = (1 - z) * n + z * h
+
+    The arguments are those of `RNN`, without `nonlinearity`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)

@@ -1,0 +1,38 @@
+"""The "torch" backend: a whole stack of layers on torch's own operators."""
+
+import torch
+from torch import Tensor
+
+
+def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a `functional.Call` on torch and return the output and the final states."""
+    if call.batch_sizes is not None and call.x.dim() == 3:
+        return run_padded(call)
+    options = call.options
+    function = getattr(torch._VF, options.cell)
+    hx = call.hx if options.cell == "lstm" else call.hx[0]
+    biased = call.weights[2].dim() == 1 if len(call.weights) > 2 else False
+    constants = (biased, options.num_layers, options.dropout, options.training, options.bidirectional)
+    if call.batch_sizes is None:
+        output, *finals = function(call.x, hx, list(call.weights), *constants, False)
+    else:
+        output, *finals = function(call.x, call.batch_sizes.cpu(), hx, list(call.weights), *constants)
+    return output, tuple(finals)
+
+
+def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run the padded layout by packing its live rows. Rows of length zero, which torch refuses, are kept out."""
+    from dataclasses import replace
+
+    steps, batch = call.x.shape[:2]
+    live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]
+    running = int(call.batch_sizes[0]) if steps else 0
+    finals = call.hx
+    output = call.x.new_zeros(steps, batch, call.options.directions * call.weights[1].shape[1])
+    if running:
+        sizes = call.batch_sizes[call.batch_sizes > 0]
+        hx = tuple(s[:, :running] for s in call.hx)
+        data, found = run(replace(call, x=call.x[live], hx=hx, batch_sizes=sizes))
+        output = output.to(data.dtype).masked_scatter(live[..., None], data)
+        finals = tuple(torch.cat((f, s[:, running:]), 1) for f, s in zip(found, call.hx, strict=True))
+    return output, finals

@@ -1,0 +1,144 @@
+"""The operators that torch sees: `rnnfast::layer`, `rnnfast::layer_backward` and `rnnfast::sort_lengths`.
+
+They are opaque, so that compilers and exporters carry one node per layer whatever the number of steps. Each has a fake
+implementation that gives shapes alone. A layer's weights travel as one flat list, direction by direction, each in the
+order w_ih, w_hh, b_ih, b_hh, w_hr with the absent ones left out.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import Layer, Needs, Weights
+from rnnfast.backends.choice import load
+
+LAYER_SCHEMA = (
+    "layer(str cell, str backend, bool[] reverse, bool save, bool all_states, "
+    "Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets) -> Tensor[]"
+)
+BACKWARD_SCHEMA = (
+    "layer_backward(str cell, str backend, bool[] reverse, bool need_x, bool need_hx, bool need_weights, "
+    "SymInt groups, Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, "
+    "Tensor[] states, Tensor[] saved, Tensor?[] dstates, Tensor?[] dfinals) -> Tensor[]"
+)
+SORT_SCHEMA = "sort_lengths(Tensor lengths, SymInt steps) -> (Tensor, Tensor, Tensor)"
+
+library = torch.library.Library("rnnfast", "DEF")
+for schema in (LAYER_SCHEMA, BACKWARD_SCHEMA, SORT_SCHEMA):
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def pack_weights(weights: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
+    """Group a flat list of weights by direction and name them; the count per direction tells which are present."""
+    count = len(weights) // directions
+    return tuple(name_weights(weights[d * count : (d + 1) * count]) for d in range(directions))
+
+
+def name_weights(present: Sequence[Tensor]) -> Weights:
+    """Name one direction's weights: two matrices, then two biases or none, then a projection or none."""
+    biases = present[2:4] if len(present) >= 4 else (None, None)
+    projection = present[-1] if len(present) % 2 else None
+    return Weights(present[0], present[1], *biases, projection)
+
+
+def flat_weights(weights: Sequence[Weights]) -> Iterator[Tensor]:
+    """Undo `pack_weights`."""
+    return (tensor for direction in weights for tensor in direction if tensor is not None)
+
+
+def make_layer(cell, reverse, x, hx, weights, batch_sizes, resets) -> Layer:
+    """Build what backends take from what operators take."""
+    named = pack_weights(weights, len(reverse))
+    return Layer(cell, x, tuple(hx), named, tuple(reverse), batch_sizes, resets)
+
+
+def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+    """Run one layer: the states, the final states and what backward wants, one after another.
+
+    States beyond the first are empty tensors of shape [0] unless `save` or `all_states` asks for them.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+        result = load(backend).forward(described, save=save, all_states=all_states)
+    return [*result.states, *result.finals, *result.saved]
+
+
+def layer_fake(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+    """Shapes of `layer`."""
+    described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+    shapes = [(*x.shape[:-1], len(reverse), initial.shape[-1]) for initial in hx]
+    states = [x.new_empty(shape if n == 0 or save or all_states else (0,)) for n, shape in enumerate(shapes)]
+    finals = [x.new_empty(initial.shape) for initial in hx]
+    kept = load(backend).saved_like(described) if save else ()
+    return [*states, *finals, *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept)]
+
+
+def layer_backward(
+    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+    states, saved, dstates, dfinals,
+) -> list[Tensor]:  # fmt: skip
+    """Differentiate one layer: gradients of x, hx and weights in this order, shape [0] where not needed.
+
+    groups: with more than one, gradients of the weights have a leading dimension [groups], see `Backend.backward`.
+    """
+    needs = Needs(need_x, need_hx, need_weights)
+    with torch.autocast(x.device.type, enabled=False):
+        described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+        grads = load(backend).backward(
+            described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
+        )  # fmt: skip
+    empty = x.new_empty(0)
+    return [
+        grads.x if need_x else empty,
+        *(grads.hx if need_hx else (empty,) * len(hx)),
+        *(flat_weights(grads.weights) if need_weights else (empty,) * len(weights)),
+    ]
+
+
+def layer_backward_fake(
+    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+    states, saved, dstates, dfinals,
+) -> list[Tensor]:  # fmt: skip
+    """Shapes of `layer_backward`."""
+    leading = (groups,) if groups > 1 else ()
+    return [
+        *(x.new_empty(t.shape if need else (0,)) for t, need in ((x, need_x), *((t, need_hx) for t in hx))),
+        *(x.new_empty((*leading, *w.shape) if need_weights else (0,)) for w in weights),
+    ]
+
+
+def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the lengths of B rows into `batch_sizes` [T], the order of falling length [B], and its inverse [B].
+
+    Raises ValueError where a length is outside 0..steps; on a GPU, so as not to wait for it, a device assertion.
+    """
+    valid = ((lengths >= 0) & (lengths <= steps)).all()
+    if lengths.is_cuda:
+        torch._assert_async(valid, f"lengths must lie between 0 and the number of steps, {steps}")
+    elif not valid:
+        raise ValueError(f"lengths must lie between 0 and the number of steps, {steps}, got {lengths.tolist()}")
+    lengths = lengths.long()
+    order = torch.sort(lengths, descending=True, stable=True).indices
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    at_step = torch.arange(steps, device=lengths.device)
+    ended = torch.searchsorted(lengths.sort().values, at_step, right=True)
+    return len(lengths) - ended, order, inverse
+
+
+def sort_lengths_fake(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of `sort_lengths`."""
+    whole = {"dtype": torch.int64}
+    return lengths.new_empty(steps, **whole), lengths.new_empty(len(lengths), **whole), lengths.new_empty(
+        len(lengths), **whole
+    )  # fmt: skip
+
+
+for name, implementation, fake in (
+    ("layer", layer, layer_fake),
+    ("layer_backward", layer_backward, layer_backward_fake),
+    ("sort_lengths", sort_lengths, sort_lengths_fake),
+):
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
+    torch.library.register_fake(f"rnnfast::{name}", fake, lib=library)

@@ -1,0 +1,90 @@
+"""The plain loop: a recurrent layer in a page of torch, one operator after another.
+
+This is what every backend computes, written to be read. It is the oracle of the tests, the documentation of the
+options, and, because autograd can differentiate it any number of times, the source of second derivatives.
+"""
+
+from itertools import accumulate
+
+import torch
+from rnnfast_kernels.bind import bind
+from rnnfast_kernels.cells import CELLS
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rnnfast.backends import Layer, Weights
+
+TORCH = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+FORWARD = {name: bind(cell.forward, TORCH) for name, cell in CELLS.items()}
+
+States = tuple[Tensor, ...]
+
+
+def run(layer: Layer) -> tuple[States, States]:
+    """Return every state after every step, and the final states: `Result.states` and `Result.finals`."""
+    directions = [run_direction(layer, d) for d in range(len(layer.reverse))]
+    states, finals = zip(*directions, strict=True)
+    stacked = tuple(torch.stack(parts, dim=-2) for parts in zip(*states, strict=True))  # [*L, D, P or H]
+    return stacked, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))  # [D, B, P or H]
+
+
+def run_direction(layer: Layer, d: int) -> tuple[States, States]:
+    """Run direction `d` through time."""
+    weights = layer.weights[d]
+    state = tuple(initial[d] for initial in layer.hx)
+    steps = [state] * step_count(layer)
+    x_gates = torch.nn.functional.linear(layer.x, weights.w_ih, weights.b_ih)  # [*L, G*H]
+    spans = row_spans(layer)
+    order = reversed(range(len(steps))) if layer.reverse[d] else range(len(steps))
+    for t in order:
+        x_t = x_gates[spans[t]] if layer.x.dim() == 2 else x_gates[t, spans[t]]  # [rows, G*H]
+        rows = x_t.shape[0]
+        entering = tuple(s[:rows] for s in state)
+        if layer.resets is not None:
+            entering = reset(entering, layer.resets[t, :rows])
+        steps[t] = step(layer.cell, x_t, entering, weights)
+        state = tuple(torch.cat((new, old[rows:])) for new, old in zip(steps[t], state, strict=True))
+    return tuple(join(layer, parts) for parts in zip(*steps, strict=True)) if steps else no_steps(layer, state), state
+
+
+def step(cell: str, x_gates: Tensor, state: States, weights: Weights) -> States:
+    """One time step of a cell: `x_gates` [rows, G*H], each state [rows, P or H]."""
+    gates = CELLS[cell].gates
+    u_gates = torch.nn.functional.linear(state[0], weights.w_hh, weights.b_hh)  # [rows, G*H]
+    state, _ = FORWARD[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
+    if weights.w_hr is not None:
+        state = (torch.nn.functional.linear(state[0], weights.w_hr), *state[1:])
+    return state
+
+
+def reset(state: States, where: Tensor) -> States:
+    """Zero the rows of each state that `where` [rows] marks; neither a NaN nor a gradient passes."""
+    return tuple(torch.where(where[:, None], torch.zeros_like(s), s) for s in state)
+
+
+def step_count(layer: Layer) -> int:
+    """Return T."""
+    return layer.x.shape[0] if layer.x.dim() == 3 else len(layer.batch_sizes)
+
+
+def row_spans(layer: Layer) -> list[slice]:
+    """Say where the rows of each step stand: in `x` itself when packed, else in `x[t]`."""
+    if layer.batch_sizes is None:
+        return [slice(None)] * step_count(layer)
+    sizes = layer.batch_sizes.tolist()
+    if layer.x.dim() == 3:
+        return [slice(0, size) for size in sizes]
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+
+def join(layer: Layer, steps: tuple[Tensor, ...]) -> Tensor:
+    """Lay one [rows, P or H] tensor per step out as x is laid out, zero past each row's end."""
+    if layer.x.dim() == 2:
+        return torch.cat(steps)
+    batch = layer.x.shape[1]
+    return torch.stack([pad(part, (0, 0, 0, batch - part.shape[0])) for part in steps])
+
+
+def no_steps(layer: Layer, state: States) -> States:
+    """Return the empty sequence of states."""
+    return tuple(s.new_empty(*layer.x.shape[:-1], s.shape[-1]) for s in state)
