@@ -7,6 +7,7 @@ Functions take flat positional arguments: first the constants that describe the 
 (x, the initial states, the weights), in the order of the operators.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,14 +73,17 @@ class LayerFunction(torch.autograd.Function):
         count = ctx.spec.states
         needs = ctx.needs_input_grad[6:]
         flags = (needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
-        results = LayerBackward.apply(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
+        # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
+        function = LayerBackward.apply if torch.is_grad_enabled() else LayerBackward.forward
+        results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         grads = (g if need else None for g, need in zip(results, needs, strict=True))
         return (None,) * 6 + tuple(grads)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         states = len(CELLS[inputs[0]].states)
-        return batching.map_layer(LayerFunction, info.batch_size, inputs[:4], inputs[4:], in_dims[4:], states)
+        apply = partial(LayerFunction.apply, *inputs[:4])
+        return batching.map_layer(apply, info.batch_size, inputs[4:], in_dims[4:], states)
 
 
 class LayerBackward(torch.autograd.Function):
@@ -125,7 +129,11 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         states, saved = len(CELLS[inputs[0]].states), inputs[8]
-        return batching.map_backward(LayerBackward, info.batch_size, inputs[:9], inputs[9:], in_dims[9:], states, saved)
+
+        def apply(groups, *args):
+            return LayerBackward.apply(*inputs[:6], groups, *inputs[7:9], *args)
+
+        return batching.map_backward(apply, info.batch_size, inputs[9:], in_dims[9:], states, saved, inputs[3:6])
 
 
 def split(cell: str, tensor_count: int, saved_count: int, args):

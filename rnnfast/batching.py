@@ -5,6 +5,9 @@ step stay contiguous that way in every row layout, so one kernel call serves all
 from member to member, the members run one after another.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -32,60 +35,61 @@ def member(tensor: Tensor | None, dim: int | None, n: int) -> Tensor | None:
     return tensor if tensor is None or dim is None else tensor.select(dim, n)
 
 
-def each(function, size: int, constants: tuple, args: tuple, dims: tuple):
-    """Apply an autograd Function to the members one after another and stack its results."""
-    calls = [
-        function.apply(*constants, *(member(a, d, n) for a, d in zip(args, dims, strict=True))) for n in range(size)
-    ]
+def each(apply, size: int, args: Sequence, dims: Sequence):
+    """Apply a function to the members one after another and stack its results."""
+    calls = [apply(*(member(a, d, n) for a, d in zip(args, dims, strict=True))) for n in range(size)]
     stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
     return stacked, (0,) * len(stacked)
 
 
-def map_layer(function, size: int, constants: tuple, args: tuple, dims: tuple, states: int):
-    """Vmap rule of `LayerFunction`. args: batch_sizes, resets, x, hx, weights. Returns results and their dimensions."""
+def map_layer(apply, size: int, args: Sequence, dims: Sequence, states: int):
+    """Map a layer. args: batch_sizes, resets, x, hx, weights. Returns its results and their mapped dimensions."""
     end = 3 + states
     if dims[0] is not None or any(d is not None for d in dims[end:]):
-        return each(function, size, constants, args, dims)
+        return each(apply, size, args, dims)
     batch_sizes, resets, x = args[:3]
     at = x.dim() - (dims[2] is not None) - 2  # where the batch stands: 1 in [T, B, I], 0 in packed rows [rows, I]
-    results = function.apply(
-        *constants,
+    results = apply(
         None if batch_sizes is None else batch_sizes * size,
         fold(resets, dims[1], size, 1),
         fold(x, dims[2], size, at),
         *(fold(a, d, size, 1) for a, d in zip(args[3:end], dims[3:end], strict=True)),
         *args[end:],
     )
-    ats = tuple(1 if states <= n < 2 * states else at for n in range(len(results)))
-    return tuple(unfold(r, size, a) for r, a in zip(results, ats, strict=True)), tuple(a + 1 for a in ats)
+    ats = [
+        None if r.shape == (0,) else 1 if states <= n < 2 * states else at for n, r in enumerate(results)
+    ]  # a tensor of shape [0] stands for a result that was not asked for
+    return (
+        tuple(r if a is None else unfold(r, size, a) for r, a in zip(results, ats, strict=True)),
+        tuple(None if a is None else a + 1 for a in ats),
+    )
 
 
-def map_backward(function, size: int, constants: tuple, args: tuple, dims: tuple, states: int, saved: int):
-    """Vmap rule of `LayerBackward`. args: batch_sizes, resets, x, hx, weights, states, saved, dstates, dfinals.
+def map_backward(apply, size: int, args: Sequence, dims: Sequence, states: int, saved: int, needs: tuple):
+    """Map a layer's backward. args: batch_sizes, resets, x, hx, weights, states, saved, dstates, dfinals.
 
-    Each member gets its own gradients of the shared weights, by the operator's `groups`.
+    `apply` takes `groups` before them. Each member gets its own gradients of the shared weights. needs: of x, hx and
+    weights.
     """
     end = len(args) - 3 * states - saved
-    need_x, need_hx, need_weights = constants[3:6]
+    need_weights = needs[2]
     tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     weights_mapped = any(d is not None for d in dims[3 + states : end])
     if dims[0] is not None or weights_mapped or (need_weights and tracked):
-        return each(function, size, constants, args, dims)
+        return each(partial(apply, 1), size, args, dims)
     batch_sizes, resets, x = args[:3]
     at = x.dim() - (dims[2] is not None) - 2
     ats = (1,) * states + (at,) * (2 * states + saved) + (1,) * states  # of hx, states, saved, dstates, dfinals
     rows = (*range(3, 3 + states), *range(end, len(args)))
     folded = {n: fold(args[n], dims[n], size, a) for n, a in zip(rows, ats, strict=True)}
-    results = function.apply(
-        *constants[:6],
+    results = apply(
         size if need_weights else 1,
-        *constants[7:],
         None if batch_sizes is None else batch_sizes * size,
         fold(resets, dims[1], size, 1),
         fold(x, dims[2], size, at),
         *(folded.get(n, args[n]) for n in range(3, len(args))),
     )
-    return split_gradients(results, size, at, states, (need_x, need_hx, need_weights))
+    return split_gradients(results, size, at, states, needs)
 
 
 def split_gradients(results, size: int, at: int, states: int, needs: tuple[bool, bool, bool]):

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import autograd, checks, native, ops, reference
 from rnnfast.backends import Layer
-from rnnfast.backends.choice import choose
+from rnnfast.backends.choice import backend_of
 
 States = tuple[Tensor, ...]
 
@@ -135,7 +135,7 @@ def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
     call = checks.cast_for_autocast(call)
     needs_ours = call.resets is not None or call.all_states
-    backend = choose(call.options.cell, call.x.device, call.x.dtype, needs_ours).backend
+    backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
     options, directions = call.options, call.options.directions

@@ -6,12 +6,14 @@ order w_ih, w_hh, b_ih, b_hh, w_hr with the absent ones left out.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from rnnfast.backends import Layer, Needs, Weights
 from rnnfast.backends.choice import load
+from rnnfast.batching import map_backward, map_layer
 
 LAYER_SCHEMA = (
     "layer(str cell, str backend, bool[] reverse, bool save, bool all_states, "
@@ -74,6 +76,20 @@ def layer_fake(cell, backend, reverse, save, all_states, x, hx, weights, batch_s
     return [*states, *finals, *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept)]
 
 
+def layer_vmap(info, in_dims, cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets):
+    """Map `layer` where no gradient is wanted; with gradients, the autograd Functions' own rules come first."""
+
+    def apply(batch_sizes, resets, x, *tensors):
+        return torch.ops.rnnfast.layer(
+            cell, backend, reverse, save, all_states, x, tensors[: len(hx)], tensors[len(hx) :], batch_sizes, resets
+        )
+
+    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim = in_dims[5:]
+    dims = (sizes_dim, resets_dim, x_dim, *(hx_dims or [None] * len(hx)), *(weight_dims or [None] * len(weights)))
+    results, dims = map_layer(apply, info.batch_size, (batch_sizes, resets, x, *hx, *weights), dims, len(hx))
+    return list(results), list(dims)
+
+
 def layer_backward(
     cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
     states, saved, dstates, dfinals,
@@ -106,6 +122,33 @@ def layer_backward_fake(
         *(x.new_empty(t.shape if need else (0,)) for t, need in ((x, need_x), *((t, need_hx) for t in hx))),
         *(x.new_empty((*leading, *w.shape) if need_weights else (0,)) for w in weights),
     ]
+
+
+def layer_backward_vmap(
+    info, in_dims, cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+    states, saved, dstates, dfinals,
+):  # fmt: skip
+    """Map `layer_backward` where no second derivative is wanted."""
+    flags = (need_x, need_hx, need_weights)
+    ends = list(accumulate(map(len, (hx, weights, states, saved, dstates, dfinals))))
+
+    def apply(groups, batch_sizes, resets, x, *tensors):
+        hx, weights, states, saved, dstates, dfinals = (
+            tensors[start:end] for start, end in zip([0, *ends], ends, strict=False)
+        )
+        return torch.ops.rnnfast.layer_backward(
+            cell, backend, reverse, *flags, groups, x, hx, weights, batch_sizes, resets, states, saved, dstates, dfinals
+        )
+
+    def flat_dims(dims, tensors):
+        return dims or [None] * len(tensors)
+
+    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim, *rest = in_dims[7:]
+    lists = ((hx_dims, hx), (weight_dims, weights), *zip(rest, (states, saved, dstates, dfinals), strict=True))
+    dims = (sizes_dim, resets_dim, x_dim, *(d for pair in lists for d in flat_dims(*pair)))
+    args = (batch_sizes, resets, x, *(t for _, tensors in lists for t in tensors))
+    results, dims = map_backward(apply, info.batch_size, args, dims, len(hx), len(saved), flags)
+    return list(results), list(dims)
 
 
 def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,3 +185,5 @@ for name, implementation, fake in (
     for key in ("CPU", "CUDA"):
         library.impl(name, implementation, key)
     torch.library.register_fake(f"rnnfast::{name}", fake, lib=library)
+torch.library.register_vmap("rnnfast::layer", layer_vmap, lib=library)
+torch.library.register_vmap("rnnfast::layer_backward", layer_backward_vmap, lib=library)

@@ -66,6 +66,15 @@ class Choice(NamedTuple):
     reason: str
 
 
+def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str:
+    """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
+    return choose(cell, device, dtype, needs_ours).backend
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler, which takes seconds.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> Choice:
     """Choose the backend of one call.
 
