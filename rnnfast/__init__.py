@@ -3,6 +3,8 @@
 from rnnfast import functional
 from rnnfast.backends.choice import use_backend
 from rnnfast.modules import GRU, LSTM, RNN
+from rnnfast.prepare import warmup
+from rnnfast.report import Explanation, explain
 
-__all__ = ["GRU", "LSTM", "RNN", "functional", "use_backend"]
+__all__ = ["GRU", "LSTM", "RNN", "Explanation", "explain", "functional", "use_backend", "warmup"]
 __version__ = "0.1.0"

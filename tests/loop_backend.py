@@ -1,4 +1,4 @@
-"""A backend made of the reference loop and autograd: what autograd, ops and vmap rules are tested with, kernels aside."""
+"""A backend of the reference loop and autograd: what autograd, operators and vmap rules are tested with."""
 
 import torch
 

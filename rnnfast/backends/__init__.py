@@ -112,3 +112,6 @@ class Backend(Protocol):
 
     def unsupported(self, cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Say why this backend cannot run the case, or None where it can."""
+
+    def describe(self, cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
+        """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""

@@ -1,0 +1,45 @@
+"""`warmup`: compile kernels now rather than at the first call."""
+
+import torch
+from torch import nn
+
+from rnnfast.modules import GRU, LSTM, RNN, Recurrent
+
+
+def warmup(*modules: nn.Module, training: bool = True) -> None:
+    """Compile, or load from the disk cache, every kernel that the recurrent layers of `modules` will use.
+
+    Runs each layer on two steps of zeros; parameters, gradients and random state stay as they are. Without modules,
+    prepares float32 layers of every cell on the CPU.
+
+    Args:
+        modules: any modules; their rnnfast layers are found wherever they are.
+        training: whether to prepare backward as well. Default True.
+    """
+    found = [layer for module in modules for layer in module.modules() if isinstance(layer, Recurrent)]
+    for layer in found if modules else standard_layers():
+        run_once(layer, training)
+
+
+def standard_layers() -> list[Recurrent]:
+    """Return a small layer of every cell."""
+    with torch.random.fork_rng(devices=[]):
+        return [RNN(16, 16), RNN(16, 16, nonlinearity="relu"), LSTM(16, 16), GRU(16, 16)]
+
+
+def run_once(layer: Recurrent, training: bool) -> None:
+    """Run a layer's first call, without gradients and, for training, with them."""
+    weight = layer._flat_weights[0]
+    x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
+    mode = layer.training
+    try:
+        layer.training = False  # dropout would consume random numbers
+        with torch.no_grad():
+            layer(x)
+        if training:
+            with torch.enable_grad():
+                output = layer(x.requires_grad_())[0]
+            inputs = [x, *(w for w in layer._flat_weights if w.requires_grad)]
+            torch.autograd.grad(output.sum(), inputs)
+    finally:
+        layer.training = mode

@@ -1,0 +1,88 @@
+"""What runs, and why: `explain` for one call, `environment` for a machine."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast.backends.choice import BACKENDS, Choice, choose, load, setting, unsupported
+from rnnfast.modules import Recurrent
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who runs a call. backend: its name. kernel: what it launches. reason: why this backend. Prints as one line."""
+
+    backend: str
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.kernel} ({self.reason})"
+
+
+def explain(
+    module: Recurrent, input: Tensor | PackedSequence, *, resets: Tensor | None = None, all_states: bool = False
+) -> Explanation:
+    """Say which backend and kernel would run `module(input, ...)` here and now, and why. Runs nothing.
+
+    Raises:
+        TypeError: `module` is not one of rnnfast's.
+        RuntimeError: the backend asked for by name cannot run the case.
+    """
+    if not isinstance(module, Recurrent):
+        raise TypeError(f"explain: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    cell = module.options().cell
+    choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+    return Explanation(choice.backend, kernel_of(choice, cell, module, data), choice.reason)
+
+
+def kernel_of(choice: Choice, cell: str, module: Recurrent, data: Tensor) -> str:
+    """Name what a backend launches."""
+    if choice.backend == "torch":
+        return f"torch.{cell}"
+    if choice.backend == "reference":
+        return f"plain loop over {cell}"
+    return load(choice.backend).describe(cell, module.hidden_size, module.proj_size, data.device, data.dtype)
+
+
+def environment() -> str:
+    """Describe versions, devices, backends and cache folders, one fact a line."""
+    facts = {
+        "rnnfast": package_version("rnnfast"),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: package_version(name) for name in ("torch", "numba", "triton", "numpy")},
+        "threads": str(torch.get_num_threads()),
+        "devices": ", ".join(["cpu", *(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))]),
+        "backend asked for": setting(),
+        **{f"backend {name}": availability(name) for name in BACKENDS if name != "auto"},
+        **{f"cache of {name}": folder for name, folder in cache_folders().items()},
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def package_version(name: str) -> str:
+    """Return an installed package's version without importing it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def availability(name: str) -> str:
+    """Say whether a backend can run a float32 LSTM on the devices of this machine."""
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    problems = {d.type: unsupported(name, "lstm", d, torch.float32, False) for d in devices}
+    return "; ".join(f"{device}: {problem or 'available'}" for device, problem in problems.items())
+
+
+def cache_folders() -> dict[str, str]:
+    """Say where compiled kernels are kept from one process to the next."""
+    triton = os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".triton", "cache")
+    return {"numba": os.environ.get("NUMBA_CACHE_DIR") or "beside the kernels' source files", "triton": triton}
