@@ -5,34 +5,31 @@ R rows of all steps together (T * B where the input is not packed).
 
 A projection never enters the time loop. `W_hh (W_hr m)` is `(W_hh W_hr) m`, so the loop runs over the unprojected output
 m with the product of the two weights, and the projected states are one large matrix product behind it. The initial
-state, which is given in projected form, joins the input part of each row's first step.
+state, which is given in projected form, joins the input part of the gates at each row's first step.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
+from rnnfast.backends import gpu_projection as projection
+from rnnfast.backends.gpu_launch import matmul_precision, run_backward, run_forward, shift_rows
+from rnnfast.backends.gpu_rows import Call, describe
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
-from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
-from rnnfast_kernels.gpu.launch import Extent
-from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
+from rnnfast_kernels.gpu.streamed import ShiftTensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why this backend cannot run the case, or None where it can."""
-    if device.type != "cuda" and not knobs.runtime.interpret:
-        return f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1 for its interpreter), not {device.type!r}"
+    if device.type != "cuda" and not (device.type == "cpu" and knobs.runtime.interpret):
+        return f"it needs a CUDA or ROCm device (or a CPU and TRITON_INTERPRET=1), not {device.type!r}"
     if dtype not in DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {dtype}"
     return None if cell in CELLS else f"it has no cell {cell!r}"
@@ -40,35 +37,194 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes of what `forward` saves: the activated gates, what a cell saves beyond them, the unprojected output."""
-    cell, lead, dtype = CELLS[layer.cell], layer.x.shape[:-1], layer.x.dtype
-    D, H = len(layer.reverse), layer.weights[0].w_ih.shape[0] // cell.gates
-    shapes = []
+    cell, lead, D = CELLS[layer.cell], layer.x.shape[:-1], len(layer.reverse)
+    H = layer.weights[0].w_ih.shape[0] // cell.gates
+    shapes: list[tuple[int, ...]] = []
     if cell.saved:
         shapes.append((*lead, D, cell.gates, H))
     if cell.saved > cell.gates:
         shapes.append((*lead, D, cell.saved - cell.gates, H))
     if layer.weights[0].w_hr is not None:
         shapes.append((*lead, D, H))
-    return tuple((shape, dtype) for shape in shapes)
+    return tuple((shape, layer.x.dtype) for shape in shapes)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of each step are, on the layer's device; None for dense input, where it is computed."""
-
-    count: Tensor | None  # int64 [T]
-    first: Tensor | None  # int64 [T]
-    total: int
-    padded: bool
+def device_of(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def find_rows(layer: Layer) -> Rows:
-    """Lay out the rows of each step, without waiting for the device."""
-    sizes, x = layer.batch_sizes, layer.x
-    if sizes is None:
-        return Rows(None, None, x.shape[0] * x.shape[1], False)
-    if x.dim() == 3:
-        steps = torch.arange(x.shape[0], device=x.device) * x.shape[1]
-        return Rows(sizes.to(x.device), steps, x.shape[0] * x.shape[1], True)
-    both = torch.stack((sizes, sizes.cumsum(0) - sizes)).to(x.device, non_blocking=True)
-    return Rows(both[0], both[1], x.shape[0], False)
+def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
+    """Run the layer."""
+    call = describe(layer)
+    x, cell = layer.x, call.cell
+    with device_of(x), matmul_precision(x):
+        wanted = [s == 0 or save or all_states for s in range(len(layer.hx))]
+        states = tuple(
+            call.new(call.D, h.shape[-1]) if want else x.new_empty(0) for h, want in zip(layer.hx, wanted, strict=True)
+        )
+        gates = input_gates(call)
+        extra = call.new(call.D, cell.saved - cell.gates, call.H) if save and cell.saved > cell.gates else None
+        output = call.new(call.D, call.H) if call.projected else states[0]
+        saved = (gates if cell.saved else None, extra, output if call.projected else None)
+        kept = tuple(t for t in saved if t is not None) if save else ()
+        if call.rows.total == 0:
+            return Result(states, tuple(h.clone() for h in layer.hx), kept)
+        if call.projected:
+            projection.add_initial(call, gates)
+        initial = call.initial()
+        finals = tuple(torch.empty_like(h) for h in initial)
+        tensors = ForwardTensors(
+            gates=gates,
+            extra=extra,
+            w_hh=loop_weights(call),
+            b_hh=stack_present([w.b_hh for w in layer.weights]),
+            initial=initial,
+            states=(output, *(s if want else None for s, want in zip(states[1:], wanted[1:], strict=True))),
+            finals=finals,
+            rows=call.rows.count,
+            first=call.rows.first,
+            resets=call.resets,
+            exchange=None,
+            counters=None,
+        )
+        run_forward(call.recurrence, tensors, save)
+        if call.projected:
+            finals = (projection.project(call, output, finals[0], states[0]), *finals[1:])
+        return Result(states, finals, kept)
+
+
+def stack_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """One contiguous tensor with a leading dimension [D], without a copy for one direction; None for absent ones."""
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return None
+    return present[0].contiguous().unsqueeze(0) if len(present) == 1 else torch.stack(present)
+
+
+def loop_weights(call: Call) -> Tensor | None:
+    """The recurrent weights of the time loop, [D, G*H, H]."""
+    return projection.loop_weights(call) if call.projected else stack_present([w.w_hh for w in call.layer.weights])
+
+
+def input_weights(call: Call) -> Tensor:
+    """W_ih of all directions, [D*G*H, I]."""
+    weights = [w.w_ih for w in call.layer.weights]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def input_gates(call: Call) -> Tensor:
+    """W_ih x + b_ih for all rows and directions: [*L, D, G, H]."""
+    x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
+    bias = stack_present([w.b_ih for w in call.layer.weights])
+    weight = input_weights(call).t()
+    gates = x @ weight if bias is None else torch.addmm(bias.view(-1), x, weight)
+    return gates.view(*call.layer.x.shape[:-1], call.D, call.cell.gates, call.H)
+
+
+def backward(
+    layer: Layer,
+    states: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+    dstates: tuple[Tensor | None, ...],
+    dfinals: tuple[Tensor | None, ...],
+    needs: Needs,
+    groups: int = 1,
+) -> Gradients:
+    """Differentiate the layer: the loop in reverse, then every other gradient as large matrix products."""
+    call = describe(layer)
+    with device_of(layer.x), matmul_precision(layer.x):
+        dstates = tuple(None if t is None else t.contiguous() for t in dstates)
+        dfinals = tuple(None if t is None else t.contiguous() for t in dfinals)
+        dx = call.new(call.D, call.cell.gates, call.H)
+        du = dx if call.cell.one_gradient else torch.zeros_like(dx)
+        if call.rows.total == 0:
+            dhx = tuple(torch.zeros_like(h) if t is None else t.clone() for h, t in zip(layer.hx, dfinals, strict=True))
+        else:
+            dhx = run_loop(call, states, saved, dstates, dfinals, dx, du)
+        dleaving = None
+        if call.projected:
+            dentering = projection.entering_gradient(call, du)
+            dhx = (projection.initial_gradient(call, dentering, dfinals[0]), *dhx[1:])
+            dleaving = projection.leaving_gradient(call, dentering, dstates[0], dfinals[0])
+        return Gradients(
+            input_gradient(call, dx) if needs.x else None,
+            dhx if needs.hx else (None,) * len(dhx),
+            weight_gradients(call, states[0], saved, dx, du, dleaving, groups) if needs.weights else no_weights(layer),
+        )
+
+
+def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor) -> tuple[Tensor, ...]:
+    """Fill dx and du, and return the gradients by the initial states of the loop."""
+    cell, layer = call.cell, call.layer
+    if call.projected:
+        dstates0, dfinals0 = projection.unproject(call, dstates[0], dfinals[0])
+        dstates, dfinals, states = (dstates0, *dstates[1:]), (dfinals0, *dfinals[1:]), (saved[-1], *states[1:])
+    dinitial = tuple(layer.x.new_empty(call.D, call.rows.B, call.H) for _ in states)
+    tensors = BackwardTensors(
+        gates=saved[0] if cell.saved else None,
+        extra=saved[1] if cell.saved > cell.gates else None,
+        w_hh=loop_weights(call),
+        initial=call.initial(),
+        states=states,
+        dstates=dstates,
+        dfinals=dfinals,
+        dx=dx,
+        du=None if cell.one_gradient else du,
+        dinitial=dinitial,
+        rows=call.rows.count,
+        first=call.rows.first,
+        resets=call.resets,
+        exchange=None,
+        counters=None,
+    )
+    run_backward(call.recurrence, tensors)
+    return dinitial
+
+
+def input_gradient(call: Call, dx: Tensor) -> Tensor:
+    """Gradient by x, summed over directions."""
+    return (call.by_row(dx).flatten(1) @ input_weights(call)).view(call.layer.x.shape)
+
+
+def no_weights(layer: Layer) -> tuple[Weights, ...]:
+    return (Weights(None, None, None, None, None),) * len(layer.reverse)
+
+
+def weight_gradients(
+    call: Call, h: Tensor, saved: tuple[Tensor, ...], dx: Tensor, du: Tensor, dleaving: Tensor | None, groups: int
+) -> tuple[Weights, ...]:
+    """Gradients by the weights of each direction: products over the rows of all steps, accumulated in float32."""
+    x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
+    live = call.rows.live()
+    x = x if live is None else x.masked_fill(~live, 0)
+    entering = x.new_zeros(call.D, call.rows.total, h.shape[-1])
+    if call.rows.total:
+        edge = call.layer.hx[0].contiguous()
+        tensors = ShiftTensors(h, edge, call.rows.count, call.rows.first, call.resets)
+        shift_rows(tensors, entering, call.rows.total, -1, call.recurrence.extent)
+    dx, du = call.by_row(dx).flatten(2), call.by_row(du).flatten(2)  # [R, D, G*H]
+    return tuple(
+        Weights(
+            rows_product(dx[:, d], x, groups),
+            rows_product(du[:, d], entering[d], groups),
+            None if w.b_ih is None else rows_sum(dx[:, d], groups),
+            None if w.b_hh is None else rows_sum(du[:, d], groups),
+            None if dleaving is None else rows_product(dleaving[d], call.by_row(saved[-1])[:, d], groups),
+        )
+        for d, w in enumerate(call.layer.weights)
+    )
+
+
+def rows_product(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """a^T b over all rows, [M, N]; with more than one group, over the rows r of each r % groups, [groups, M, N]."""
+    if groups == 1:
+        return a.t() @ b
+    a, b = a.unflatten(0, (-1, groups)), b.unflatten(0, (-1, groups))
+    return a.permute(1, 2, 0) @ b.transpose(0, 1)
+
+
+def rows_sum(a: Tensor, groups: int) -> Tensor:
+    """The sum over all rows, [M], or over the rows of each group, [groups, M]."""
+    if groups > 1:
+        a = a.unflatten(0, (-1, groups))
+    return a.sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)

@@ -1,0 +1,12 @@
+"""The Triton kernels: three ways to run the time loop on a GPU, generic over the cell.
+
+activations.py  the names a cell is bound to, and the bound cells
+tiles.py        what both passes share: rows of a step, loads, stores, the matrix product
+barrier.py      the barrier between the programs that share a recurrence
+forward.py      the whole time loop in one kernel, resident or cooperative
+backward.py     the same, in reverse
+streamed.py     one step, between two library matrix products
+plan.py         which loop, which tiles: a pure function of the sizes and the device
+launch.py       from a plan to a grid
+aot.py          compiles all of it without a GPU and reports registers, spills and shared memory
+"""

@@ -1,0 +1,39 @@
+"""The tensors that the fused kernels take, one named tuple per pass; a field of None is compiled away.
+
+T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together.
+"""
+
+from typing import Any, NamedTuple
+
+
+class ForwardTensors(NamedTuple):
+    gates: Any  # [R, D, G, H]: W_ih x + b_ih on entry; where the pass is saved, the activated gates on return
+    extra: Any  # [R, D, E, H]: what the cell saves beyond its G gates
+    w_hh: Any  # [D, G*H, H]
+    b_hh: Any  # [D, G*H] or None
+    initial: tuple  # S times [D, B, H]
+    states: tuple  # S times [R, D, H]; None where not asked for
+    finals: tuple  # S times [D, B, H]
+    rows: Any  # int64 [T], or None for dense input: rows of each step
+    first: Any  # int64 [T], or None for dense input: where each step's rows start
+    resets: Any  # bool [T, B] or None
+    exchange: Any  # [2, groups, 1, BLOCK_B, K], zero on entry; None for the resident loop
+    counters: Any  # int32 [groups, 32], zero on entry; None for the resident loop
+
+
+class BackwardTensors(NamedTuple):
+    gates: Any  # [R, D, G, H]: as the forward pass left them
+    extra: Any  # [R, D, E, H]
+    w_hh: Any  # [D, G*H, H]
+    initial: tuple  # S times [D, B, H]
+    states: tuple  # S times [R, D, H]
+    dstates: tuple  # S times [R, D, H] or None: gradients by every step's states
+    dfinals: tuple  # S times [D, B, H] or None
+    dx: Any  # [R, D, G, H]: written, gradient by the input part of the gates
+    du: Any  # [R, D, G, H]: written, gradient by the recurrent part; None where it equals dx
+    dinitial: tuple  # S times [D, B, H]: written
+    rows: Any
+    first: Any
+    resets: Any
+    exchange: Any  # [2, groups, G, BLOCK_B, K]
+    counters: Any

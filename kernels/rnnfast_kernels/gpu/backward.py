@@ -1,0 +1,172 @@
+"""Backpropagation through time: all T steps of a layer in reverse, both directions, in one launch.
+
+T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together. Programs,
+groups and weights are arranged as in the forward loop; what the members of a group exchange is du, the gradient by the
+recurrent part of the gates, G times as much as h.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
+from rnnfast_kernels.gpu.tiles import (
+    add_product,
+    clear,
+    finish_product,
+    load_gates,
+    load_operand,
+    load_states,
+    load_weight,
+    resets_of_step,
+    rows_of_step,
+    select,
+    store_gates,
+    store_states,
+    zero_product,
+)
+
+
+@triton.jit
+def load_step(
+    p,
+    span,
+    previous,
+    k,
+    reverse,
+    b,
+    n,
+    d,
+    T,
+    B,
+    D,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """All that a step of backward reads: dstates, saved tiles, the states that entered it and those that left it."""
+    dstates = load_states(p.dstates, span, b, n, d, D, STATES, H, DTYPE)
+    new_state = load_states(p.states, span, b, n, d, D, STATES, H, DTYPE)
+    saved = ()
+    if SAVED > 0:
+        saved = load_gates(p.gates, span, b, n, d, D, GATES, H, DTYPE)
+    if SAVED > GATES:
+        saved = saved + load_gates(p.extra, span, b, n, d, D, SAVED - GATES, H, DTYPE)
+    # A row that did not run at the step before has entered with its initial state.
+    earlier = load_states(p.states, previous, b, n, d, D, STATES, H, DTYPE)
+    initial = load_states(p.initial, (d * B, span[1]), b, n, 0, 1, STATES, H, DTYPE)
+    state = select((b < previous[1])[:, None], earlier, initial, STATES)
+    if p.resets is not None:
+        state = clear(resets_of_step(p, k, reverse, b, span[1], T, B), state, STATES)
+    return dstates, saved, state, new_state
+
+
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
+def backward_loop(
+    p,
+    T,
+    B,
+    D,
+    reversals,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):
+    """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
+
+    From the last step that ran to the first: `dstate` starts from `dfinals` and ends as `dinitial`. A row that is not
+    live at a step keeps its gradient; a reset clears it.
+    """
+    RESIDENT: tl.constexpr = p.exchange is None
+    WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
+    group = tl.program_id(0) // MEMBERS
+    groups = tl.num_programs(0) // MEMBERS
+    d = group % D
+    # Step 0 of this loop is the last that ran.
+    reverse = ((reversals >> d) & 1) == 0
+    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = (d * B, B)
+
+    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
+    weights = ()
+    for g in tl.static_range(GATES):
+        chunks = ()
+        for j in tl.static_range(KEPT):
+            chunks = chunks + (load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K),)
+        weights = weights + (chunks,)
+    if not RESIDENT:
+        tile = p.exchange + group.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
+        slot = groups.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
+        own = tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
+        counter = p.counters + group * COUNTER_STRIDE
+
+    # One step ahead throughout: nothing but du is waited for inside a step.
+    span = rows_of_step(p, 0, reverse, T, B)
+    next_span = rows_of_step(p, 1, reverse, T, B)
+    after_next = rows_of_step(p, 2, reverse, T, B)
+    step = load_step(p, span, next_span, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, tl.float32)
+    dstate = load_states(p.dfinals, whole, b, n, 0, 1, STATES, H, tl.float32)
+
+    for k in range(T):
+        next_step = load_step(
+            p, next_span, after_next, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, tl.float32
+        )
+        third_span = rows_of_step(p, k + 3, reverse, T, B)
+        if p.resets is not None:
+            reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+        dstates, saved, state, new_state = step
+        dnew = ()
+        for s in tl.static_range(STATES):
+            dnew = dnew + (dstate[s] + dstates[s],)
+        dx, du, direct = CELL(dnew, saved, state, new_state)
+        if not RESIDENT:
+            p_slot = tile + k % 2 * slot
+            for g in tl.static_range(GATES):
+                p_du = p_slot + g * (BLOCK_B * WIDTH) + own
+                tl.store(p_du, du[g].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+            arrive(counter)
+        store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
+        if p.du is not None:
+            store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
+        if not RESIDENT:
+            wait(counter, (k + 1) * MEMBERS)
+        dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+        for g in tl.static_range(GATES):
+            product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+            for j in tl.static_range(CHUNKS):
+                if RESIDENT:
+                    a = du[g].to(p.w_hh.dtype.element_ty)
+                else:
+                    a = load_operand(p_slot + g * (BLOCK_B * WIDTH), j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                if j < KEPT:
+                    w = weights[g][j]
+                else:
+                    w = load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
+                product = add_product(a, w, product, PRECISION)
+            dh += product
+        dentering = (direct[0] + finish_product(dh, SPLIT),)
+        for s in tl.static_range(1, STATES):
+            dentering = dentering + (direct[s],)
+        if p.resets is not None:
+            dentering = clear(reset, dentering, STATES)
+        if p.rows is not None:
+            dentering = select((b < span[1])[:, None], dentering, dstate, STATES)
+        dstate = dentering
+        step = next_step
+        span = next_span
+        next_span = after_next
+        after_next = third_span
+
+    store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H)

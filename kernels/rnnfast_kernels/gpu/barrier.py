@@ -1,0 +1,27 @@
+"""The barrier between the programs that share one recurrence.
+
+Each group of programs has one counter that only grows: a program arrives once per step, and waits until the arrivals of
+all have been counted. The waiting program spins, so all programs of a launch must be on the device at once: the launch
+is cooperative, which the driver refuses where they do not fit.
+"""
+
+import triton
+import triton.language as tl
+
+# One counter to a cache line of 128 bytes, so that groups do not disturb one another.
+COUNTER_STRIDE = tl.constexpr(32)
+
+
+@triton.jit
+def arrive(p_counter):
+    """Publish what this program has written so far: its threads first, then, by the release, every program that waits."""
+    tl.debug_barrier()
+    tl.atomic_add(p_counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(p_counter, arrivals):
+    """Return once the counter has reached `arrivals`; what was published before is then visible to all threads."""
+    while tl.atomic_add(p_counter, 0, sem="acquire", scope="gpu") < arrivals:
+        pass
+    tl.debug_barrier()

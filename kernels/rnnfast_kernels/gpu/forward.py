@@ -1,0 +1,139 @@
+"""The forward time loop: all T steps of a layer, both directions, in one launch.
+
+T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together.
+
+Resident (MEMBERS = 1, nothing exchanged): a program holds all recurrent weights and runs a tile of batch rows alone.
+Cooperative: MEMBERS programs form a group that shares a tile of batch rows; each holds the weights of BLOCK_N hidden
+units, and after each step the members exchange their parts of h through global memory, behind a barrier. The first KEPT
+chunks of the weights stay on the chip; any others are read again in every step.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
+from rnnfast_kernels.gpu.tiles import (
+    add_product,
+    clear,
+    finish_product,
+    load_gates,
+    load_operand,
+    load_states,
+    load_weight,
+    resets_of_step,
+    rows_of_step,
+    select,
+    store_gates,
+    store_states,
+    zero_product,
+)
+
+
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
+def forward_loop(
+    p,
+    T,
+    B,
+    D,
+    reversals,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):
+    """state[t] = cell(x[t], W_hh h[t-1] + b_hh, state[t-1]) for every step, from `initial` to `finals`.
+
+    A row that is not live at a step keeps its state: it has ended, or, in reverse, has not begun. A reset clears the
+    state that enters a step. Bit d of `reversals` says that direction d runs from the last step to the first.
+    SAVED is the number of the cell's saved tiles, or 0 where backward will not follow.
+    """
+    RESIDENT: tl.constexpr = p.exchange is None
+    WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
+    group = tl.program_id(0) // MEMBERS
+    groups = tl.num_programs(0) // MEMBERS
+    d = group % D
+    reverse = ((reversals >> d) & 1) != 0
+    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = (d * B, B)
+
+    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
+    weights = ()
+    bias = ()
+    for g in tl.static_range(GATES):
+        chunks = ()
+        for j in tl.static_range(KEPT):
+            chunks = chunks + (load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K),)
+        weights = weights + (chunks,)
+        if p.b_hh is None:
+            bias = bias + (tl.zeros([1, BLOCK_N], tl.float32),)
+        else:
+            bias = bias + (tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :],)
+
+    # One step ahead throughout: nothing but h is waited for inside a step.
+    span = rows_of_step(p, 0, reverse, T, B)
+    next_span = rows_of_step(p, 1, reverse, T, B)
+    x = load_gates(p.gates, span, b, n, d, D, GATES, H, tl.float32)
+    state = load_states(p.initial, whole, b, n, 0, 1, STATES, H, tl.float32)
+    if p.resets is not None:
+        state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
+    if not RESIDENT:
+        tile = p.exchange + group.to(tl.int64) * (BLOCK_B * WIDTH)
+        slot = groups.to(tl.int64) * (BLOCK_B * WIDTH)
+        own = tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
+        counter = p.counters + group * COUNTER_STRIDE
+        tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+        arrive(counter)
+
+    for k in range(T):
+        next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H, tl.float32)
+        after_next = rows_of_step(p, k + 2, reverse, T, B)
+        if p.resets is not None:
+            next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
+        if RESIDENT:
+            h = (state[0].to(p.w_hh.dtype.element_ty),)
+        else:
+            wait(counter, (k + 1) * MEMBERS)
+            h = ()
+            for j in tl.static_range(CHUNKS):
+                h = h + (load_operand(tile + k % 2 * slot, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+        u = ()
+        for g in tl.static_range(GATES):
+            product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+            for j in tl.static_range(CHUNKS):
+                if j < KEPT:
+                    w = weights[g][j]
+                else:
+                    w = load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
+                product = add_product(h[j], w, product, PRECISION)
+            u = u + (finish_product(product, SPLIT) + bias[g],)
+        new_state, saved = CELL(x, u, state)
+        if p.rows is not None:
+            new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)
+        else:
+            new_state_or_kept = new_state
+        state = new_state_or_kept
+        if p.resets is not None:
+            state = clear(next_reset, state, STATES)
+        if not RESIDENT:
+            tl.store(tile + (k + 1) % 2 * slot + own, state[0].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+            arrive(counter)
+        store_states(p.states, new_state, span, b, n, d, D, STATES, H)
+        if SAVED > 0:
+            store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H)
+        if SAVED > GATES:
+            store_gates(p.extra, saved, span, b, n, d, D, SAVED - GATES, GATES, H)
+        x = next_x
+        span = next_span
+        next_span = after_next
+
+    store_states(p.finals, state, whole, b, n, 0, 1, STATES, H)

@@ -1,0 +1,97 @@
+"""From a plan to a launch: which kernel, over which grid, with which arguments.
+
+A launch is a value, so that one description serves to run it, to compile it without a device, and to test it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu.activations import BOUND
+from rnnfast_kernels.gpu.backward import backward_loop
+from rnnfast_kernels.gpu.forward import forward_loop
+from rnnfast_kernels.gpu.plan import Plan
+from rnnfast_kernels.gpu.streamed import backward_step, forward_step, shifted_rows
+
+
+class Extent(NamedTuple):
+    """The sizes that a kernel takes at run time, so that none of them causes a compilation.
+
+    reversals: bit d is set where direction d runs from the last step to the first.
+    """
+
+    T: int
+    B: int
+    D: int
+    reversals: int
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.options)
+
+
+def options(warps: int, cooperative: bool = False) -> dict[str, Any]:
+    """Compile and launch options. One stage: the pipeliner would move the loads of h ahead of the barrier."""
+    if knobs.runtime.interpret:
+        return {}
+    chosen = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {**chosen, "launch_cooperative_grid": True} if cooperative else chosen
+
+
+def saved_tiles(cell: str, save: bool) -> int:
+    return CELLS[cell].saved if save else 0
+
+
+def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: NamedTuple, extent: Extent) -> Launch:
+    """All T steps in one launch, by a resident or cooperative plan."""
+    row = CELLS[cell]
+    kernel: Callable = backward_loop if backward else forward_loop
+    function = BOUND[cell].backward if backward else BOUND[cell].forward
+    args = (
+        tensors,
+        *extent,
+        function,
+        row.gates,
+        saved_tiles(cell, save),
+        len(row.states),
+        H,
+        plan.precision,
+        plan.block_b,
+        plan.block_n,
+        plan.block_k,
+        plan.split,
+        plan.chunks,
+        plan.kept,
+        plan.members,
+    )
+    return Launch(kernel, (plan.programs,), args, options(plan.warps, plan.loop == "cooperative"))
+
+
+def step(
+    plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: NamedTuple, carry: NamedTuple, k: int,
+    extent: Extent,
+) -> Launch:  # fmt: skip
+    """The k-th step to run, by a streamed plan."""
+    row = CELLS[cell]
+    kernel: Callable = backward_step if backward else forward_step
+    function = BOUND[cell].backward if backward else BOUND[cell].forward
+    counts = (row.gates, saved_tiles(cell, save), len(row.states))
+    grid = (triton.cdiv(H, plan.block_n), triton.cdiv(extent.B, plan.block_b), extent.D)
+    args = (tensors, carry, k, *extent, function, *counts, H, plan.block_b, plan.block_n)
+    return Launch(kernel, grid, args, options(plan.warps))
+
+
+def shift(tensors: NamedTuple, result: Any, width: int, rows: int, towards: int, extent: Extent) -> Launch:
+    """Every row's value one step earlier (towards = -1) or later (1) than its own."""
+    block_b, block_n = 16, 64
+    grid = (extent.T, triton.cdiv(extent.B, block_b), extent.D * triton.cdiv(width, block_n))
+    return Launch(shifted_rows, grid, (tensors, result, rows, *extent, width, towards, block_b, block_n), options(4))

@@ -1,0 +1,209 @@
+"""Which loop runs a layer, in which tiles: a pure function of the sizes and the device, testable without a GPU.
+
+The recurrence is bound by latency, so a plan minimises a model of the time of one step: the barrier, the bytes that each
+processor reads per step, and its multiply-adds. The model's constants are per architecture, in `RATES`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rnnfast_kernels.cells import CELLS
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device: `sm_90` or `gfx942`, processors, bytes of shared memory for one program."""
+
+    arch: str
+    processors: int
+    shared: int
+    warp: int = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass over one layer. B rows, H hidden units, D directions; `precision` is that of `tl.dot`."""
+
+    cell: str
+    H: int
+    B: int
+    D: int
+    dtype: str
+    precision: str
+    backward: bool
+    device: Device
+
+    @property
+    def gates(self) -> int:
+        return CELLS[self.cell].gates
+
+    @property
+    def itemsize(self) -> int:
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one pass.
+
+    loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
+    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip. `members`
+    programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop.
+    """
+
+    loop: str
+    block_b: int
+    block_n: int
+    warps: int
+    precision: str = "ieee"
+    block_k: int = 0
+    split: int = 1
+    chunks: int = 0
+    kept: int = 0
+    members: int = 1
+    programs: int = 0
+    shared: int = 0
+
+    @property
+    def width(self) -> int:
+        """All hidden units, rounded up to whole chunks."""
+        return self.chunks * self.split * self.block_k
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Constants of the model. Microseconds, kilobytes per microsecond and multiply-adds per microsecond of one processor.
+
+    A step costs `overhead` in any fused loop and `barrier` more in a cooperative one; a streamed step costs `streamed`.
+    """
+
+    overhead: float
+    barrier: float
+    streamed: float
+    l2: float
+    shared: float
+    products: dict[str, float]
+
+
+RATES = {
+    "sm_80": Rates(0.35, 1.2, 14.0, 45.0, 150.0, {"half": 6e5, "tf32": 3e5, "ieee": 6e4}),
+    "sm_90": Rates(0.25, 1.1, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "sm_100": Rates(0.25, 1.1, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "gfx942": Rates(0.5, 2.0, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
+}
+DEFAULT_RATES = {"sm": "sm_90", "gfx": "gfx942"}
+
+
+def next_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def streamed(problem: Problem) -> Plan:
+    """A library product and a pointwise kernel per step."""
+    block_n = min(128, max(16, next_power(problem.H)))
+    return Plan("streamed", min(8, next_power(problem.B)), block_n, 4, problem.precision)
+
+
+def resident(problem: Problem, block_b: int, warps: int) -> Plan:
+    """Every program holds all weights, padded to a power of two, and shares with nobody."""
+    width = max(16, next_power(problem.H))
+    programs = cdiv(problem.B, block_b) * problem.D
+    weights = problem.gates * width * width * problem.itemsize
+    operand = block_b * width * problem.itemsize * (problem.gates if problem.backward else 1)
+    return Plan(
+        "resident", block_b, width, warps, problem.precision, width, 1, 1, 1, 1, programs, weights + operand
+    )  # fmt: skip
+
+
+def cooperative(
+    problem: Problem, block_b: int, block_n: int, block_k: int, split: int, warps: int, shared: int | None = None
+) -> Plan:
+    """`members` programs of block_n units each share a tile of batch rows; `shared` bytes hold the weights they keep."""
+    shared = problem.device.shared if shared is None else shared
+    members = cdiv(problem.H, block_n)
+    chunks = cdiv(problem.H, split * block_k)
+    chunk = split * block_k * problem.itemsize
+    operands = block_b * chunk * chunks * (problem.gates if problem.backward else 1)
+    scratch = split * block_b * block_n * 4
+    weights = problem.gates * block_n * chunk
+    kept = max(0, min(chunks, (shared - operands - scratch) // weights))
+    programs = members * cdiv(problem.B, block_b) * problem.D
+    used = operands + scratch + kept * weights
+    return Plan(
+        "cooperative", block_b, block_n, warps, problem.precision, block_k, split, chunks, kept, members, programs, used
+    )  # fmt: skip
+
+
+def fits(problem: Problem, plan: Plan) -> bool:
+    """Whether the plan can run on the device at all: its shared memory, and its programs all at once if they wait."""
+    alone = plan.members == 1
+    return plan.shared <= problem.device.shared and (alone or plan.programs <= problem.device.processors)
+
+
+def rates(problem: Problem) -> Rates:
+    arch = problem.device.arch
+    return RATES.get(arch) or RATES[DEFAULT_RATES["gfx" if arch.startswith("gfx") else "sm"]]
+
+
+def step_time(problem: Problem, plan: Plan) -> float:
+    """The model's time of one step in microseconds."""
+    rate = rates(problem)
+    speed = rate.products["half" if problem.itemsize == 2 else plan.precision]
+    if plan.loop == "streamed":
+        work = problem.gates * problem.H * problem.H
+        bytes_read = work * problem.itemsize / 1e3
+        return rate.streamed + max(
+            bytes_read * problem.D / (rate.l2 * problem.device.processors),
+            work * problem.B * problem.D / (4 * speed * problem.device.processors),
+        )
+    work = problem.gates * plan.width * plan.block_n
+    operands = plan.block_b * plan.width * problem.itemsize * (problem.gates if problem.backward else 1) / 1e3
+    kept = work * problem.itemsize / 1e3 * plan.kept / plan.chunks
+    read_again = work * problem.itemsize / 1e3 - kept
+    time = rate.overhead + kept / rate.shared + work * plan.block_b / speed
+    if plan.loop == "resident":
+        return time * cdiv(plan.programs, problem.device.processors)
+    return time + rate.barrier + (operands + read_again) / rate.l2
+
+
+def candidates(problem: Problem) -> Iterator[Plan]:
+    """Every plan worth considering."""
+    rows = next_power(problem.B)
+    for block_b in (16, 32, 64, 128):
+        if block_b > max(16, rows):
+            continue
+        if problem.H <= 256:
+            yield resident(problem, block_b, 4 if problem.H <= 32 else 8)
+        for block_n in (8, 16, 32, 64):
+            for block_k in (32, 64):
+                yield cooperative(problem, block_b, block_n, block_k, 8, 8)
+    yield streamed(problem)
+
+
+def choose(problem: Problem) -> Plan:
+    """The plan for one pass: the fastest by the model among those that fit."""
+    if _override is not None:
+        return _override(problem)
+    if problem.dtype == "float64":
+        return streamed(problem)
+    fitting = (plan for plan in candidates(problem) if fits(problem, plan))
+    return min(fitting, key=lambda plan: step_time(problem, plan))
+
+
+_override: Callable[[Problem], Plan] | None = None
+
+
+@contextmanager
+def override(chooser: Callable[[Problem], Plan]) -> Iterator[None]:
+    """Let `chooser` make the plans of the whole process, for tests and for tuning."""
+    global _override
+    previous, _override = _override, chooser
+    try:
+        yield
+    finally:
+        _override = previous

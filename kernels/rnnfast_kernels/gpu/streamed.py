@@ -1,0 +1,193 @@
+"""One step of the time loop, for layers whose recurrent product is left to a library, one matrix product per step.
+
+Forward, per step: u = h W_hh^T by the library, then `forward_step`. Backward: `backward_step`, then dh = du W_hh. The
+state travels from step to step in the compute type, float32 or float64.
+T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from rnnfast_kernels.gpu.backward import load_step
+from rnnfast_kernels.gpu.tiles import (
+    clear,
+    load_gates,
+    load_states,
+    resets_of_step,
+    rows_of_step,
+    select,
+    store_gates,
+    store_states,
+)
+
+
+class ForwardCarry(NamedTuple):
+    """What one step leaves to the next."""
+
+    u: Any  # [D, B, G, H]: the recurrent product, compute type
+    state: tuple  # S times [D, B, H], compute type: the state, updated in place
+    h: Any  # [D, B, H]: the same h as the operand of the next product
+
+
+class ShiftTensors(NamedTuple):
+    source: Any  # [R, D, WIDTH]
+    edge: Any  # [D, B, WIDTH] or None for zeros
+    rows: Any  # int64 [T] or None
+    first: Any  # int64 [T] or None
+    resets: Any  # bool [T, B] or None
+
+
+class BackwardCarry(NamedTuple):
+    dh: Any  # [D, B, H]: the recurrent part of dh, compute type
+    dstate: tuple  # S times [D, B, H], compute type: the rest of the gradient by the state, updated in place
+    du: Any  # [D, B, G, H]: operand of the next product
+
+
+@triton.jit(do_not_specialize=["k", "T", "B", "D", "reversals"])
+def forward_step(
+    p,
+    carry,
+    k,
+    T,
+    B,
+    D,
+    reversals,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The k-th step to run: state = cell(x, u + b_hh, state). See `forward_loop` for rows and resets.
+
+    A reset clears the recurrent product along with the state, as its h had been 0.
+    """
+    DTYPE: tl.constexpr = carry.u.dtype.element_ty
+    d = tl.program_id(2)
+    reverse = ((reversals >> d) & 1) != 0
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = (d * B, B)
+    span = rows_of_step(p, k, reverse, T, B)
+    x = load_gates(p.gates, span, b, n, d, D, GATES, H, DTYPE)
+    products = load_gates(carry.u, whole, b, n, 0, 1, GATES, H, DTYPE)
+    kept = load_states(carry.state, whole, b, n, 0, 1, STATES, H, DTYPE)
+    state = kept
+    if p.resets is not None:
+        reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+        products = clear(reset, products, GATES)
+        state = clear(reset, state, STATES)
+    u = ()
+    for g in tl.static_range(GATES):
+        if p.b_hh is None:
+            u = u + (products[g],)
+        else:
+            bias = tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(DTYPE)
+            u = u + (products[g] + bias[None, :],)
+    new_state, saved = CELL(x, u, state)
+    store_states(p.states, new_state, span, b, n, d, D, STATES, H)
+    if SAVED > 0:
+        store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H)
+    if SAVED > GATES:
+        store_gates(p.extra, saved, span, b, n, d, D, SAVED - GATES, GATES, H)
+    leaving = select((b < span[1])[:, None], new_state, kept, STATES)
+    store_states(carry.state, leaving, whole, b, n, 0, 1, STATES, H)
+    store_states((carry.h,), leaving, whole, b, n, 0, 1, 1, H)
+
+
+@triton.jit(do_not_specialize=["k", "T", "B", "D", "reversals"])
+def backward_step(
+    p,
+    carry,
+    k,
+    T,
+    B,
+    D,
+    reversals,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The k-th step of the way back: dx, du and the direct part of dstate; the library's product adds du W_hh to dh.
+
+    A row that is not live, or that is reset, has du = 0 as far as the recurrence goes, so that dh stays, or is zero.
+    """
+    DTYPE: tl.constexpr = carry.dh.dtype.element_ty
+    d = tl.program_id(2)
+    reverse = ((reversals >> d) & 1) == 0
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = (d * B, B)
+    span = rows_of_step(p, k, reverse, T, B)
+    previous = rows_of_step(p, k + 1, reverse, T, B)
+    dstates, saved, state, new_state = load_step(
+        p, span, previous, k, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, DTYPE
+    )
+    recurrent = load_states((carry.dh,), whole, b, n, 0, 1, 1, H, DTYPE)
+    carried = load_states(carry.dstate, whole, b, n, 0, 1, STATES, H, DTYPE)
+    dstate = (carried[0] + recurrent[0],)
+    for s in tl.static_range(1, STATES):
+        dstate = dstate + (carried[s],)
+    dnew = ()
+    for s in tl.static_range(STATES):
+        dnew = dnew + (dstate[s] + dstates[s],)
+    dx, du, direct = CELL(dnew, saved, state, new_state)
+    store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
+    if p.du is not None:
+        store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
+    live = (b < span[1])[:, None]
+    silent = live == 0
+    dentering = direct
+    if p.resets is not None:
+        reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+        dentering = clear(reset, dentering, STATES)
+        silent = silent | reset
+    dentering = select(live, dentering, dstate, STATES)
+    store_states(carry.dstate, dentering, whole, b, n, 0, 1, STATES, H)
+    store_gates(carry.du, clear(silent, du, GATES), whole, b, n, 0, 1, GATES, 0, H)
+
+
+@triton.jit(do_not_specialize=["R", "T", "B", "D", "reversals"])
+def shifted_rows(
+    p,
+    result,
+    R,
+    T,
+    B,
+    D,
+    reversals,
+    WIDTH: tl.constexpr,
+    TOWARDS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """result[d, row of step k] = source[row of step k + TOWARDS, d], or `edge` for a row that does not run at that step.
+
+    With TOWARDS = -1 and states as the source: what entered each step, zero where a reset cleared it. With TOWARDS = 1
+    and gradients by what entered each step: the gradient by what left it, zero where a reset cut it off.
+    """
+    k = tl.program_id(0)
+    d = tl.program_id(2) % D
+    reverse = ((reversals >> d) & 1) != 0
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(2) // D * BLOCK_N + tl.arange(0, BLOCK_N)
+    DTYPE: tl.constexpr = result.dtype.element_ty
+    first, count = rows_of_step(p, k, reverse, T, B)
+    other = rows_of_step(p, k + TOWARDS, reverse, T, B)
+    shifted = load_states((p.source,), other, b, n, d, D, 1, WIDTH, DTYPE)
+    edge = load_states((p.edge,), (d * B, count), b, n, 0, 1, 1, WIDTH, DTYPE)
+    tile = select((b < other[1])[:, None], shifted, edge, 1)
+    if p.resets is not None:
+        if TOWARDS < 0:
+            tile = clear(resets_of_step(p, k, reverse, b, count, T, B), tile, 1)
+        else:
+            tile = clear(resets_of_step(p, k + 1, reverse, b, other[1], T, B), tile, 1)
+    store_states((result,), tile, (d.to(tl.int64) * R + first, count), b, n, 0, 1, 1, WIDTH)

@@ -1,0 +1,158 @@
+"""What the forward and the backward kernel share: the rows of a step, tiles of tensors, and the matrix product.
+
+Dimensions: T steps, B batch rows, H hidden units, G gates, D directions. A program holds a tile of BLOCK_B batch rows
+by BLOCK_N hidden units of one direction. The contracted index k of the recurrent product runs over all H units, in
+CHUNKS chunks of SPLIT * BLOCK_K. With SPLIT = 1 a chunk is a matrix; otherwise it is a batch of SPLIT matrices whose
+products are added at the end: each warp then has its own part of k, which shortens the chain of dependent products.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def rows_of_step(p, k, reverse, T, B):
+    """First row and number of rows of the k-th step to run, which is step T-1-k in reverse; no rows past the last."""
+    t = tl.where(reverse, T - 1 - k, k).to(tl.int64)
+    inside = (t >= 0) & (t < T)
+    if p.rows is None:
+        first = t * B
+        count = tl.where(inside, B, 0)
+    else:
+        first = tl.load(p.first + t, mask=inside, other=0)
+        count = tl.load(p.rows + t, mask=inside, other=0).to(tl.int32)
+    return first, count
+
+
+@triton.jit
+def resets_of_step(p, k, reverse, b, count, T, B):
+    """Which of the rows that run at the k-th step enter it with a state of zero."""  # [BLOCK_B, 1]
+    t = tl.where(reverse, T - 1 - k, k).to(tl.int64)
+    return tl.load(p.resets + t * B + b, mask=b < count, other=0)[:, None] != 0
+
+
+@triton.jit
+def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+    """COUNT tiles [BLOCK_B, BLOCK_N] of a tensor [R, D, COUNT, H], at one step's rows."""
+    first, count = span
+    offsets = ((first + b) * D + d)[:, None] * (COUNT * H) + n[None, :]
+    mask = (b < count)[:, None] & (n < H)[None, :]
+    tiles = ()
+    for g in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointer + offsets + g * H, mask=mask, other=0.0).to(DTYPE),)
+    return tiles
+
+
+@triton.jit
+def store_gates(pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr):
+    """Write tiles START, START + 1, ... to a tensor [R, D, COUNT, H], at one step's rows."""
+    first, count = span
+    offsets = ((first + b) * D + d)[:, None] * (COUNT * H) + n[None, :]
+    mask = (b < count)[:, None] & (n < H)[None, :]
+    for g in tl.static_range(COUNT):
+        tl.store(pointer + offsets + g * H, tiles[START + g].to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+    """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros where a tensor is None."""
+    first, count = span
+    offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
+    mask = (b < count)[:, None] & (n < H)[None, :]
+    tiles = ()
+    for s in tl.static_range(COUNT):
+        if pointers[s] is None:
+            tiles = tiles + (tl.zeros(mask.shape, DTYPE),)
+        else:
+            tiles = tiles + (tl.load(pointers[s] + offsets, mask=mask, other=0.0).to(DTYPE),)
+    return tiles
+
+
+@triton.jit
+def store_states(pointers, tiles, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
+    """Write one tile per tensor [R, D, H], at one step's rows; nothing where a tensor is None."""
+    first, count = span
+    offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
+    mask = (b < count)[:, None] & (n < H)[None, :]
+    for s in tl.static_range(COUNT):
+        if pointers[s] is not None:
+            tl.store(pointers[s] + offsets, tiles[s].to(pointers[s].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def select(mask, chosen, others, COUNT: tl.constexpr):
+    """Entry by entry `chosen` where the mask holds, and `others` elsewhere."""
+    tiles = ()
+    for s in tl.static_range(COUNT):
+        tiles = tiles + (tl.where(mask, chosen[s], others[s]),)
+    return tiles
+
+
+@triton.jit
+def clear(mask, tiles, COUNT: tl.constexpr):
+    """Zero where the mask holds, whatever stood there, NaN included."""
+    cleared = ()
+    for s in tl.static_range(COUNT):
+        cleared = cleared + (tl.where(mask, 0.0, tiles[s]),)
+    return cleared
+
+
+@triton.jit
+def chunk_index(j, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The values of k in chunk j: [BLOCK_K], or [SPLIT, BLOCK_K]."""
+    k = j * SPLIT * BLOCK_K + tl.arange(0, BLOCK_K)
+    if SPLIT > 1:
+        k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + k[None, :]
+    return k
+
+
+@triton.jit
+def load_weight(pointer, n, j, STRIDE_K, STRIDE_N, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N]."""
+    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
+    n = tl.expand_dims(n, 0)
+    if SPLIT > 1:
+        n = tl.expand_dims(n, 0)
+    return tl.load(pointer + k * STRIDE_K + n * STRIDE_N, mask=(k < H) & (n < H), other=0.0)
+
+
+@triton.jit
+def load_operand(pointer, j, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk j of an exchanged tile [BLOCK_B, WIDTH], as the left operand of a product: [(SPLIT,) BLOCK_B, BLOCK_K].
+
+    Past the first-level cache, which is not coherent between processors.
+    """
+    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
+    b = tl.arange(0, BLOCK_B)[:, None]
+    if SPLIT > 1:
+        b = tl.expand_dims(b, 0)
+    return tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
+
+
+@triton.jit
+def zero_product(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    if SPLIT > 1:
+        return tl.zeros([SPLIT, BLOCK_B, BLOCK_N], tl.float32)
+    else:
+        return tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def add_product(a, w, product, PRECISION: tl.constexpr):
+    """product + a @ w, accumulated in float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(a, w, product, input_precision=PRECISION)
+
+
+@triton.jit
+def finish_product(product, SPLIT: tl.constexpr):
+    """Add the parts of k that different warps have summed: [BLOCK_B, BLOCK_N]."""
+    if SPLIT > 1:
+        product = tl.sum(product, axis=0)
+    return product

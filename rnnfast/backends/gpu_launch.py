@@ -1,0 +1,190 @@
+"""Run a time loop on a GPU: choose its plan, give it a workspace, launch it, or step through it with a library's products.
+
+Dimensions: T steps, B batch rows, H hidden units, G gates, S states, D directions.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast_kernels.cells import Cell
+from rnnfast_kernels.gpu import launch, plan
+from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
+from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
+from rnnfast_kernels.gpu.launch import Extent
+from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
+
+# One processor: the interpreter runs programs one after another, so none may wait for another.
+INTERPRETER = plan.Device("sm_90", 1, 232448)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What runs: the cell, its width and its extent."""
+
+    cell: Cell
+    H: int
+    extent: Extent
+
+
+@cache
+def device_properties(device: torch.device) -> plan.Device:
+    """What plans need to know of a device."""
+    if device.type == "cpu":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = found.gcnArchName.split(":")[0]
+        return plan.Device(arch, found.multi_processor_count, 65536, found.warp_size)
+    return plan.Device(
+        f"sm_{found.major}{found.minor}", found.multi_processor_count, found.shared_memory_per_block_optin
+    )
+
+
+def tf32_wanted() -> bool:
+    """Whether torch lets its own recurrent layers round float32 products to TF32."""
+    if hasattr(torch.backends.cudnn, "rnn"):
+        return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
+@contextmanager
+def matmul_precision(x: Tensor) -> Iterator[None]:
+    """Let torch's matrix products follow its TF32 setting for recurrent layers, as they do inside cuDNN."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    wanted: Any = tf32_wanted() if name == "allow_tf32" else "tf32" if tf32_wanted() else "ieee"
+    before = getattr(matmul, name) if x.is_cuda and x.dtype == torch.float32 else wanted
+    if before == wanted:
+        yield
+        return
+    setattr(matmul, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def make_problem(recurrence: Recurrence, like: Tensor, backward: bool) -> plan.Problem:
+    """Describe one pass over tensors like `like` to the planner."""
+    nvidia = like.is_cuda and not torch.version.hip
+    precision = "tf32" if nvidia and like.dtype == torch.float32 and tf32_wanted() else "ieee"
+    cell, extent, dtype = recurrence.cell.name, recurrence.extent, str(like.dtype).removeprefix("torch.")
+    device = device_properties(like.device)
+    return plan.Problem(cell, recurrence.H, extent.B, extent.D, dtype, precision, backward, device)
+
+
+def run_forward(recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
+    """Run the forward loop: fills states, finals and what is saved."""
+    problem = make_problem(recurrence, tensors.w_hh, False)
+    chosen = plan.choose(problem)
+    if chosen.loop == "streamed" or not run_fused(chosen, recurrence, tensors, False, save):
+        stream_forward(plan.streamed(problem), recurrence, tensors, save)
+
+
+def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
+    """Run the backward loop: fills dx, du and dinitial."""
+    problem = make_problem(recurrence, tensors.w_hh, True)
+    chosen = plan.choose(problem)
+    if chosen.loop == "streamed" or not run_fused(chosen, recurrence, tensors, True, True):
+        stream_backward(plan.streamed(problem), recurrence, tensors)
+
+
+def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward: bool, save: bool) -> bool:
+    """Run all steps in one launch; return False, with nothing run, where the device refuses to hold its programs."""
+    if chosen.loop == "cooperative":
+        tensors = tensors._replace(**workspace(chosen, recurrence, backward, tensors.w_hh))
+    described = launch.loop(chosen, recurrence.cell.name, recurrence.H, backward, save, tensors, recurrence.extent)
+    if chosen.loop == "resident":
+        described.run()
+        return True
+    try:
+        described.run()
+    except RuntimeError as error:
+        warn_refused(str(error))
+        return False
+    return True
+
+
+@cache
+def warn_refused(reason: str) -> None:
+    """Warn, once per reason, that the driver refused a cooperative launch, so that nothing has run yet."""
+    warnings.warn(
+        f"the device refused a cooperative launch ({reason}); the layer runs step by step instead, which is slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: Tensor) -> dict[str, Tensor]:
+    """The zeroed counters and exchange buffer of a cooperative loop, from one allocation."""
+    groups = chosen.programs // chosen.members
+    shape = (2, groups, recurrence.cell.gates if backward else 1, chosen.block_b, chosen.width)
+    counters = groups * COUNTER_STRIDE.value * 4
+    size = torch.Size(shape).numel() * like.element_size()
+    memory = torch.zeros(counters + size, dtype=torch.uint8, device=like.device)
+    return {
+        "counters": memory[:counters].view(torch.int32),
+        "exchange": memory[counters:].view(like.dtype).view(shape),
+    }
+
+
+def operand_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of the operands of a step's product, whose result is in the compute type.
+
+    torch multiplies half-precision matrices into float32 on CUDA since 2.8; elsewhere the operands are converted.
+    """
+    direct = like.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads()
+    return like.dtype if direct else compute_dtype(like)
+
+
+def compute_dtype(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def multiply(a: Tensor, b: Tensor, result: Tensor) -> None:
+    """result = a @ b for each direction, in the dtype of the result."""
+    if a.dtype == result.dtype:
+        torch.bmm(a, b, out=result)
+    else:
+        torch.bmm(a, b, out_dtype=result.dtype, out=result)
+
+
+def stream_forward(chosen: plan.Plan, recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
+    """Run the forward loop step by step."""
+    (T, B, D, _), cell, H, like = recurrence.extent, recurrence.cell, recurrence.H, tensors.w_hh
+    weights = like.to(operand_dtype(like)).transpose(1, 2)  # [D, H, G*H]
+    state = tuple(t.to(compute_dtype(like), copy=True) for t in tensors.initial)
+    carry = ForwardCarry(state[0].new_empty(D, B, cell.gates * H), state, tensors.initial[0].to(weights, copy=True))
+    for k in range(T):
+        multiply(carry.h, weights, carry.u)
+        launch.step(chosen, cell.name, H, False, save, tensors, carry, k, recurrence.extent).run()
+    for final, value in zip(tensors.finals, state, strict=True):
+        final.copy_(value)
+
+
+def stream_backward(chosen: plan.Plan, recurrence: Recurrence, tensors: BackwardTensors) -> None:
+    """Run the backward loop step by step."""
+    (T, B, D, _), cell, H, like = recurrence.extent, recurrence.cell, recurrence.H, tensors.w_hh
+    weights = like.to(operand_dtype(like))  # [D, G*H, H]
+    zeros = torch.zeros(D, B, H, dtype=compute_dtype(like), device=like.device)
+    dstate = tuple(zeros.clone() if t is None else t.to(zeros, copy=True) for t in tensors.dfinals)
+    carry = BackwardCarry(zeros, dstate, weights.new_empty(D, B, cell.gates * H))
+    for k in range(T):
+        launch.step(chosen, cell.name, H, True, True, tensors, carry, k, recurrence.extent).run()
+        multiply(carry.du, weights, carry.dh)
+    dstate[0].add_(carry.dh)
+    for result, value in zip(tensors.dinitial, dstate, strict=True):
+        result.copy_(value)
+
+
+def shift_rows(tensors: ShiftTensors, result: Tensor, rows: int, towards: int, extent: Extent) -> Tensor:
+    """Fill result [D, R, width] with every row's value one step earlier (towards = -1) or later (1)."""
+    launch.shift(tensors, result, result.shape[-1], rows, towards, extent).run()
+    return result

@@ -1,0 +1,103 @@
+"""A layer as the Triton backend sees it: its sizes, and where each step's rows are, without waiting for the device.
+
+T steps, B batch rows, H hidden units, D directions, R rows of all steps together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import Layer
+from rnnfast.backends.gpu_launch import Recurrence
+from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.gpu.launch import Extent
+
+
+@dataclass(frozen=True)
+class Rows:
+    """count, first: int64 [T] on the layer's device; None for dense input, whose kernels compute them.
+
+    padded: rows beyond a step's count exist, hold anything and must come out as 0.
+    """
+
+    count: Tensor | None
+    first: Tensor | None
+    T: int
+    B: int
+    total: int
+    padded: bool
+
+    def starts(self, reverse: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each batch row starts to run: step [B], row [B], and whether it runs at all [B]."""
+        b = torch.arange(self.B, device=device)
+        if self.count is None or self.first is None:
+            step = torch.full_like(b, self.T - 1 if reverse else 0)
+            return step, step * self.B + b, torch.ones_like(b, dtype=torch.bool)
+        steps = (self.count[:, None] > b).sum(0)
+        step = (steps - 1).clamp(min=0) if reverse else torch.zeros_like(b)
+        return step, (self.first[step] + b).clamp(max=self.total - 1), steps > 0
+
+    def live(self) -> Tensor | None:
+        """Which rows of a padded layer count: bool [R, 1]; None where all do."""
+        if not self.padded or self.count is None:
+            return None
+        return (torch.arange(self.B, device=self.count.device) < self.count[:, None]).view(-1, 1)
+
+
+def find_rows(layer: Layer) -> Rows:
+    """Lay out the rows of each step."""
+    sizes, x, B = layer.batch_sizes, layer.x, layer.hx[0].shape[1]
+    if sizes is None:
+        return Rows(None, None, x.shape[0], B, x.shape[0] * B, False)
+    if x.dim() == 3:
+        T = x.shape[0]
+        return Rows(sizes.to(x.device), torch.arange(T, device=x.device) * B, T, B, T * B, True)
+    both = torch.stack((sizes, sizes.cumsum(0) - sizes)).to(x.device, non_blocking=True)
+    return Rows(both[0], both[1], sizes.shape[0], B, x.shape[0], False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer with its sizes."""
+
+    layer: Layer
+    cell: Cell
+    rows: Rows
+    H: int
+
+    @property
+    def D(self) -> int:
+        return len(self.layer.reverse)
+
+    @property
+    def projected(self) -> bool:
+        return self.layer.weights[0].w_hr is not None
+
+    @property
+    def recurrence(self) -> Recurrence:
+        reversals = sum(1 << d for d, reverse in enumerate(self.layer.reverse) if reverse)
+        return Recurrence(self.cell, self.H, Extent(self.rows.T, self.rows.B, self.D, reversals))
+
+    @property
+    def resets(self) -> Tensor | None:
+        return None if self.layer.resets is None else self.layer.resets.contiguous()
+
+    def initial(self) -> tuple[Tensor, ...]:
+        """The initial states of the time loop, whose h is as wide as the layer and starts from 0 with a projection."""
+        hx = tuple(h.contiguous() for h in self.layer.hx)
+        return (hx[0].new_zeros(self.D, self.rows.B, self.H), *hx[1:]) if self.projected else hx
+
+    def new(self, *shape: int) -> Tensor:
+        """Room for results by row; rows that never run are 0."""
+        lead = self.layer.x.shape[:-1]
+        return self.layer.x.new_zeros(*lead, *shape) if self.rows.padded else self.layer.x.new_empty(*lead, *shape)
+
+    def by_row(self, tensor: Tensor) -> Tensor:
+        """The leading dimensions as one: [R, ...]."""
+        return tensor.reshape(self.rows.total, *tensor.shape[self.layer.x.dim() - 1 :])
+
+
+def describe(layer: Layer) -> Call:
+    cell = CELLS[layer.cell]
+    return Call(layer, cell, find_rows(layer), layer.weights[0].w_ih.shape[0] // cell.gates)
