@@ -1,0 +1,131 @@
+"""What the contenders with torch's module interface share: parameters, leaf tensors, the training step, the results."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from benchmarks.contenders import Call
+from benchmarks.workload import Workload
+
+
+class Result(NamedTuple):
+    output: Tensor  # [T, B, D*P], or [rows, D*P] when packed
+    finals: tuple[Tensor, ...]
+    c_states: Tensor | None = None  # [T, B, H], form `states`
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A workload's tensors as a module takes them. leaf: the tensor that receives the input's gradient."""
+
+    x: Tensor | PackedSequence
+    leaf: Tensor
+    dy: Tensor
+    hx: Any
+    lengths: Tensor | None
+    resets: Tensor | None
+
+
+def build(namespace: Any, work: Workload) -> nn.Module:
+    """Make `namespace.RNN`, `.LSTM` or `.GRU` with the workload's parameters."""
+    case = work.case
+    options = {"proj_size": case.proj} if case.proj else {}
+    module = getattr(namespace, case.cell.upper())(
+        case.I, case.H, num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, **options
+    )
+    module.load_state_dict(work.weights)
+    weight = next(iter(work.weights.values()))
+    module = module.to(device=work.device, dtype=work.cast(weight).dtype)
+    return module.train(case.mode == "training")
+
+
+def inputs(work: Workload) -> Inputs:
+    case = work.case
+    x, dy = work.cast(work.x), work.cast(work.dy)
+    if case.form == "permuted":
+        x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    if case.form == "packed":
+        packed = pack_padded_sequence(x, work.lengths, enforce_sorted=False)
+        dy = pack_padded_sequence(dy, work.lengths, enforce_sorted=False).data
+        leaf = packed.data.detach().requires_grad_(case.mode == "training")
+        x = packed._replace(data=leaf)
+    else:
+        x = leaf = x.requires_grad_(case.mode == "training")
+    states = tuple(work.cast(state) for state in work.hx)
+    return Inputs(
+        x=x,
+        leaf=leaf,
+        dy=dy,
+        hx=None if case.mode != "step" else states if case.cell == "lstm" else states[0],
+        lengths=work.lengths,
+        resets=None if work.resets is None else work.resets.to(work.device),
+    )
+
+
+def finals(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return states if isinstance(states, tuple) else (states,)
+
+
+def forward_plain(module: nn.Module, given: Inputs) -> Result:
+    """Call the module as torch.nn's are called, on a tensor or a PackedSequence."""
+    output, states = module(given.x, given.hx)
+    return Result(output if isinstance(output, Tensor) else output.data, finals(states))
+
+
+def call(
+    work: Workload,
+    module: nn.Module,
+    forward: Callable[[nn.Module, Inputs], Result],
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    note: str = "",
+) -> Call:
+    """Make the Call of a module whose forward in this case's form is `forward`."""
+    given = inputs(work)
+    parameters = list(module.parameters())
+    training = work.case.mode == "training"
+
+    def infer() -> Result:
+        return forward(module, given)
+
+    def train() -> Result:
+        given.leaf.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        result = forward(module, given)
+        result.output.backward(given.dy)
+        return result
+
+    def read(result: Result) -> dict[str, Tensor]:
+        tensors = {"output": result.output, **dict(zip("hc", result.finals, strict=False))}
+        if result.c_states is not None:
+            tensors["every c"] = result.c_states
+        if training:
+            tensors["grad x"] = given.leaf.grad
+            tensors |= {f"grad {name}": parameter.grad for name, parameter in module.named_parameters()}
+        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def surroundings():
+        with ExitStack() as stack:
+            stack.enter_context(nullcontext() if training else torch.no_grad())
+            stack.enter_context(tf32(work.case.dtype == "tf32"))
+            stack.enter_context(context())
+            yield
+
+    return Call(train if training else infer, read, surroundings, note)
+
+
+@contextmanager
+def tf32(allowed: bool):
+    """Allow or forbid TF32 in recurrent layers and in products, for every contender alike."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

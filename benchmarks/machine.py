@@ -1,0 +1,102 @@
+"""The machine's facts: what it is, which versions run, how fast it multiplies and moves memory at best."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax", "flashrnn", "haste_pytorch")
+
+
+def facts(device: str, threads: int, dtypes: tuple[str, ...]) -> dict:
+    """Everything a reader needs to judge the numbers, the measured limits included."""
+    return {
+        "device": device_name(device),
+        "kind": device,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "commit": commit(),
+        "gemm_flops": {dtype: gemm_rate(device, dtype) for dtype in dtypes},
+        "bandwidth": bandwidth(device),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(device: str, threads: int) -> str:
+    """The name of this machine's results folder."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return f"{name}-{threads}-threads" if device == "cpu" else name
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit the benchmark ran from, with a `+` where the library's files differ from it."""
+    root = Path(__file__).parent
+    try:
+        name = git(root, "rev-parse", "--short=10", "HEAD").strip()
+        changed = git(root, "status", "--porcelain", "--", ":/rnnfast", ":/kernels").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def best_seconds(run, device: str, budget: float = 0.3) -> float:
+    """The fastest of the runs that fit the budget."""
+    best, end = float("inf"), time.perf_counter() + budget
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def gemm_rate(device: str, dtype: str) -> float:
+    """Operations per second of a large square product, torch's own."""
+    size = GEMM_SIZE[device]
+    torch_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    left = torch.randn(size, size, device=device).to(torch_dtype)
+    right = torch.randn(size, size, device=device).to(torch_dtype)
+    out = torch.empty_like(left)
+    return 2 * size**3 / best_seconds(lambda: torch.mm(left, right, out=out), device)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(COPY_BYTES[device], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device] / best_seconds(lambda: target.copy_(source), device)

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def draw_all(results, folder):
+    return []

@@ -1,0 +1,174 @@
+"""What the suite asks: each question is a list of cases, the axis they vary, and the peers worth asking.
+
+The sizes are chosen to show trends and what people run; no code of the library is tuned for them.
+"""
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from benchmarks.cases import CELLS, Case, operations
+
+EVERY_PEER = ("torch-compile", "onnxruntime", "jax", "numpy", "flashrnn", "haste")
+FAST_PEERS = ("onnxruntime", "jax", "flashrnn", "haste")
+
+
+@dataclass(frozen=True)
+class Question:
+    """axis: the field of a case along which the plot runs; empty where the cases are a list."""
+
+    name: str
+    title: str
+    axis: str
+    peers: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def base(device: str) -> Case:
+    """The sizes from which the sweeps start."""
+    if device == "cpu":
+        return Case("lstm", T=100, B=16, I=128, H=128)
+    return Case("lstm", T=512, B=16, I=768, H=768, dtype="bfloat16")
+
+
+def dtypes(device: str) -> tuple[str, ...]:
+    """What each device is asked for: tf32 is float32 with torch's TF32 switch for recurrent layers on."""
+    return (
+        ("float32", "bfloat16", "float16", "float64") if device == "cpu" else ("bfloat16", "float16", "tf32", "float32")
+    )
+
+
+def each(cases: Iterable[Case], cells=CELLS, modes=("inference", "training")) -> tuple[Case, ...]:
+    """Every case for every cell and mode."""
+    cases = tuple(cases)
+    return tuple(replace(case, cell=cell, mode=mode) for cell in cells for mode in modes for case in cases)
+
+
+def sequence_length(device: str, longest: int = 8192) -> Question:
+    lengths = [T for T in (1, 4, 16, 64, 256, 1024, 4096, 8192) if T <= longest]
+    cases = each(replace(base(device), T=T) for T in lengths)
+    return Question("sequence-length", "Time against sequence length", "T", EVERY_PEER, cases)
+
+
+def hidden_size(device: str) -> Question:
+    sizes = (16, 32, 64, 128, 256, 512, 1024) if device == "cpu" else (64, 128, 256, 512, 768, 1024, 2048)
+    cases = each(replace(base(device), I=H, H=H) for H in sizes)
+    return Question("hidden-size", "Time against hidden size", "H", FAST_PEERS, cases)
+
+
+def batch(device: str) -> Question:
+    cases = each(replace(base(device), B=B) for B in (1, 4, 16, 64, 256))
+    return Question("batch", "Time against batch", "B", FAST_PEERS, cases)
+
+
+def one_step(device: str) -> Question:
+    cases = each((replace(base(device), T=1, B=B, I=H, H=H) for H in (64, 256, 640) for B in (1, 64)), modes=("step",))
+    return Question("one-step", "One step with the state handed in, the module's call included", "", FAST_PEERS, cases)
+
+
+def stacks(device: str) -> Question:
+    cases = (replace(base(device), layers=n, bidirectional=two) for n in (1, 2, 4) for two in (False, True))
+    return Question("stacks", "Layers and directions", "", FAST_PEERS, each(cases, cells=("lstm", "gru")))
+
+
+def live_fraction(device: str) -> Question:
+    dense = replace(base(device), T=200, B=32)
+    forms = [replace(dense, form=form, live=live) for form in ("packed", "lengths") for live in (0.25, 0.5, 0.75, 1.0)]
+    cases = each((dense, *forms), cells=("lstm", "gru"))
+    return Question(
+        "live-fraction", "Packed and lengths against padded, by the fraction of live rows", "live", (), cases
+    )
+
+
+def dtype(device: str) -> Question:
+    cases = each(replace(base(device), dtype=name) for name in dtypes(device))
+    return Question("dtype", "Number formats", "", FAST_PEERS, cases)
+
+
+def real_layers(device: str) -> Question:
+    return Question("real-layers", "Layers that people run", "", FAST_PEERS, REAL_LAYERS)
+
+
+REAL_LAYERS = (
+    Case("lstm", T=75, B=1, I=512, H=512, layers=2, form="permuted", label="Encodec, one second"),
+    Case("lstm", T=256, B=16, I=512, H=512, layers=3, bidirectional=True, label="Open-Unmix"),
+    Case("lstm", T=256, B=16, I=512, H=512, mode="training", layers=3, bidirectional=True, label="Open-Unmix"),
+    Case("lstm", T=589, B=32, I=60, H=128, mode="training", layers=4, bidirectional=True, label="PyanNet"),
+    Case("lstm", T=200, B=32, I=512, H=256, bidirectional=True, label="EasyOCR"),
+    Case(
+        "lstm",
+        T=150,
+        B=32,
+        I=512,
+        H=256,
+        mode="training",
+        bidirectional=True,
+        form="packed",
+        live=0.55,
+        label="Tacotron2",
+    ),
+    Case(
+        "lstm", T=60, B=32, I=1024, H=256, mode="training", bidirectional=True, form="packed", live=0.45, label="Flair"
+    ),
+    Case("lstm", T=24, B=64, I=40, H=40, mode="training", layers=2, label="DeepAR"),
+    Case("lstm", T=1, B=3200, I=40, H=40, mode="step", layers=2, label="DeepAR, rollout"),
+    Case("lstm", T=128, B=8, I=256, H=256, mode="training", form="resets", label="RecurrentPPO"),
+    Case("gru", T=64, B=16, I=512, H=512, mode="training", label="Dreamer, its GRU without layer norm"),
+    Case("gru", T=50, B=2048, I=64, H=128, mode="training", bias=False, label="GRU4Rec"),
+    Case("lstm", T=70, B=64, I=400, H=1152, mode="training", label="AWD-LSTM, first layer"),
+    Case("lstm", T=70, B=64, I=1152, H=400, mode="training", label="AWD-LSTM, last layer"),
+    Case("lstm", T=8000, B=16, I=1, H=24, mode="training", label="neural-amp-modeler"),
+    Case("lstm", T=48000, B=1, I=1, H=24, label="neural-amp-modeler, one second"),
+    Case("lstm", T=1, B=1, I=640, H=640, mode="step", layers=2, label="RNN-T predictor"),
+    Case("lstm", T=365, B=256, I=32, H=128, mode="training", form="states", label="neuralhydrology"),
+    Case("rnn", T=10, B=32, I=1, H=32, mode="training", label="teaching notes"),
+    Case("lstm", T=10, B=32, I=1, H=32, mode="training", label="teaching notes"),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Smallest and largest size of each dimension in a grid, and the most operations one case may cost forward."""
+
+    T: tuple[int, int] = (1, 2000)
+    B: tuple[int, int] = (1, 64)
+    I: tuple[int, int] = (1, 640)  # noqa: E741
+    H: tuple[int, int] = (16, 1024)
+    operations: float = 20e9
+
+
+def grid(count: int, seed: int, limits: Limits) -> Question:
+    """`count` random sizes, uniform in the logarithm, for every cell and mode; most are multiples of nothing."""
+    source = random.Random(seed)
+
+    def draw(bounds: tuple[int, int]) -> int:
+        low, high = math.log(bounds[0]), math.log(bounds[1] + 1)
+        return min(bounds[1], int(math.exp(source.uniform(low, high))))
+
+    cases: list[Case] = []
+    while len(cases) < count:
+        case = Case("lstm", draw(limits.T), draw(limits.B), draw(limits.I), draw(limits.H))
+        if operations(case) <= limits.operations:
+            cases.append(case)
+    return Question("grid", f"{count} random sizes", "", ("onnxruntime",), each(cases))
+
+
+def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:
+    T, B, I, H = sizes  # noqa: E741
+    cases = each(
+        [Case("lstm", T, B, I, H, dtype=dtype)], modes=("inference", "training", *(("step",) if T == 1 else ()))
+    )
+    return Question("sizes", f"T={T} B={B} I={I} H={H}", "", EVERY_PEER, cases)
+
+
+FULL = (sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, real_layers)
+
+
+def full(device: str) -> tuple[Question, ...]:
+    return tuple(ask(device) for ask in FULL)
+
+
+def quick(device: str) -> tuple[Question, ...]:
+    lengths = sequence_length(device, longest=1024)
+    return (replace(lengths, peers=FAST_PEERS), one_step(device))

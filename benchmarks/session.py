@@ -1,0 +1,126 @@
+"""One run of the suite: measure every case, keep the results as they come, then print, draw and write the report."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import driver, options, plot, questions, report, store, tables
+from benchmarks.cases import CELLS, Case, operations
+from benchmarks.contenders import OURS, Contender
+from benchmarks.measure import Effort
+from benchmarks.progress import Progress
+from benchmarks.questions import Question
+from benchmarks.run import Settings
+
+QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
+# A guess of operations per second and of seconds per case besides, for the progress bar alone.
+GUESSED_RATE, GUESSED_OVERHEAD = 2e10, 0.3
+
+
+def run(asked: list[Question], arguments) -> int:
+    """Measure what is asked. Returns the exit status."""
+    seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else FULL_SECONDS)
+    settings = Settings(arguments.device, arguments.seed, Effort(seconds))
+    results = {
+        "schema": store.SCHEMA,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "finished": "",
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "complete": False,
+        "machine": {},
+        "skipped": {},
+        "startup": [],
+        "records": [],
+    }
+    with driver.working(arguments.threads) as worker:
+        formats = tuple(dict.fromkeys(case.dtype for question in asked for case in question.cases))
+        results["machine"] = worker.ask("facts", arguments.device, formats)
+        path = folder(results["machine"].pop("folder"), arguments) / "results.json"
+        print(heading(results["machine"]))
+        try:
+            measure_all(worker, asked, arguments, settings, results, path)
+            results["complete"] = True
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {len(results['records'])} measured cases are kept")
+    results["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    if not results["records"]:
+        return 130
+    finish(results, path)
+    return 0 if results["complete"] and not failures(results) else 1 if results["complete"] else 130
+
+
+def folder(machine_name: str, arguments) -> Path:
+    """Full results go to the machine's folder, partial ones below it, so that they never replace the full ones."""
+    if arguments.out:
+        return Path(arguments.out)
+    kind = "quick" if arguments.quick else "partial"
+    return store.RESULTS / machine_name / (kind if options.is_partial(arguments) else "")
+
+
+def measure_all(worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
+    progress = Progress(sum(weight(case, question, settings) for question in asked for case in question.cases))
+    for question in asked:
+        standing = take_part(question, arguments, results["skipped"])
+        progress.print(f"\n{question.name}: {question.title}")
+        progress.print(tables.text_lines([list(tables.COLUMNS)])[0])
+        for case in question.cases:
+            progress.show(case.id)
+            record = driver.measure(worker, case, standing, settings, progress)
+            record = {"question": question.name, "case": case.to_json(), **record}
+            results["records"].append(record)
+            progress.print("\n".join(tables.text_lines(tables.case_rows(record, results["machine"]))))
+            progress.advance(weight(case, question, settings))
+            store.save(path, results)
+    if not options.is_partial(arguments):
+        progress.show("import and first call")
+        results["startup"] = worker.ask("startup", CELLS, progress=progress, what="import and first call")
+        progress.print(
+            "\nimport and first call\n"
+            + "\n".join(f"  {row['what']:<40}{row['ms']:>10} ms" for row in results["startup"])
+        )
+    progress.clear()
+
+
+def weight(case: Case, question: Question, settings: Settings) -> float:
+    """Seconds that a case may take, roughly."""
+    contenders = len(question.peers) / 2 + 3
+    per_run = operations(case) / GUESSED_RATE
+    return GUESSED_OVERHEAD + contenders * max(settings.effort.seconds, per_run * settings.effort.fewest)
+
+
+def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Contender]:
+    """The contenders that are installed; the others are named in `skipped`, each once on the screen."""
+    standing = []
+    for contender in options.contenders(question, arguments):
+        missing = contender.missing(arguments.device)
+        if missing is None:
+            standing.append(contender)
+        elif contender.name not in skipped:
+            skipped[contender.name] = missing
+            print(f"{contender.name} is skipped: {missing}")
+    return standing
+
+
+def heading(machine: dict[str, Any]) -> str:
+    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in machine["gemm_flops"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['device']}, {machine['threads']} threads for every contender, commit {machine['commit']}\n"
+        f"large product {rates}; copy {machine['bandwidth'] / 1e9:.1f} GB/s; {versions}"
+    )
+
+
+def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ours that are wrong or crashed."""
+    rows = (row for record in results["records"] for row in record["rows"])
+    return [row for row in rows if row["contender"].startswith(OURS) and row["status"] in ("wrong", "crashed")]
+
+
+def finish(results: dict[str, Any], path: Path) -> None:
+    store.save(path, results)
+    print("\n" + tables.marks_text(results["records"]))
+    plot.draw_all(results, path.parent)
+    report.write(results, path.parent)
+    print(f"\n{path}\n{path.parent / 'report.html'}")
