@@ -170,11 +170,9 @@ def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sort_lengths_fake(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of `sort_lengths`."""
-    whole = {"dtype": torch.int64}
-    return lengths.new_empty(steps, **whole), lengths.new_empty(len(lengths), **whole), lengths.new_empty(
-        len(lengths), **whole
-    )  # fmt: skip
+    """Shapes of `sort_lengths`; `len` would fix the batch size in the graph, `shape` does not."""
+    batch = lengths.shape[0]
+    return tuple(lengths.new_empty(size, dtype=torch.int64) for size in (steps, batch, batch))
 
 
 for name, implementation, fake in (
