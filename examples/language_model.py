@@ -1,7 +1,7 @@
 """A character language model, trained on Python's own documentation: the same network on two recurrent layers at once.
 
-The text is `pydoc_data.topics`, the English manual behind `help()`, about half a megabyte that ships with Python. Both models
-start from the same seed and see the same batches, turn by turn, so that their losses and their times can be compared.
+The text is `pydoc_data.topics`, the manual behind `help()`: half a megabyte of English that ships with Python. Both
+models start from the same seed and see the same batches, turn by turn, so that losses and times can be compared.
 """
 
 import sys

@@ -1,0 +1,57 @@
+"""The examples do what they say: they learn, and they give what torch.nn gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+from examples import language_model, numpy_bptt, sequence_classifier, shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_sequence_classifier_learns_as_with_torch(name):
+    model, losses = sequence_classifier.train(getattr(rnnfast, name))
+    right = sequence_classifier.accuracy(model)
+    _, expected = sequence_classifier.train(getattr(torch.nn, name))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert right > 0.9
+
+
+def test_shapes_are_those_of_the_notes():
+    found = {name: list(tensor.shape) for name, tensor in shapes.main().items()}
+    assert found == {"sequence": [4, 10, 8], "output": [4, 10, 16], "final state": [1, 4, 16]}
+
+
+def test_backpropagation_through_time_in_numpy_is_exact():
+    distances = numpy_bptt.compare_with_rnnfast()
+    assert len(distances) == 6
+    assert max(distances.values()) < 1e-12
+
+
+def test_numpy_network_learns():
+    losses = numpy_bptt.train(iterations=30)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_language_models_stay_together(capsys, monkeypatch):
+    monkeypatch.setattr(language_model, "STEPS", 24)
+    corpus = language_model.Corpus()
+    runs = language_model.train({"torch": torch.nn.LSTM, "rnnfast": rnnfast.LSTM}, corpus, batches=10)
+    assert runs["rnnfast"].losses == pytest.approx(runs["torch"].losses, rel=1e-4)
+    assert runs["rnnfast"].losses[-1] < runs["rnnfast"].losses[0]
+    assert "10/10" in capsys.readouterr().out
+    assert len(language_model.write_text(runs["rnnfast"].model, corpus, length=20)) == len("The ") + 20
+
+
+@pytest.mark.parametrize("example", ["sequence_classifier", "shapes", "numpy_bptt"])
+def test_example_runs_by_itself(example):
+    result = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout
+    assert not result.stderr
