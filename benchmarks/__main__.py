@@ -1,6 +1,6 @@
 """`python -m benchmarks`: measure, store, draw, or compare what is stored. See --help.
 
-Exit status: 0 done; 1 a regression, or a wrong or crashed contender of ours; 2 bad input; 130 interrupted, results kept.
+Exit status: 0 done; 1 a regression, or a contender of ours wrong or crashed; 2 bad input; 130 interrupted.
 """
 
 import os

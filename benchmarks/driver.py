@@ -84,20 +84,16 @@ def working(threads: int, patience: float = PATIENCE_SECONDS) -> Iterator[Worker
 
 def measure(worker: Worker, case: Case, contenders: list[Contender], settings: Settings, progress: Progress) -> dict:
     """One case's record. A contender that takes the worker down becomes a row that says so, and the rest goes on."""
-    lost: list[dict] = []
-    standing = list(contenders)
-    while True:
-        try:
-            record = worker.ask("measure", case, standing, settings, progress=progress, what=case.id)
-            return {**record, "rows": record["rows"] + lost}
-        except WorkerLost as loss:
-            if loss.culprit == NOBODY:
-                return {
-                    "noise": None,
-                    "rows": [row(contender, "crashed", f"the suite: {loss}") for contender in contenders],
-                }
-            lost.append(row(standing.pop(loss.culprit), "crashed", str(loss)))
+    try:
+        return worker.ask("measure", case, contenders, settings, progress=progress, what=case.id)
+    except WorkerLost as loss:
+        if loss.culprit == NOBODY:
+            return {"noise": None, "rows": [crashed(contender, f"the suite, {loss}") for contender in contenders]}
+        lost = contenders[loss.culprit]
+        rest = [contender for contender in contenders if contender is not lost]
+        record = measure(worker, case, rest, settings, progress)
+        return {**record, "rows": [*record["rows"], crashed(lost, str(loss))]}
 
 
-def row(contender: Contender, status: str, reason: str) -> dict:
-    return {"contender": contender.name, "status": status, "reason": reason}
+def crashed(contender: Contender, reason: str) -> dict:
+    return {"contender": contender.name, "status": "crashed", "reason": reason}

@@ -1,6 +1,7 @@
 """The machine's facts: what it is, which versions run, how fast it multiplies and moves memory at best."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -48,13 +49,9 @@ def slug(device: str, threads: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """The versions of what takes part, as far as it is installed."""
+    installed = {package for package in PACKAGES if importlib.util.find_spec(package) is not None}
+    return {package: importlib.metadata.version(package) for package in PACKAGES if package in installed}
 
 
 def commit() -> str:

@@ -119,6 +119,6 @@ def ratios(baseline: list[float], samples: list[float]) -> list[float]:
 
 
 def noise(baseline: list[float], twin: list[float]) -> float:
-    """Relative size of the differences that the same contender shows beside itself: bias and half the spread, the larger."""
+    """How far the same contender strays from itself, relatively: its bias or half its spread, whichever is larger."""
     middle, low, high = (math.log(value) for value in spread(ratios(baseline, twin)))
     return math.expm1(max(abs(middle), (high - low) / 2))

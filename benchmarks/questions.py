@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from benchmarks.cases import CELLS, Case, operations
 
 EVERY_PEER = ("torch-compile", "onnxruntime", "jax", "numpy", "flashrnn", "haste")
-FAST_PEERS = ("onnxruntime", "jax", "flashrnn", "haste")
+FAST_PEERS = ("onnxruntime", "flashrnn", "haste")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def each(cases: Iterable[Case], cells=CELLS, modes=("inference", "training")) ->
 
 
 def sequence_length(device: str, longest: int = 8192) -> Question:
-    lengths = [T for T in (1, 4, 16, 64, 256, 1024, 4096, 8192) if T <= longest]
+    lengths = [length for length in (1, 4, 16, 64, 256, 1024, 4096, 8192) if length <= longest]
     cases = each(replace(base(device), T=T) for T in lengths)
     return Question("sequence-length", "Time against sequence length", "T", EVERY_PEER, cases)
 

@@ -48,7 +48,7 @@ def run_case(case: Case, contenders: list[Contender], settings: Settings, enteri
 
 
 def check(contender: Contender, work: Workload, reference: dict[str, Tensor]) -> tuple[dict, Call | None]:
-    """Prepare a contender and hold its results against the oracle's; return its row and, if it may be timed, its Call."""
+    """Hold a contender's results against the oracle's; return its row and, if it may be timed, its Call."""
     try:
         module = contender.load()
         reason = module.unsupported(work.case, **contender.options)
@@ -77,7 +77,7 @@ def crashed(error: Exception) -> dict:
 def time_all(
     calls: dict[str, Call], rows: dict[str, dict], settings: Settings, entering: Entering
 ) -> dict[str, list[float]]:
-    """Time the calls and write the numbers into their rows; a call that raises loses its place and the rest start anew."""
+    """Write times into the rows; a call that raises loses its place, and the rest start anew."""
     turn = ""
 
     def enter(name: str) -> None:

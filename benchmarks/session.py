@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, options, plot, questions, report, store, tables
+from benchmarks import driver, options, plot, report, store, tables
 from benchmarks.cases import CELLS, Case, operations
 from benchmarks.contenders import OURS, Contender
 from benchmarks.measure import Effort

@@ -1,4 +1,4 @@
-"""Stored records as tables: one row per case and contender, and the summary over many cases. For people, in text and HTML.
+"""Stored records as tables: one row per case and contender, and the summary over many cases, in text and HTML.
 
 Every contender stands in the same ink. `x torch` is how many times faster than torch.nn in the same round; a difference
 inside the noise is called even.
@@ -61,7 +61,7 @@ def text_lines(rows: list[list[str]]) -> list[str]:
 
 
 class Mark(NamedTuple):
-    """One contender over many cases of one cell and mode: geometric mean of the ratios to torch, worst and best case."""
+    """One contender over the cases of one cell and mode: the ratio to torch, its geometric mean, worst and best."""
 
     cell: str
     mode: str

@@ -71,6 +71,10 @@ def finals(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return states if isinstance(states, tuple) else (states,)
 
 
+def named_gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {f"grad {name}": parameter.grad for name, parameter in module.named_parameters()}
+
+
 def forward_plain(module: nn.Module, given: Inputs) -> Result:
     """Call the module as torch.nn's are called, on a tensor or a PackedSequence."""
     output, states = module(given.x, given.hx)
@@ -83,8 +87,12 @@ def call(
     forward: Callable[[nn.Module, Inputs], Result],
     context: Callable[[], AbstractContextManager] = nullcontext,
     note: str = "",
+    gradients: Callable[[], dict[str, Tensor]] | None = None,
 ) -> Call:
-    """Make the Call of a module whose forward in this case's form is `forward`."""
+    """Make the Call of a module whose forward in this case's form is `forward`.
+
+    gradients: hands out the parameters' gradients where the module does not hold them under torch's names.
+    """
     given = inputs(work)
     parameters = list(module.parameters())
     training = work.case.mode == "training"
@@ -106,7 +114,7 @@ def call(
             tensors["every c"] = result.c_states
         if training:
             tensors["grad x"] = given.leaf.grad
-            tensors |= {f"grad {name}": parameter.grad for name, parameter in module.named_parameters()}
+            tensors |= gradients() if gradients else named_gradients(module)
         return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
 
     @contextmanager

@@ -8,6 +8,8 @@ On a GPU the weights are flattened, as cuDNN wants them. Where torch has no dire
     states    `torch.lstm_cell` step by step, the only operator that hands out every cell state
 """
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -42,7 +44,7 @@ def forward_resets(module: nn.Module, given: Inputs) -> Result:
     starts = [0, *(t for t in given.resets.any(1).nonzero().flatten().tolist() if t > 0), steps]
     output, states = module(given.x[: starts[1]], given.hx)
     outputs = [output]
-    for start, stop in zip(starts[1:], starts[2:], strict=False):
+    for start, stop in pairwise(starts[1:]):
         keep = (~given.resets[start]).to(output.dtype)[:, None]  # [B, 1]
         states = tuple(state * keep for state in finals(states))
         output, states = module(given.x[start:stop], states if len(states) > 1 else states[0])
