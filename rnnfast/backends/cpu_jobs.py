@@ -1,10 +1,11 @@
 """One layer as jobs for the Numba kernels: tensors in, records of raw addresses out, and the order of the phases.
 
-    forward     pack the weights; run every slice of every direction through all steps
-    backward    pack the weights; run every slice back; then the products that give the gradients by x and the weights
+forward     pack the weights; run every slice of every direction through all steps
+backward    pack the weights; run every slice back; then the products that give the gradients by x and the weights
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -66,9 +67,9 @@ class Call:
         # Records and buffers whose addresses are in use.
         self.alive: list = []
 
-    def record(self, kind: Record, **fields: int) -> int:
+    def record(self, layout: Record, /, **fields: int) -> int:
         """Lay out a record that lives as long as the call, and return its address."""
-        packed = kind.pack(**fields)
+        packed = layout.pack(**fields)
         self.alive.append(packed)
         return address(packed)
 
@@ -159,7 +160,7 @@ class Call:
             blocks = -(-fields["units"] // self.target.lanes)
             widest = build.widest_panel(gates)
             cuts = [min(blocks, cut * widest) for cut in plan.even_cuts(-(-blocks // widest), self.threads)]
-            for first, last in zip(cuts, cuts[1:], strict=False):
+            for first, last in pairwise(cuts):
                 if first < last:
                     places = self.buffer(8 * fields["depth"]) if fields["kind"] == build.ROWS else 0
                     parts = {"panels": panels[-1], "first": first, "last": last, "places": places}
@@ -207,7 +208,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
         shared |= dict(zip(("w_ih", "w_hh", "w_hr"), panels[direction * each :], strict=False))
         if not call.projected:
             shared["w_hr"] = 0
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             chunk = plan.chunk_steps(shape, last - first)
             fields = shared | call.slice_fields(direction, first, last) | call.work_fields(last - first, chunk)
             fields |= final_fields(call, direction, first, finals) | {"chunk": chunk}
@@ -279,7 +280,7 @@ def run_backward(
         if not call.projected:
             shared["w_hr"] = 0
         whole.append(call.record(loops.LAYER, **shared, **call.slice_fields(direction, 0, shape.batch)))
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             fields = shared | call.slice_fields(direction, first, last) | call.work_fields(last - first, 1)
             fields |= final_gradient_fields(call, direction, first, dfinals, dhx)
             jobs.append(call.record(loops.LAYER, **fields))
@@ -334,7 +335,7 @@ def input_gradient(call: Call, dx_gates: Tensor) -> Tensor:
     chunk = plan.product_chunk(call.target, depth)
     cuts = plan.even_cuts(shape.rows, call.threads)
     jobs = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         jobs.append(
             call.record(
                 gradients.PRODUCT,
@@ -401,7 +402,7 @@ def outer(
     cuts = [cut * target.lanes for cut in plan.even_cuts(-(-columns // target.lanes), call.threads)]
     block = plan.OUTER_BLOCK
     for group in range(groups):
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             if first == last:
                 continue
             fields = {

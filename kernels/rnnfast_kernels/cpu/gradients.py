@@ -1,0 +1,96 @@
+"""Products that follow the backward time loop: gradients by the input and by the weights.
+
+Their work is split over rows, or over rows of the result, never over the terms of a sum, and a sum's terms are added
+in blocks whose bounds depend on the layer alone: results do not depend on the number of threads.
+"""
+
+# ruff: noqa: F821
+
+from rnnfast_kernels.cpu.job import Record
+
+# out[rows, units] = sum over parts of left[part][rows, depth] * panels[part]
+PRODUCT = Record(
+    "rows", "depth", "units", "parts",
+    "left", "left_row", "left_part", "panels", "panels_part", "out", "out_row",
+    "tile", "places", "goals", "chunk",
+)  # fmt: skip
+
+# out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], bias = sum of left, for the
+# columns first to last. `layer` is a record of the whole batch, `right` tells which of its rows are meant.
+OUTER = Record(
+    "layer", "right", "group", "groups",
+    "left", "left_row", "columns", "first", "last", "units", "right_base", "right_row",
+    "out", "bias", "block",
+    "tile", "places", "left_places", "right_places", "panels", "strip",
+)  # fmt: skip
+
+# Values of `right`: the layer's input, the h that entered a step, or rows at `right_base`.
+INPUTS, ENTERING, GIVEN = 0, 1, 2
+
+
+def rows_product(address):
+    """The product of `PRODUCT`, in chunks of rows that fit a cache."""
+    job = product_at(address)
+    for first in range(0, job.rows, job.chunk):
+        count = min(job.chunk, job.rows - first)
+        fill_places(job.goals, job.out + first * job.out_row, job.out_row, count)
+        for part in range(job.parts):
+            left = job.left + part * job.left_part + first * job.left_row
+            fill_places(job.places, left, job.left_row, count)
+            panels = job.panels + part * job.panels_part
+            project_plain(count, job.places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, part > 0)
+
+
+def right_address(job, layer, order, step, row):
+    if job.right == INPUTS:
+        return x_address(layer, step) + row * layer.x_row
+    if job.right == ENTERING:
+        return entering_states(layer, order, step, row)[0]
+    return job.right_base + (first_index(layer, step) + row) * job.right_row
+
+
+def pack_strip(job, column, depth):
+    """Copy a vector's width of columns of the left rows side by side, and return their sums."""
+    total = zeros()
+    lanes = job.columns - column
+    for k in range(depth):
+        values = load(load_int(job.left_places + 8 * k) + column * ITEM, lanes)
+        store(job.strip + k * VECTOR, values, LANES)
+        total = total + values
+    return total
+
+
+def add_block(job, depth, accumulate):
+    """Add the terms of `depth` rows."""
+    blocks = (job.units + LANES - 1) // LANES
+    pack_rows(job.right_places, depth, job.units, job.panels, 0, blocks)
+    for column in range(job.first, job.last, LANES):
+        lanes = min(LANES, job.columns - column)
+        total = pack_strip(job, column, depth)
+        if job.bias:
+            spot = job.bias + column * ITEM
+            store(spot, total + load(spot, lanes) if accumulate else total, lanes)
+        fill_places(job.places, job.strip, ITEM, lanes)
+        out_row = job.units * ITEM
+        goals = job.places + 8 * lanes
+        fill_places(goals, job.out + column * out_row, out_row, lanes)
+        project_plain(lanes, job.places, VECTOR, job.panels, depth, job.units, goals, 0, job.tile, accumulate)
+
+
+def outer_product(address):
+    """The product of `OUTER`."""
+    job = outer_at(address)
+    layer = layer_at(job.layer)
+    depth, accumulate = 0, False
+    for order in range(layer.steps):
+        step = step_at(layer, order)
+        index = first_index(layer, step)
+        for row in range(job.group, live_rows(layer, step), job.groups):
+            store_int(job.left_places + 8 * depth, job.left + (index + row) * job.left_row)
+            store_int(job.right_places + 8 * depth, right_address(job, layer, order, step, row))
+            depth += 1
+            if depth == job.block:
+                add_block(job, depth, accumulate)
+                depth, accumulate = 0, True
+    if depth or not accumulate:
+        add_block(job, depth, accumulate)

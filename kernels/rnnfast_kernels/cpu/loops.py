@@ -1,0 +1,307 @@
+"""The time loops: one layer, one direction, a slice of the batch, all steps; generic over the cell.
+
+Both are bound over a cell, a dtype and a target, and take the address of a record of `LAYER` fields. What they call
+`state` is the cell's output state h and, apart from it, its `extra` states (c of an LSTM), which no product needs.
+"""
+
+# ruff: noqa: F821
+
+from rnnfast_kernels.cpu.job import Record
+
+# Sizes are in elements and rows, strides ("_row", "_step") in bytes, other fields addresses, of which 0 means absent.
+LAYER = Record(
+    # The slice of rows, and the steps: `sizes` the batch sizes, `starts` the index of each step's first row if packed.
+    "steps", "batch", "first_row", "rows", "reverse", "sizes", "starts", "resets",
+    "inputs", "hidden", "width",
+    # Input, and the panels of the weights.
+    "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr",
+    # Initial and final states.
+    "h_first", "h_first_row", "extra_first", "extra_first_row", "extra_first_step",
+    "h_final", "extra_final", "extra_final_step",
+    # States after every step: h is [rows, width], each extra state [rows, hidden].
+    "h", "h_row", "extra", "extra_row", "extra_step",
+    # Gates [rows, saved or G, hidden]; kept for all steps if `keep`, else for a chunk of steps.
+    "gates", "gates_row", "gate_step", "keep", "chunk", "full", "full_row",
+    # Gradients.
+    "dh", "dh_row", "dextra", "dextra_row", "dextra_step",
+    "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
+    "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row",
+    # Scratch of this job; `zeros` is a row of zeros.
+    "tile", "places", "goals", "h_work", "extra_work", "full_work", "zeros",
+)  # fmt: skip
+
+
+def live_rows(job, step):
+    """Rows of the slice that are valid at a step."""
+    if job.sizes == 0:
+        return job.rows
+    return max(0, min(load_int(job.sizes + 8 * step) - job.first_row, job.rows))
+
+
+def first_index(job, step):
+    """Index of the slice's first row of a step among the rows of all steps."""
+    if job.starts == 0:
+        return step * job.batch + job.first_row
+    return load_int(job.starts + 8 * step) + job.first_row
+
+
+def x_address(job, step):
+    if job.starts == 0:
+        return job.x + step * job.x_step + job.first_row * job.x_row
+    return job.x + first_index(job, step) * job.x_row
+
+
+def is_reset(job, step, row):
+    return job.resets != 0 and load_flag(job.resets + step * job.batch + job.first_row + row)
+
+
+def step_at(job, order):
+    """The step that comes at place `order` of the recurrence."""
+    return job.steps - 1 - order if job.reverse else order
+
+
+def gates_address(job, order, step):
+    """Gates of the slice's first row at a step."""
+    if job.keep:
+        return job.gates + first_index(job, step) * job.gates_row
+    return job.gates + (order % job.chunk) * job.rows * job.gates_row
+
+
+def project_inputs(job, first, last):
+    """Input part of the gates for the steps at places first to last, as one product."""
+    count = 0
+    for order in range(first, last):
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        fill_places(job.places + 8 * count, x_address(job, step), job.x_row, live)
+        fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
+        count += live
+    project_gates(count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, job.goals, job.gate_step, job.tile, False)
+
+
+def start_states(job, h_stride, extra_stride):
+    """Copy the initial states to the work space; rows without any step end with them."""
+    live = live_rows(job, 0) if job.steps else 0
+    for row in range(job.rows):
+        h_first = job.h_first + row * job.h_first_row
+        copy_row(h_first, job.h_work + row * h_stride, job.width)
+        copy_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
+        if row >= live:
+            copy_row(h_first, job.h_final + row * job.width * ITEM, job.width)
+        for state in range(EXTRA):
+            source = job.extra_first + state * job.extra_first_step + row * job.extra_first_row
+            copy_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+
+
+def apply_resets(job, step, live, h_now, h_stride, extra_stride):
+    for row in range(live):
+        if is_reset(job, step, row):
+            clear_row(h_now + row * h_stride, job.width)
+            for state in range(EXTRA):
+                clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+
+
+def clear_padding(job, step, live):
+    """Zero the results of the rows that a step of the padded layout does not have."""
+    for row in range(live, job.rows):
+        index = first_index(job, step) + row
+        clear_row(job.h + index * job.h_row, job.width)
+        if job.extra:
+            for state in range(EXTRA):
+                clear_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
+
+
+def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
+    """One step for all live rows: tile by tile the recurrent product, followed at once by the cell."""
+    fill_places(job.places, h_now, h_stride, live)
+    index = first_index(job, step)
+    cell_out = job.full_work if job.w_hr else h_next
+    cell_stride = extra_stride if job.w_hr else h_stride
+    last_block = (job.hidden + LANES - 1) // LANES
+    block = 0
+    while block < last_block:
+        blocks = gate_blocks(last_block - block)
+        panel = job.w_hh + block * (1 + job.width) * GATES * VECTOR
+        first = 0
+        while first < live:
+            count = gate_rows(live - first)
+            multiply(blocks * GATES, count, job.places + 8 * first, ITEM, panel, job.width, job.tile)
+            for row in range(first, first + count):
+                for i in range(blocks):
+                    unit = (block + i) * LANES
+                    lanes = job.hidden - unit
+                    place = unit * ITEM
+                    u = load_gates(job.tile + ((row - first) * blocks + i) * GATES * VECTOR, VECTOR, LANES)
+                    x = load_gates(gates + row * job.gates_row + place, job.gate_step, lanes)
+                    h = load(h_now + row * h_stride + place, LANES)
+                    extra = job.extra_work + row * extra_stride + place
+                    state = (h,) + load_extra(extra, job.rows * extra_stride, LANES)  # noqa: RUF005
+                    new_state, kept = cell_forward(x, u, state)
+                    store(cell_out + row * cell_stride + place, new_state[0], LANES)
+                    store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
+                    if job.w_hr == 0:
+                        store(job.h + (index + row) * job.h_row + place, new_state[0], lanes)
+                    elif job.full:
+                        store(job.full + (index + row) * job.full_row + place, new_state[0], lanes)
+                    if job.extra:
+                        spot = job.extra + (index + row) * job.extra_row + place
+                        store_tuple(spot, job.extra_step, new_state[1:], lanes)
+                    if job.keep:
+                        store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
+            first += count
+        block += blocks
+
+
+def project_output(job, step, live, h_next, h_stride, full_stride):
+    """h = W_hr times what the cell put out."""
+    fill_places(job.places, job.full_work, full_stride, live)
+    fill_places(job.goals, h_next, h_stride, live)
+    project_plain(live, job.places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
+    h = job.h + first_index(job, step) * job.h_row
+    for row in range(live):
+        copy_row(h_next + row * h_stride, h + row * job.h_row, job.width)
+
+
+def layer_forward(address):
+    """Run the slice through all steps."""
+    job = layer_at(address)
+    h_stride = (job.width + LANES - 1) // LANES * VECTOR
+    extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
+    h_now, h_next = job.h_work, job.h_work + job.rows * h_stride
+    start_states(job, h_stride, extra_stride)
+    for order in range(job.steps):
+        if order % job.chunk == 0:
+            project_inputs(job, order, min(order + job.chunk, job.steps))
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        if job.starts == 0:
+            clear_padding(job, step, live)
+        if job.resets:
+            apply_resets(job, step, live, h_now, h_stride, extra_stride)
+        advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, extra_stride)
+        if job.w_hr:
+            project_output(job, step, live, h_next, h_stride, extra_stride)
+        staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
+        for row in range(staying, live):
+            copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
+        h_now, h_next = h_next, h_now
+    for state in range(EXTRA):
+        for row in range(job.rows):
+            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
+            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+
+
+def start_gradients(job, h_stride, extra_stride):
+    """The gradient by a row's final state is where its recurrence back in time starts."""
+    for row in range(job.rows):
+        goal = job.h_work + row * h_stride
+        source = job.dh_final + row * job.width * ITEM if job.dh_final else job.zeros
+        copy_row(source, goal, job.width)
+        for state in range(EXTRA):
+            goal = job.extra_work + (state * job.rows + row) * extra_stride
+            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * ITEM
+            copy_row(source if job.dextra_final else job.zeros, goal, job.hidden)
+
+
+def end_gradients(job, h_stride, extra_stride):
+    """What has come back to the first step is the gradient by the initial state."""
+    for row in range(job.rows):
+        copy_row(job.h_work + row * h_stride, job.dh_first + row * job.width * ITEM, job.width)
+        for state in range(EXTRA):
+            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * ITEM
+            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+
+
+def add_gradients(job, step, live, h_stride, extra_stride):
+    """Add the gradient by the states that the caller saw."""
+    index = first_index(job, step)
+    for row in range(live):
+        if job.dh:
+            add_row(job.dh + (index + row) * job.dh_row, job.h_work + row * h_stride, job.width)
+        if job.dextra:
+            for state in range(EXTRA):
+                source = job.dextra + state * job.dextra_step + (index + row) * job.dextra_row
+                add_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+
+
+def entering_states(job, order, step, row):
+    """Addresses of the states that a row entered a step with, h and extra, and the distance between the extra ones."""
+    if is_reset(job, step, row):
+        return job.zeros, job.zeros, 0
+    if order > 0:
+        before = step_at(job, order - 1)
+        if row < live_rows(job, before):
+            index = first_index(job, before) + row
+            return job.h + index * job.h_row, job.extra + index * job.extra_row, job.extra_step
+    return job.h_first + row * job.h_first_row, job.extra_first + row * job.extra_first_row, job.extra_first_step
+
+
+def differentiate_cell(job, order, step, row, h_stride, extra_stride):
+    """Gradient by a row's gates and, in place, by the states that entered the step (but for the recurrent product)."""
+    index = first_index(job, step) + row
+    h_before, extra_before, before_step = entering_states(job, order, step, row)
+    h_after = job.h + index * job.h_row
+    dh_in = job.h_work + row * h_stride
+    if job.w_hr:
+        h_before = job.zeros
+        h_after = job.full + index * job.full_row
+        dh_in = job.full_work + row * extra_stride
+    extra_after = job.extra + index * job.extra_row
+    dextra = job.extra_work + row * extra_stride
+    gates = job.gates + index * job.gates_row
+    dgates = index * job.dgates_row
+    gate_step = job.hidden * ITEM
+    for unit in range(0, job.hidden, LANES):
+        place, lanes = unit * ITEM, job.hidden - unit
+        dstate = (load(dh_in + place, LANES),) + load_extra(dextra + place, job.rows * extra_stride, LANES)  # noqa: RUF005
+        kept = load_kept(gates + place, gate_step, lanes)
+        state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
+        new_state = (load(h_after + place, lanes),) + load_extra(extra_after + place, job.extra_step, lanes)  # noqa: RUF005
+        dx, du, direct = cell_backward(dstate, kept, state, new_state)
+        store_tuple(job.dx_gates + dgates + place, gate_step, dx, lanes)
+        if job.du_gates != job.dx_gates:
+            store_tuple(job.du_gates + dgates + place, gate_step, du, lanes)
+        store(dh_in + place, direct[0], LANES)
+        store_tuple(dextra + place, job.rows * extra_stride, direct[1:], LANES)
+
+
+def clear_gradients(job, step, live):
+    """Zero the gates' gradients in the rows that a step of the padded layout does not have."""
+    for row in range(live, job.rows):
+        index = first_index(job, step) + row
+        clear_row(job.dx_gates + index * job.dgates_row, GATES * job.hidden)
+        clear_row(job.du_gates + index * job.dgates_row, GATES * job.hidden)
+
+
+def layer_backward(address):
+    """Run the slice back through all steps: gradients by the gates and by the initial states."""
+    job = layer_at(address)
+    h_stride = (job.width + LANES - 1) // LANES * VECTOR
+    extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
+    start_gradients(job, h_stride, extra_stride)
+    fill_places(job.goals, job.h_work, h_stride, job.rows)
+    for order in range(job.steps - 1, -1, -1):
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        index = first_index(job, step)
+        if job.starts == 0:
+            clear_gradients(job, step, live)
+        add_gradients(job, step, live, h_stride, extra_stride)
+        if job.w_hr:
+            fill_places(job.places, job.full_work, extra_stride, live)
+            project_plain(live, job.goals, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
+            for row in range(live):
+                goal = job.dh_total + (index + row) * job.dh_total_row
+                copy_row(job.h_work + row * h_stride, goal, job.width)
+        for row in range(live):
+            differentiate_cell(job, order, step, row, h_stride, extra_stride)
+        fill_places(job.places, job.du_gates + index * job.dgates_row, job.dgates_row, live)
+        depth = GATES * job.hidden
+        direct = job.w_hr == 0
+        project_plain(live, job.places, ITEM, job.w_hh, depth, job.width, job.goals, 0, job.tile, direct)
+        for row in range(live):
+            if is_reset(job, step, row):
+                clear_row(job.h_work + row * h_stride, job.width)
+                for state in range(EXTRA):
+                    clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+    end_gradients(job, h_stride, extra_stride)

@@ -1,0 +1,107 @@
+"""Packing of panels, and products of rows with panels, bound over a target's vectors and a number of gates.
+
+A matrix that stands on the right of a product is kept as panels (see `tile`). With G gates, a panel holds the same
+hidden units of every gate side by side: its vectors are [blocks, G], a block being one vector's worth of units. So a
+tile of the product has all gates of its units, and a cell can follow it at once. G = 1 is the ordinary product.
+"""
+
+# ruff: noqa: F821
+
+
+def panel_blocks(blocks):
+    """Blocks of the next panel when `blocks` are left."""
+    if WIDEST >= 4 and blocks >= 4:
+        return 4
+    if WIDEST >= 2 and blocks >= 2:
+        return 2
+    return 1
+
+
+def tile_rows(rows):
+    """Rows of the next tile when `rows` are left: as even as they can be."""
+    tiles = (rows + ROWS - 1) // ROWS
+    return (rows + tiles - 1) // tiles
+
+
+def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
+    """Pack weight [G*units, depth], whose rows are a product's columns, and bias [G*units] if its address is not 0."""
+    block = first_block
+    while block < last_block:
+        blocks = panel_blocks(last_block - block)
+        panel = panels + block * (1 + depth) * GATES * VECTOR
+        line = blocks * GATES * VECTOR
+        for vector in range(blocks * GATES):
+            unit = (block + vector // GATES) * LANES
+            count = units - unit
+            row = (vector % GATES) * units + unit
+            goal = panel + vector * VECTOR
+            store(goal, load(bias + row * ITEM, count) if bias else zeros(), LANES)
+            for k in range(0, depth, LANES):
+                source = weight + (row * depth + k) * ITEM
+                transpose_square(source, depth * ITEM, count, min(LANES, depth - k), goal + line * (1 + k), line)
+        block += blocks
+
+
+def pack_rows(places, depth, units, panels, first_block, last_block):
+    """Pack the matrix [depth, units] whose rows are at the addresses `places`."""
+    block = first_block
+    while block < last_block:
+        blocks = panel_blocks(last_block - block)
+        goal = panels + block * (1 + depth) * VECTOR
+        for i in range(blocks):
+            store(goal + i * VECTOR, zeros(), LANES)
+        for k in range(depth):
+            goal += blocks * VECTOR
+            source = load_int(places + 8 * k)
+            for i in range(blocks):
+                unit = (block + i) * LANES
+                store(goal + i * VECTOR, load(source + unit * ITEM, units - unit), LANES)
+        block += blocks
+
+
+def project(rows, places, step, panels, depth, units, goals, gate_step, tile, accumulate):
+    """Multiply rows by panels and write, or add, each result [G, units] to the row's address in `goals`."""
+    last_block = (units + LANES - 1) // LANES
+    block = 0
+    while block < last_block:
+        blocks = panel_blocks(last_block - block)
+        panel = panels + block * (1 + depth) * GATES * VECTOR
+        first = 0
+        while first < rows:
+            count = tile_rows(rows - first)
+            multiply(blocks * GATES, count, places + 8 * first, step, panel, depth, tile)
+            source = tile
+            for row in range(first, first + count):
+                goal = load_int(goals + 8 * row)
+                for vector in range(blocks * GATES):
+                    unit = (block + vector // GATES) * LANES
+                    spot = goal + (vector % GATES) * gate_step + unit * ITEM
+                    value = load(source, LANES)
+                    if accumulate:
+                        value = value + load(spot, units - unit)
+                    store(spot, value, units - unit)
+                    source += VECTOR
+            first += count
+        block += blocks
+
+
+def copy_row(source, goal, units):
+    for unit in range(0, units, LANES):
+        store(goal + unit * ITEM, load(source + unit * ITEM, units - unit), units - unit)
+
+
+def add_row(source, goal, units):
+    for unit in range(0, units, LANES):
+        spot = goal + unit * ITEM
+        store(spot, load(spot, units - unit) + load(source + unit * ITEM, units - unit), units - unit)
+
+
+def clear_row(goal, units):
+    for unit in range(0, units, LANES):
+        store(goal + unit * ITEM, zeros(), units - unit)
+
+
+def fill_places(places, start, step, count):
+    """Write `count` addresses, `step` bytes apart."""
+    for i in range(count):
+        store_int(places + 8 * i, start + i * step)

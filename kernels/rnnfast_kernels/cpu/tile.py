@@ -1,0 +1,164 @@
+"""The register-tiled product, and the transposition that packs its operand, as LLVM IR.
+
+A panel is the right operand's [depth, N vectors] part, packed so that it is read in order, with one row of initial
+values (a bias) before it. `multiplier(target, ...)` gives the function
+
+    multiply(N, rows, places, step, panel, depth, out)
+        out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
+
+`places` is the address of `rows` int64 addresses, one for each row of the left operand; its elements are `step` bytes
+apart, so that a row may be a column of a matrix. `out` is [rows, N vectors].
+
+The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
+on how the product was tiled.
+"""
+
+import itertools
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from rnnfast_kernels.cpu.target import Target
+from rnnfast_kernels.cpu.vector import (
+    ELEMENT,
+    INT64,
+    Vec,
+    declared,
+    load_all,
+    load_first,
+    pointer,
+    splat,
+    store_all,
+    suffix,
+)
+
+
+def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Function:
+    """The product for one tile of `rows` x `vectors` registers."""
+    name = f"rnnfast_tile_{suffix(vec)}_{rows}x{vectors}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 5), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    places, step, panel, depth, out = function.args
+    width = vec.lanes * vec.item
+
+    entry = function.append_basic_block("entry")
+    head, body, done = (function.append_basic_block(label) for label in ("head", "body", "done"))
+    builder = ir.IRBuilder(entry)
+    fused = declared(builder, f"llvm.fmuladd.{suffix(vec)}", vec.llvm, vec.llvm, vec.llvm, vec.llvm)
+    left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
+    initial = [load_all(builder, vec, builder.add(panel, INT64(width * n))) for n in range(vectors)]
+    first = builder.add(panel, INT64(width * vectors))
+    builder.branch(head)
+
+    builder.position_at_end(head)
+    k = builder.phi(INT64)
+    offset = builder.phi(INT64)
+    right = builder.phi(INT64)
+    sums = [[builder.phi(vec.llvm) for _ in range(vectors)] for _ in range(rows)]
+    builder.cbranch(builder.icmp_signed("<", k, depth), body, done)
+
+    builder.position_at_end(body)
+    columns = [load_all(builder, vec, builder.add(right, INT64(width * n))) for n in range(vectors)]
+    new_sums = []
+    for row in range(rows):
+        scalar = builder.load(pointer(builder, builder.add(left[row], offset), ELEMENT[vec.dtype]))
+        wide = splat(builder, scalar, vec.lanes)
+        new_sums.append([builder.call(fused, [wide, columns[n], sums[row][n]]) for n in range(vectors)])
+    following = (
+        (k, INT64(0), builder.add(k, INT64(1))),
+        (offset, INT64(0), builder.add(offset, step)),
+        (right, first, builder.add(right, INT64(width * vectors))),
+    )
+    builder.branch(head)
+    for phi, start, after in following:
+        phi.add_incoming(start, entry)
+        phi.add_incoming(after, body)
+    for row in range(rows):
+        for n in range(vectors):
+            sums[row][n].add_incoming(initial[n], entry)
+            sums[row][n].add_incoming(new_sums[row][n], body)
+
+    builder.position_at_end(done)
+    for row in range(rows):
+        for n in range(vectors):
+            store_all(builder, vec, builder.add(out, INT64(width * (row * vectors + n))), sums[row][n])
+    builder.ret_void()
+    return function
+
+
+def multiplier(target: Target, widths: tuple[int, ...], most_rows: int):
+    """`multiply` for panels as wide as one of `widths`, in vectors, and any number of rows from 1 to `most_rows`."""
+    vec = Vec(target.dtype, target.lanes)
+
+    @intrinsic
+    def multiply(typing, vectors, rows, places, step, panel, depth, out):
+        def lower(context, builder, sig, args):
+            width, count, *operands = args
+            end = builder.append_basic_block("multiplied")
+            choice = builder.switch(builder.add(builder.mul(width, INT64(most_rows + 1)), count), end)
+            for vectors, rows in itertools.product(widths, range(1, most_rows + 1)):
+                block = builder.append_basic_block(f"tile_{rows}x{vectors}")
+                choice.add_case(INT64(vectors * (most_rows + 1) + rows), block)
+                with builder.goto_block(block):
+                    builder.call(tile_function(builder.module, vec, rows, vectors), operands)
+                    builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), lower
+
+    return multiply
+
+
+def interleave(builder: ir.IRBuilder, vec: Vec, a: ir.Value, b: ir.Value, half: int) -> tuple[ir.Value, ir.Value]:
+    """The first, and the second, halves of a's and b's lanes, taken in turn in runs of `half` lanes."""
+    lanes = vec.lanes
+
+    def pick(offset: int) -> ir.Value:
+        mask = []
+        for lane in range(0, lanes, 2 * half):
+            mask += [lane + offset + i for i in range(half)]
+            mask += [lanes + lane + offset + i for i in range(half)]
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), mask))
+
+    return pick(0), pick(half)
+
+
+def transposed(builder: ir.IRBuilder, vec: Vec, rows: list[ir.Value]) -> list[ir.Value]:
+    """Transpose a square of vectors: swap the off-diagonal halves, then those of each half, down to single lanes."""
+    half = vec.lanes // 2
+    while half:
+        for start in range(0, vec.lanes, 2 * half):
+            for row in range(start, start + half):
+                rows[row], rows[row + half] = interleave(builder, vec, rows[row], rows[row + half], half)
+        half //= 2
+    return rows
+
+
+def transposer(target: Target):
+    """`transpose_square`, which packs `lanes` rows of a matrix as the columns of a panel."""
+    vec = Vec(target.dtype, target.lanes)
+
+    @intrinsic
+    def transpose_square(typing, source, source_step, rows, columns, out, out_step):
+        """out[k, i] = source[i, k] for i < lanes and k < columns <= lanes; 0 for i >= rows."""
+
+        def lower(context, builder, sig, args):
+            start, step, count, depth, goal, goal_step = args
+            loaded = []
+            for row in range(vec.lanes):
+                inside = builder.icmp_signed("<", INT64(row), count)
+                lanes = builder.select(inside, depth, INT64(0))
+                loaded.append(load_first(builder, vec, builder.add(start, builder.mul(step, INT64(row))), lanes))
+            for k, column in enumerate(transposed(builder, vec, loaded)):
+                with builder.if_then(builder.icmp_signed("<", INT64(k), depth)):
+                    store_all(builder, vec, builder.add(goal, builder.mul(goal_step, INT64(k))), column)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), lower
+
+    return transpose_square
