@@ -160,14 +160,18 @@ def differentiate_twice(cell, reverse, batch_sizes, resets, tensors, incoming, g
         seeds = [None if g is None else variable(g, again) for g in incoming]
         x, hx, weights = inputs[0], inputs[1 : 1 + count], inputs[1 + count :]
         states, finals = reference.run(ops.make_layer(cell, reverse, x, hx, weights, batch_sizes, resets))
-        pairs = [(out, seed) for out, seed in zip((*states, *finals), seeds, strict=True) if seed is not None]
+        pairs = zip((*states, *finals), seeds, strict=True)
+        pairs = [(out, seed) for out, seed in pairs if seed is not None and out.requires_grad]
+        if not pairs:
+            return (None,) * (len(tensors) + len(incoming))
         outputs, given = zip(*pairs, strict=True)
         first = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
         chosen = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
         if not chosen:
             return (None,) * (len(tensors) + len(incoming))
         by_first, by_grads = zip(*chosen, strict=True)
-        found = iter(torch.autograd.grad(by_first, [*inputs, *given], by_grads, create_graph=again, allow_unused=True))
+        wanted = [*inputs, *(seed for seed in seeds if seed is not None)]
+        found = iter(torch.autograd.grad(by_first, wanted, by_grads, create_graph=again, allow_unused=True))
     by_tensor = [next(found) for _ in inputs]
     return (*by_tensor, *(None if seed is None else next(found) for seed in seeds))
 

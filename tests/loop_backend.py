@@ -65,7 +65,8 @@ def whole_backward(layer, dstates, dfinals, needs):
         hx, weights = leaves[1 : 1 + count], leaves[1 + count :]
         again = ops.make_layer(layer.cell, layer.reverse, leaves[0], hx, weights, layer.batch_sizes, layer.resets)
         states, finals = reference.run(again)
-        pairs = [(o, g) for o, g in zip((*states, *finals), (*dstates, *dfinals), strict=True) if g is not None]
+        pairs = [(o, g) for o, g in zip((*states, *finals), (*dstates, *dfinals), strict=True)]
+        pairs = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
         grads = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
     grads = [torch.zeros_like(leaf) if g is None else g.clone() for g, leaf in zip(grads, leaves, strict=True)]
     named = ops.pack_weights(grads[1 + count :], len(layer.reverse))

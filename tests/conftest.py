@@ -1,0 +1,28 @@
+"""What all tests share: the backends under test and the device of each."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends_under_test() -> list[str]:
+    """Return the backends that this process can run: Triton on a GPU or interpreted, else Numba."""
+    return ["triton"] if INTERPRETED or torch.cuda.is_available() else ["numba"]
+
+
+@pytest.fixture(params=backends_under_test())
+def backend(request):
+    """A backend's name, selected for the length of the test."""
+    import rnnfast
+
+    with rnnfast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that the backend under test works on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
