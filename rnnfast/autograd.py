@@ -17,6 +17,9 @@ from torch import Tensor
 from rnnfast import batching, ops, reference
 
 
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 class Spec(NamedTuple):
     """The constants of a layer: the first arguments of both Functions."""
 
@@ -37,7 +40,7 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     States beyond the first are usable only with `spec.all_states`.
     """
     tensors = (x, *hx, *weights)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         results = LayerFunction.apply(*spec, batch_sizes, resets, *tensors)
     else:
         results = torch.ops.rnnfast.layer(
@@ -46,17 +49,49 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     return tuple(results[: spec.states]), tuple(results[spec.states : 2 * spec.states])
 
 
+def layer_kernel(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+    """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, hx, weights)):
+        with below_autograd():
+            return torch.ops.rnnfast.layer(
+                cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets
+            )
+    results = apply(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
+    count = len(hx)
+    hidden = () if save or all_states else results[1:count]
+    shown = results if save else results[: 2 * count]
+    return [x.new_empty(0) if 1 <= n <= len(hidden) else result for n, result in enumerate(shown)]
+
+
+def backward_kernel(
+    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+    states, saved, dstates, dfinals,
+) -> list[Tensor]:  # fmt: skip
+    """What autograd does on meeting the operator `layer_backward` itself."""
+    counts = (1 + len(hx) + len(weights), len(saved))
+    constants = (cell, backend, reverse, need_x, need_hx, need_weights, groups, *counts)
+    tensors = (batch_sizes, resets, x, *hx, *weights, *states, *saved, *dstates, *dfinals)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return list(apply(LayerBackward, *constants, *tensors))
+    return list(LayerBackward.forward(*constants, *tensors))
+
+
+def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
+    """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 class LayerFunction(torch.autograd.Function):
     """A layer with what backward needs: returns the states, the finals and the saved tensors."""
 
     @staticmethod
     def forward(cell, backend, reverse, all_states, batch_sizes, resets, x, *tensors):
         count = len(CELLS[cell].states)
-        return tuple(
-            torch.ops.rnnfast.layer(
+        with below_autograd():
+            results = torch.ops.rnnfast.layer(
                 cell, backend, reverse, True, all_states, x, tensors[:count], tensors[count:], batch_sizes, resets
             )
-        )
+        return tuple(results)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,12 +132,12 @@ class LayerBackward(torch.autograd.Function):
     def forward(cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count, *args):
         layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
         x, hx, weights, batch_sizes, resets = layer_args
-        return tuple(
-            torch.ops.rnnfast.layer_backward(
+        with below_autograd():
+            results = torch.ops.rnnfast.layer_backward(
                 cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
                 states, saved, dstates, dfinals,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        return tuple(results)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,3 +216,7 @@ def variable(tensor: Tensor, connected: bool) -> Tensor:
     if connected and tensor.requires_grad:
         return tensor.view_as(tensor)
     return tensor.detach().requires_grad_()
+
+
+ops.library.impl("layer", layer_kernel, "Autograd")
+ops.library.impl("layer_backward", backward_kernel, "Autograd")
