@@ -34,7 +34,7 @@ print(first, time.perf_counter() - start)
 
 
 def measure(cells: tuple[str, ...], turn: c_int) -> list[dict]:
-    """Rows of milliseconds. `cold` starts from empty kernel caches; `cached` is a later process that finds them full."""
+    """Rows of milliseconds. `cold` starts from empty kernel caches, `cached` is a later process."""
     turn.value = -1
     rows = [{"what": "import torch", "ms": milliseconds(IMPORT.format(more=""), 0)}]
     rows.append({"what": "import rnnfast, after torch", "ms": milliseconds(IMPORT.format(more="import rnnfast"), 1)})

@@ -67,11 +67,24 @@ def questions_of(results: dict[str, Any]) -> list[str]:
 
 
 def floor_ms(case: Case, machine: dict[str, Any]) -> float | None:
-    """The least time this machine needs: operations at its GEMM rate or bytes at its bandwidth, whichever is more."""
+    """The least time this machine needs: operations at its GEMM rate or bytes at its bandwidth, whichever is more.
+
+    The bandwidth is that of a copy of the next larger size measured, since small cases stay in a cache.
+    """
     rate = machine["gemm_flops"].get(case.dtype)
     if rate is None:
         return None
-    return 1e3 * max(operations(case) / rate, traffic(case) / machine["bandwidth"])
+    moved = traffic(case)
+    copies = {int(size): rate for size, rate in machine["bandwidth"].items()}
+    size = min((size for size in copies if size >= moved), default=max(copies))
+    return 1e3 * max(operations(case) / rate, moved / copies[size])
+
+
+def limits_text(machine: dict[str, Any]) -> str:
+    """The measured limits in one line."""
+    rates = [f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in machine["gemm_flops"].items()]
+    copies = [f"{int(size) / 2**20:g} MB at {rate / 1e9:.1f} GB/s" for size, rate in machine["bandwidth"].items()]
+    return f"large product {', '.join(rates)}; copy of {', '.join(copies)}"
 
 
 def verdict(row: dict[str, Any], noise: float | None) -> str:

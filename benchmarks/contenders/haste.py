@@ -1,7 +1,7 @@
 """haste on a GPU: its LSTM and GRU modules, which compute torch's functions with the gates in another order.
 
-Best setting: time-major, no DropConnect and no zoneout, so that its plain kernels run. Its LSTM has one bias, which gets
-the sum of torch's two; so the gradient of that sum is the gradient of either.
+Best setting: time-major, no DropConnect and no zoneout, so that its plain kernels run. Its LSTM has one bias, which
+gets the sum of torch's two; so the gradient of that sum is the gradient of either.
 """
 
 import haste_pytorch

@@ -1,8 +1,8 @@
 """JAX on the CPU: `jax.lax.scan` over the steps, compiled with `jit`, gradients by `jax.vjp`.
 
 Best setting: the input projection of all steps is one product outside the scan, as here; forward and backward are one
-compiled function; the scan is unrolled eightfold, which amortises the loop's overhead without long compilation. XLA takes
-as many threads as the process has cores.
+compiled function; the scan is unrolled eightfold, which amortises the loop's overhead without long compilation. XLA
+takes as many threads as the process has cores.
 """
 
 from typing import Any

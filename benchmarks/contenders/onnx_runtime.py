@@ -1,8 +1,8 @@
 """ONNX Runtime, forward: its RNN, LSTM and GRU operators, one node per layer.
 
 Best setting: all graph optimisations, as many intra-op threads as torch has, sequential execution, and inputs and
-outputs bound once to fixed buffers, so that a run neither copies nor allocates. Its threads may spin during a run, as is
-its default, and stop when the run ends, or they would spin into the next contender's time.
+outputs bound once to fixed buffers, so that a run neither copies nor allocates. Its threads may spin during a run, as
+is its default, and stop when the run ends, or they would spin into the next contender's time.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """A plain torch loop over the steps under `torch.compile`, Inductor's default mode.
 
 Best setting found: the input projection of all steps is one product outside the loop; the loop is compiled in stretches
-of 8 unrolled steps, so that pointwise work fuses across a step while the compile time stays within a minute whatever T is
-(Dynamo unrolls a Python loop: one graph of 1,000 steps takes longer to compile than anyone waits).
+of 8 unrolled steps, so that the pointwise work of a step fuses while the compile time stays within a minute whatever T
+is (Dynamo unrolls a Python loop: one graph of 1,000 steps takes longer to compile than anyone waits).
 """
 
 import torch
