@@ -111,6 +111,6 @@ def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
 
 def warmup(cell: str, dtype: torch.dtype) -> None:
     """Compile the kernels of a cell and a dtype, or load them from the disk cache."""
-    from rnnfast_kernels.cpu.build import kernels
+    from rnnfast_kernels.cpu.build import kernel
 
-    kernels(cell, NATIVE.get(dtype, "float32"))
+    kernel(cell, NATIVE.get(dtype, "float32"))

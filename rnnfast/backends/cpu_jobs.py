@@ -5,6 +5,7 @@ backward    pack the weights; run every slice back; then the products that give 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -62,7 +63,7 @@ class Call:
         )
         self.item = x.element_size()
         self.target = self.shape.target
-        self.kernels = build.kernels(self.shape.cell, self.shape.dtype)
+        self.kernel = build.kernel(self.shape.cell, self.shape.dtype)
         self.threads = torch.get_num_threads()
         # Records and buffers whose addresses are in use.
         self.alive: list = []
@@ -79,8 +80,9 @@ class Call:
         self.alive.append(memory)
         return memory.data_ptr()
 
-    def run(self, kernel, jobs: Sequence[int], work: int) -> None:
-        pool.run(kernel, jobs, plan.threads_for(work, self.threads))
+    def run(self, task: int, jobs: Sequence[int], work: int) -> None:
+        """Have the kernel do a task for every record, side by side if the work is worth it."""
+        pool.run(partial(self.kernel, task), jobs, plan.threads_for(work, self.threads))
 
     def slice_fields(self, direction: int, first: int, last: int) -> dict[str, int]:
         """Fields of a `LAYER` record that say which rows and steps a job has, and where its inputs are."""
@@ -165,7 +167,7 @@ class Call:
                     places = self.buffer(8 * fields["depth"]) if fields["kind"] == build.ROWS else 0
                     parts = {"panels": panels[-1], "first": first, "last": last, "places": places}
                     jobs.append(self.record(build.PACK, **fields, **parts))
-        self.run(self.kernels.pack, jobs, work)
+        self.run(build.PACK_WEIGHT, jobs, work)
         return panels
 
     def columns(self, weight: Tensor, bias: Tensor | None) -> dict[str, int]:
@@ -215,7 +217,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
             if gates is None:
                 fields |= gate_work(call, last - first, chunk)
             jobs.append(call.record(loops.LAYER, **fields))
-    call.run(call.kernels.forward, jobs, shape.rows * shape.row_work * shape.directions)
+    call.run(build.FORWARD, jobs, shape.rows * shape.row_work * shape.directions)
     states = (h,) if not shape.extra else (h, x.new_empty(0) if extra is None else extra)
     return Result(states, finals, tuple(each for each in (gates, full) if each is not None))
 
@@ -284,7 +286,7 @@ def run_backward(
             fields = shared | call.slice_fields(direction, first, last) | call.work_fields(last - first, 1)
             fields |= final_gradient_fields(call, direction, first, dfinals, dhx)
             jobs.append(call.record(loops.LAYER, **fields))
-    call.run(call.kernels.backward, jobs, work)
+    call.run(build.BACKWARD, jobs, work)
 
     dx = input_gradient(call, dx_gates) if needs.x else None
     weights = tuple(Weights(None, None, None, None, None) for _ in call.weights)
@@ -356,7 +358,7 @@ def input_gradient(call: Call, dx_gates: Tensor) -> Tensor:
                 chunk=chunk,
             )
         )
-    call.run(call.kernels.product, jobs, shape.rows * depth * shape.inputs * shape.directions)
+    call.run(build.ROWS_PRODUCT, jobs, shape.rows * depth * shape.inputs * shape.directions)
     return dx
 
 
@@ -375,7 +377,7 @@ def weight_gradients(call: Call, whole, dx_gates, du_gates, dh_total, full, grou
         if full is not None:
             w_hr, _ = outer(call, jobs, place, dh_total, shape.hidden, gradients.GIVEN, groups, False, full)
         results.append((w_ih, w_hh, b_ih, b_hh, w_hr))
-    call.run(call.kernels.outer, jobs, shape.rows * shape.row_work * shape.directions)
+    call.run(build.OUTER_PRODUCT, jobs, shape.rows * shape.row_work * shape.directions)
     return tuple(
         Weights(w_ih, w_hh, b_ih, b_ih.clone() if b_hh is None and b_ih is not None else b_hh, w_hr)
         for w_ih, w_hh, b_ih, b_hh, w_hr in results

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from numba import njit
 
@@ -42,14 +41,22 @@ def pack(address):
         pack_rows(job.places, job.depth, job.units, job.panels, job.first, job.last)
 
 
-class Kernels(NamedTuple):
-    """Compiled entry points. Each takes the address of a record."""
+# What an entry point can be asked to do.
+PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT = range(5)
 
-    pack: Callable[[int], None]
-    forward: Callable[[int], None]
-    backward: Callable[[int], None]
-    product: Callable[[int], None]
-    outer: Callable[[int], None]
+
+def run_job(task, address):
+    """The one entry point: a task and the address of its record. (One, because what tasks share then compiles once.)"""
+    if task == PACK_WEIGHT:
+        pack(address)
+    elif task == FORWARD:
+        layer_forward(address)
+    elif task == BACKWARD:
+        layer_backward(address)
+    elif task == ROWS_PRODUCT:
+        rows_product(address)
+    else:
+        outer_product(address)
 
 
 HELPERS = (
@@ -74,6 +81,11 @@ HELPERS = (
     gradients.right_address,
     gradients.pack_strip,
     gradients.add_block,
+    pack,
+    loops.layer_forward,
+    loops.layer_backward,
+    gradients.rows_product,
+    gradients.outer_product,
 )
 
 
@@ -85,13 +97,18 @@ def sources() -> str:
 
 
 def inline(function: Callable, namespace: dict, **options) -> None:
-    """Compile `function` over `namespace` and add it there."""
-    namespace[function.__name__] = njit(bind(function, namespace), error_model="numpy", **options)
+    """Compile `function` over `namespace` and add it there.
+
+    Its name carries the salt too: code from the disk cache holds such functions under names that must not meet those
+    of another cell or dtype compiled in this process.
+    """
+    namespace[function.__name__] = njit(bind(function, namespace, namespace["SALT"]), error_model="numpy", **options)
 
 
-def vectors(target: Target) -> dict:
+def vectors(target: Target, salt: str) -> dict:
     """Memory, arithmetic and activations."""
     namespace = {
+        "SALT": salt,
         **vector.operations(target),
         **activations.constants(target.dtype),
         "transpose_square": tile.transposer(target),
@@ -113,6 +130,7 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
     widths = tuple(gates * blocks for blocks in (1, 2, 4) if blocks <= widest)
     over = {
         **namespace,
+        "SALT": f"{namespace['SALT']} {gates}",
         "GATES": gates,
         "WIDEST": widest,
         "ROWS": rows,
@@ -130,9 +148,9 @@ def widest_panel(gates: int) -> int:
     return {1: 4, 2: 2}.get(gates, 1)
 
 
-def assemble(cell: Cell, target: Target) -> dict:
+def assemble(cell: Cell, target: Target, salt: str) -> dict:
     """Everything that an entry point may call."""
-    base = vectors(target)
+    base = vectors(target, salt)
     plain = tiled(target, 1, base)
     gated = plain if cell.gates == 1 else tiled(target, cell.gates, base)
     extra = len(cell.states) - 1
@@ -156,37 +174,31 @@ def assemble(cell: Cell, target: Target) -> dict:
         "outer_at": gradients.OUTER.reader(),
         "pack_at": PACK.reader(),
     }
+    namespace.update(PACK_WEIGHT=PACK_WEIGHT, FORWARD=FORWARD, BACKWARD=BACKWARD, ROWS_PRODUCT=ROWS_PRODUCT)
     namespace.update(INPUTS=gradients.INPUTS, ENTERING=gradients.ENTERING)
     namespace.update(GATE_COLUMNS=GATE_COLUMNS, COLUMNS=COLUMNS)
-    namespace["cell_forward"] = njit(bind(cell.forward, base), forceinline=True, error_model="numpy")
-    namespace["cell_backward"] = njit(bind(cell.backward, base), forceinline=True, error_model="numpy")
+    for name, equations in (("cell_forward", cell.forward), ("cell_backward", cell.backward)):
+        namespace[name] = njit(bind(equations, base, salt), forceinline=True, error_model="numpy")
     for function in HELPERS:
         inline(function, namespace)
     return namespace
 
 
 @functools.cache
-def kernels(cell_name: str, dtype: str) -> Kernels:
-    """Compile, or load from the disk cache, all kernels of a cell and a dtype."""
+def kernel(cell_name: str, dtype: str) -> Callable[[int, int], None]:
+    """Compile, or load from the disk cache, the entry point of a cell and a dtype."""
     with lock:
         cell = CELLS[cell_name]
         chosen = target(dtype)
-        namespace = assemble(cell, chosen)
         equations = inspect.getsource(cell.forward) + inspect.getsource(cell.backward)
         salt = f"{sources()}\0{equations}\0{cell.gates} {cell.saved} {cell.states}\0{chosen}"
-        entries = (pack, loops.layer_forward, loops.layer_backward, gradients.rows_product, gradients.outer_product)
-        return Kernels(*(compiled(bind(entry, namespace, salt)) for entry in entries))
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile an entry point; where its result cannot be kept on disk, warn once and go on."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        kernel = njit("void(int64)", cache=True, **options)(function)
-    except (OSError, RuntimeError) as error:
-        warn_uncached(str(error))
-        kernel = njit("void(int64)", **options)(function)
-    return kernel
+        function = bind(run_job, assemble(cell, chosen, salt), salt)
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            return njit("void(int64, int64)", cache=True, **options)(function)
+        except (OSError, RuntimeError) as error:
+            warn_uncached(str(error))
+            return njit("void(int64, int64)", **options)(function)
 
 
 @functools.cache
