@@ -125,7 +125,7 @@ def warn_refused(reason: str) -> None:
 def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: Tensor) -> dict[str, Tensor]:
     """The zeroed counters and exchange buffer of a cooperative loop, from one allocation."""
     groups = chosen.programs // chosen.members
-    shape = (2, groups, recurrence.cell.gates if backward else 1, chosen.block_b, chosen.width)
+    shape = (2, groups, chosen.block_b, recurrence.cell.gates if backward else 1, chosen.width)
     counters = groups * COUNTER_STRIDE.value * 4
     size = torch.Size(shape).numel() * like.element_size()
     memory = torch.zeros(counters + size, dtype=torch.uint8, device=like.device)

@@ -17,7 +17,7 @@ class ForwardTensors(NamedTuple):
     rows: Any  # int64 [T], or None for dense input: rows of each step
     first: Any  # int64 [T], or None for dense input: where each step's rows start
     resets: Any  # bool [T, B] or None
-    exchange: Any  # [2, groups, 1, BLOCK_B, K], zero on entry; None for the resident loop
+    exchange: Any  # [2, groups, BLOCK_B, K], zero on entry; None for the resident loop
     counters: Any  # int32 [groups, 32], zero on entry; None for the resident loop
 
 
@@ -35,5 +35,5 @@ class BackwardTensors(NamedTuple):
     rows: Any
     first: Any
     resets: Any
-    exchange: Any  # [2, groups, G, BLOCK_B, K]
+    exchange: Any  # [2, groups, BLOCK_B, G, K]
     counters: Any

@@ -15,6 +15,7 @@ from rnnfast_kernels.gpu.tiles import (
     finish_product,
     load_gates,
     load_operand,
+    load_operands,
     load_states,
     load_weight,
     resets_of_step,
@@ -81,6 +82,7 @@ def backward_loop(
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
     KEPT: tl.constexpr,
+    EAGER: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
     """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
@@ -109,7 +111,7 @@ def backward_loop(
     if not RESIDENT:
         tile = p.exchange + group.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
         slot = groups.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
-        own = tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
+        own = tl.arange(0, BLOCK_B)[:, None] * (GATES * WIDTH) + n[None, :]
         counter = p.counters + group * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
@@ -134,7 +136,7 @@ def backward_loop(
         if not RESIDENT:
             p_slot = tile + k % 2 * slot
             for g in tl.static_range(GATES):
-                p_du = p_slot + g * (BLOCK_B * WIDTH) + own
+                p_du = p_slot + g * WIDTH + own
                 tl.store(p_du, du[g].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
             arrive(counter)
         store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
@@ -142,14 +144,19 @@ def backward_loop(
             store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
+            operands = load_operands(p_slot, GATES * CHUNKS if EAGER else 0, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K)
+        else:
+            operands = ()
+            for g in tl.static_range(GATES):
+                operands = operands + (du[g].to(p.w_hh.dtype.element_ty),)
         dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
         for g in tl.static_range(GATES):
             product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
             for j in tl.static_range(CHUNKS):
-                if RESIDENT:
-                    a = du[g].to(p.w_hh.dtype.element_ty)
+                if EAGER:
+                    a = operands[g * CHUNKS + j]
                 else:
-                    a = load_operand(p_slot + g * (BLOCK_B * WIDTH), j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                    a = load_operand(p_slot, g * CHUNKS + j, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K)
                 if j < KEPT:
                     w = weights[g][j]
                 else:

@@ -14,7 +14,7 @@ COUNTER_STRIDE = tl.constexpr(32)
 
 @triton.jit
 def arrive(p_counter):
-    """Publish what this program has written so far: its threads first, then, by the release, every program that waits."""
+    """Publish what this program has written: to its own threads, then, by the release, to every program that waits."""
     tl.debug_barrier()
     tl.atomic_add(p_counter, 1, sem="release", scope="gpu")
 

@@ -18,6 +18,7 @@ from rnnfast_kernels.gpu.tiles import (
     finish_product,
     load_gates,
     load_operand,
+    load_operands,
     load_states,
     load_weight,
     resets_of_step,
@@ -25,7 +26,7 @@ from rnnfast_kernels.gpu.tiles import (
     select,
     store_gates,
     store_states,
-    zero_product,
+    zero_products,
 )
 
 
@@ -48,6 +49,7 @@ def forward_loop(
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
     KEPT: tl.constexpr,
+    EAGER: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
     """state[t] = cell(x[t], W_hh h[t-1] + b_hh, state[t-1]) for every step, from `initial` to `finals`.
@@ -95,27 +97,34 @@ def forward_loop(
         arrive(counter)
 
     for k in range(T):
-        next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H, tl.float32)
-        after_next = rows_of_step(p, k + 2, reverse, T, B)
-        if p.resets is not None:
-            next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
-        if RESIDENT:
-            h = (state[0].to(p.w_hh.dtype.element_ty),)
-        else:
+        if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
-            h = ()
-            for j in tl.static_range(CHUNKS):
-                h = h + (load_operand(tile + k % 2 * slot, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
-        u = ()
-        for g in tl.static_range(GATES):
-            product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
-            for j in tl.static_range(CHUNKS):
+            p_h = tile + k % 2 * slot
+            h = load_operands(p_h, CHUNKS if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+        else:
+            h = (state[0].to(p.w_hh.dtype.element_ty),)
+        products = zero_products(GATES, BLOCK_B, BLOCK_N, SPLIT)
+        for j in tl.static_range(CHUNKS):
+            if EAGER:
+                h_j = h[j]
+            else:
+                h_j = load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            sums = ()
+            for g in tl.static_range(GATES):
                 if j < KEPT:
                     w = weights[g][j]
                 else:
                     w = load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
-                product = add_product(h[j], w, product, PRECISION)
-            u = u + (finish_product(product, SPLIT) + bias[g],)
+                sums = sums + (add_product(h_j, w, products[g], PRECISION),)
+            products = sums
+        # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
+        next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H, tl.float32)
+        after_next = rows_of_step(p, k + 2, reverse, T, B)
+        if p.resets is not None:
+            next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
+        u = ()
+        for g in tl.static_range(GATES):
+            u = u + (finish_product(products[g], SPLIT) + bias[g],)
         new_state, saved = CELL(x, u, state)
         if p.rows is not None:
             new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)

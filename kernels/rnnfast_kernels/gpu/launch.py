@@ -39,12 +39,16 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.args, **self.options)
 
 
-def options(warps: int, cooperative: bool = False) -> dict[str, Any]:
+def options(chosen: Plan) -> dict[str, Any]:
     """Compile and launch options. One stage: the pipeliner would move the loads of h ahead of the barrier."""
     if knobs.runtime.interpret:
         return {}
-    chosen = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return {**chosen, "launch_cooperative_grid": True} if cooperative else chosen
+    found: dict[str, Any] = {"num_warps": chosen.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if chosen.registers:
+        found["maxnreg"] = chosen.registers
+    if chosen.loop == "cooperative":
+        found["launch_cooperative_grid"] = True
+    return found
 
 
 def saved_tiles(cell: str, save: bool) -> int:
@@ -71,9 +75,10 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         plan.split,
         plan.chunks,
         plan.kept,
+        plan.eager,
         plan.members,
     )
-    return Launch(kernel, (plan.programs,), args, options(plan.warps, plan.loop == "cooperative"))
+    return Launch(kernel, (plan.programs,), args, options(plan))
 
 
 def step(
@@ -87,11 +92,14 @@ def step(
     counts = (row.gates, saved_tiles(cell, save), len(row.states))
     grid = (triton.cdiv(H, plan.block_n), triton.cdiv(extent.B, plan.block_b), extent.D)
     args = (tensors, carry, k, *extent, function, *counts, H, plan.block_b, plan.block_n)
-    return Launch(kernel, grid, args, options(plan.warps))
+    return Launch(kernel, grid, args, options(plan))
 
 
 def shift(tensors: NamedTuple, result: Any, width: int, rows: int, towards: int, extent: Extent) -> Launch:
     """Every row's value one step earlier (towards = -1) or later (1) than its own."""
     block_b, block_n = 16, 64
     grid = (extent.T, triton.cdiv(extent.B, block_b), extent.D * triton.cdiv(width, block_n))
-    return Launch(shifted_rows, grid, (tensors, result, rows, *extent, width, towards, block_b, block_n), options(4))
+    chosen = Plan("streamed", block_b, block_n, 4)
+    return Launch(
+        shifted_rows, grid, (tensors, result, rows, *extent, width, towards, block_b, block_n), options(chosen)
+    )

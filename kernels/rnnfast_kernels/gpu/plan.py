@@ -1,19 +1,20 @@
 """Which loop runs a layer, in which tiles: a pure function of the sizes and the device, testable without a GPU.
 
-The recurrence is bound by latency, so a plan minimises a model of the time of one step: the barrier, the bytes that each
-processor reads per step, and its multiply-adds. The model's constants are per architecture, in `RATES`.
+The recurrence is bound by latency, so a plan minimises a model of the time of one step: the barrier, the bytes that
+each processor reads per step, and its multiply-adds. The model's constants are per architecture, in `RATES`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rnnfast_kernels.cells import CELLS
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device: `sm_90` or `gfx942`, processors, bytes of shared memory for one program."""
+    """What a plan needs to know of a device: its name (`sm_90`, `gfx942`), and shared memory for a program in bytes."""
 
     arch: str
     processors: int
@@ -48,8 +49,10 @@ class Plan:
     """How to run one pass.
 
     loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
-    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip. `members`
-    programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop.
+    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip. The other
+    operand is read `eager`ly, all chunks at once, or chunk by chunk. `members`
+    programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. `shared` is what a
+    program takes at most; `registers`, unless 0, is what a thread may take.
     """
 
     loop: str
@@ -61,9 +64,11 @@ class Plan:
     split: int = 1
     chunks: int = 0
     kept: int = 0
+    eager: bool = True
     members: int = 1
     programs: int = 0
     shared: int = 0
+    registers: int = 0
 
     @property
     def width(self) -> int:
@@ -73,13 +78,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rates:
-    """Constants of the model. Microseconds, kilobytes per microsecond and multiply-adds per microsecond of one processor.
+    """Constants of the model: microseconds, and kilobytes and multiply-adds per microsecond of one processor.
 
-    A step costs `overhead` in any fused loop and `barrier` more in a cooperative one; a streamed step costs `streamed`.
+    A step costs `overhead` in any fused loop; in a cooperative one `barrier` more, and `latency` for each time that it
+    waits for its operands. A streamed step costs `streamed`.
     """
 
     overhead: float
     barrier: float
+    latency: float
     streamed: float
     l2: float
     shared: float
@@ -87,10 +94,10 @@ class Rates:
 
 
 RATES = {
-    "sm_80": Rates(0.35, 1.2, 14.0, 45.0, 150.0, {"half": 6e5, "tf32": 3e5, "ieee": 6e4}),
-    "sm_90": Rates(0.25, 1.1, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
-    "sm_100": Rates(0.25, 1.1, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
-    "gfx942": Rates(0.5, 2.0, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
+    "sm_80": Rates(0.35, 0.9, 0.4, 14.0, 45.0, 150.0, {"half": 6e5, "tf32": 3e5, "ieee": 6e4}),
+    "sm_90": Rates(0.25, 0.8, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "sm_100": Rates(0.25, 0.8, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "gfx942": Rates(0.5, 1.5, 0.6, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
 }
 DEFAULT_RATES = {"sm": "sm_90", "gfx": "gfx942"}
 
@@ -103,6 +110,11 @@ def cdiv(n: int, d: int) -> int:
     return -(-n // d)
 
 
+def registers(device: Device, warps: int) -> int:
+    """All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake."""
+    return 0 if device.arch.startswith("gfx") else min(255, 65536 // (32 * warps))
+
+
 def streamed(problem: Problem) -> Plan:
     """A library product and a pointwise kernel per step."""
     block_n = min(128, max(16, next_power(problem.H)))
@@ -112,31 +124,53 @@ def streamed(problem: Problem) -> Plan:
 def resident(problem: Problem, block_b: int, warps: int) -> Plan:
     """Every program holds all weights, padded to a power of two, and shares with nobody."""
     width = max(16, next_power(problem.H))
-    programs = cdiv(problem.B, block_b) * problem.D
     weights = problem.gates * width * width * problem.itemsize
     operand = block_b * width * problem.itemsize * (problem.gates if problem.backward else 1)
     return Plan(
-        "resident", block_b, width, warps, problem.precision, width, 1, 1, 1, 1, programs, weights + operand
-    )  # fmt: skip
+        loop="resident",
+        block_b=block_b,
+        block_n=width,
+        warps=warps,
+        precision=problem.precision,
+        block_k=width,
+        chunks=1,
+        kept=1,
+        programs=cdiv(problem.B, block_b) * problem.D,
+        shared=weights + operand,
+        registers=registers(problem.device, warps),
+    )
 
 
 def cooperative(
     problem: Problem, block_b: int, block_n: int, block_k: int, split: int, warps: int, shared: int | None = None
 ) -> Plan:
-    """`members` programs of block_n units each share a tile of batch rows; `shared` bytes hold the weights they keep."""
-    shared = problem.device.shared if shared is None else shared
+    """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep."""
+    room = problem.device.shared if shared is None else shared
     members = cdiv(problem.H, block_n)
     chunks = cdiv(problem.H, split * block_k)
-    chunk = split * block_k * problem.itemsize
-    operands = block_b * chunk * chunks * (problem.gates if problem.backward else 1)
-    scratch = split * block_b * block_n * 4
-    weights = problem.gates * block_n * chunk
-    kept = max(0, min(chunks, (shared - operands - scratch) // weights))
-    programs = members * cdiv(problem.B, block_b) * problem.D
-    used = operands + scratch + kept * weights
+    operand = block_b * split * block_k * problem.itemsize  # one chunk
+    whole = operand * chunks * (problem.gates if problem.backward else 1)
+    # Half of a thread's registers may hold what is on its way.
+    eager = whole <= 512 * problem.device.warp * warps and 2 * whole <= room
+    staged = (whole if eager else operand) + split * block_b * block_n * 4
+    weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
+    kept = max(0, min(chunks, (room - staged) // weights))
     return Plan(
-        "cooperative", block_b, block_n, warps, problem.precision, block_k, split, chunks, kept, members, programs, used
-    )  # fmt: skip
+        loop="cooperative",
+        block_b=block_b,
+        block_n=block_n,
+        warps=warps,
+        precision=problem.precision,
+        block_k=block_k,
+        split=split,
+        chunks=chunks,
+        kept=kept,
+        eager=eager,
+        members=members,
+        programs=members * cdiv(problem.B, block_b) * problem.D,
+        shared=staged + kept * weights,
+        registers=registers(problem.device, warps),
+    )
 
 
 def fits(problem: Problem, plan: Plan) -> bool:
@@ -152,36 +186,36 @@ def rates(problem: Problem) -> Rates:
 
 def step_time(problem: Problem, plan: Plan) -> float:
     """The model's time of one step in microseconds."""
-    rate = rates(problem)
+    rate, processors = rates(problem), problem.device.processors
     speed = rate.products["half" if problem.itemsize == 2 else plan.precision]
+    entries = problem.gates if problem.backward else 1
     if plan.loop == "streamed":
-        work = problem.gates * problem.H * problem.H
-        bytes_read = work * problem.itemsize / 1e3
-        return rate.streamed + max(
-            bytes_read * problem.D / (rate.l2 * problem.device.processors),
-            work * problem.B * problem.D / (4 * speed * problem.device.processors),
-        )
+        work = problem.gates * problem.H * problem.H * problem.D
+        read = work * problem.itemsize / 1e3 / (rate.l2 * processors)
+        return rate.streamed + max(read, work * problem.B / (3 * speed * processors))
     work = problem.gates * plan.width * plan.block_n
-    operands = plan.block_b * plan.width * problem.itemsize * (problem.gates if problem.backward else 1) / 1e3
-    kept = work * problem.itemsize / 1e3 * plan.kept / plan.chunks
-    read_again = work * problem.itemsize / 1e3 - kept
-    time = rate.overhead + kept / rate.shared + work * plan.block_b / speed
-    if plan.loop == "resident":
-        return time * cdiv(plan.programs, problem.device.processors)
-    return time + rate.barrier + (operands + read_again) / rate.l2
+    weights = work * problem.itemsize / 1e3
+    kept = weights * plan.kept / plan.chunks
+    operands = entries * plan.block_b * plan.width * problem.itemsize / 1e3
+    time = rate.overhead + (kept + operands) / rate.shared + work * plan.block_b / speed
+    if plan.members == 1:
+        return time * cdiv(plan.programs, processors)
+    waits = 1 if plan.eager else plan.chunks * entries
+    return time + rate.barrier + waits * rate.latency + (operands + weights - kept) / rate.l2
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
-    """Every plan worth considering."""
-    rows = next_power(problem.B)
+    """Every plan worth considering, those that are simpler at equal time first."""
     for block_b in (16, 32, 64, 128):
-        if block_b > max(16, rows):
-            continue
+        if block_b > max(16, next_power(problem.B)):
+            break
         if problem.H <= 256:
-            yield resident(problem, block_b, 4 if problem.H <= 32 else 8)
+            yield resident(problem, block_b, 4 if problem.H <= 64 else 8)
         for block_n in (8, 16, 32, 64):
-            for block_k in (32, 64):
-                yield cooperative(problem, block_b, block_n, block_k, 8, 8)
+            # A warp's lanes each hold a unit: on fewer, the loads' layout would not prevail in the cell.
+            warps = 4 if block_b * block_n < 8 * 32 else 8
+            for block_k in (128, 64, 32, 16):
+                yield cooperative(problem, block_b, block_n, block_k, warps, warps)
     yield streamed(problem)
 
 
@@ -189,6 +223,11 @@ def choose(problem: Problem) -> Plan:
     """The plan for one pass: the fastest by the model among those that fit."""
     if _override is not None:
         return _override(problem)
+    return best(problem)
+
+
+@lru_cache(maxsize=4096)
+def best(problem: Problem) -> Plan:
     if problem.dtype == "float64":
         return streamed(problem)
     fitting = (plan for plan in candidates(problem) if fits(problem, plan))

@@ -169,7 +169,7 @@ def shifted_rows(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """result[d, row of step k] = source[row of step k + TOWARDS, d], or `edge` for a row that does not run at that step.
+    """result[d, row of step k] = source[row of step k + TOWARDS, d]; `edge` for a row that does not run at that step.
 
     With TOWARDS = -1 and states as the source: what entered each step, zero where a reset cleared it. With TOWARDS = 1
     and gradients by what entered each step: the gradient by what left it, zero where a reset cut it off.

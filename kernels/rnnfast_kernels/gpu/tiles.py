@@ -134,11 +134,30 @@ def load_operand(pointer, j, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: 
 
 
 @triton.jit
+def load_operands(
+    pointer, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Chunks 0 to COUNT of an exchanged tile, all on their way at once, so that their latency is paid once."""
+    chunks = ()
+    for j in tl.static_range(COUNT):
+        chunks = chunks + (load_operand(pointer, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+    return chunks
+
+
+@triton.jit
 def zero_product(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
     if SPLIT > 1:
         return tl.zeros([SPLIT, BLOCK_B, BLOCK_N], tl.float32)
     else:
         return tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def zero_products(COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    products = ()
+    for _ in tl.static_range(COUNT):
+        products = products + (zero_product(BLOCK_B, BLOCK_N, SPLIT),)
+    return products
 
 
 @triton.jit

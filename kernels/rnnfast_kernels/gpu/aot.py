@@ -1,0 +1,219 @@
+"""Compile every kernel for several GPUs on a machine that has none, and report what each takes.
+
+    python -m rnnfast_kernels.gpu.aot [--quick] [--target sm_90 ...] [--jobs N]
+
+A row per kernel: registers per thread, bytes spilled, bytes of shared memory. The exit status is 1 where a kernel does
+not compile, spills, or wants more shared memory than its target has.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu import launch, plan
+from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
+from rnnfast_kernels.gpu.launch import Extent, Launch
+from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), plan.Device("sm_80", 108, 166912)),
+    "sm_90": (GPUTarget("cuda", 90, 32), plan.Device("sm_90", 132, 232448)),
+    "sm_100": (GPUTarget("cuda", 100, 32), plan.Device("sm_100", 148, 232448)),
+    "sm_120": (GPUTarget("cuda", 120, 32), plan.Device("sm_120", 170, 101376)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), plan.Device("gfx942", 304, 65536, 64)),
+}
+PRECISIONS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "tf32"), ("float32", "ieee"))
+WIDTHS = (24, 64, 100, 128, 256, 512, 650, 768, 1024, 2048)
+BATCHES = (1, 16, 64, 128)
+
+
+class Case(NamedTuple):
+    """A kernel to compile: one pass over one layer, by the plan that its problem gets."""
+
+    target: str
+    problem: plan.Problem
+    ragged: bool
+
+    @property
+    def plan(self) -> plan.Plan:
+        return plan.choose(self.problem)
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int
+    shared: int
+
+
+class Driver:
+    """As much of a Triton driver as compilation asks for, for a device that is not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+def tensors(problem: plan.Problem, fused: bool, ragged: bool) -> NamedTuple:
+    """The tensors of a pass, as types without memory; if ragged, with all that a kernel can be given."""
+    cell = CELLS[problem.cell]
+    like = MockTensor(problem.dtype)
+    index = MockTensor("int64") if ragged else None
+    resets = MockTensor("bool") if ragged else None
+    per_state = (like,) * len(cell.states)
+    extra = like if cell.saved > cell.gates else None
+    common = {
+        "gates": like,
+        "extra": extra,
+        "w_hh": like,
+        "initial": per_state,
+        "states": per_state,
+        "rows": index,
+        "first": index,
+        "resets": resets,
+        "exchange": like if fused else None,
+        "counters": MockTensor("int32") if fused else None,
+    }
+    if problem.backward:
+        du = None if cell.one_gradient else like
+        return BackwardTensors(dstates=per_state, dfinals=per_state, dx=like, du=du, dinitial=per_state, **common)
+    return ForwardTensors(b_hh=like, finals=per_state, **common)
+
+
+def describe(case: Case) -> Launch:
+    """The launch of a case, on types without memory."""
+    problem, chosen = case.problem, case.plan
+    arguments = tensors(problem, chosen.loop == "cooperative", case.ragged)
+    extent = Extent(1000, problem.B, problem.D, 2)
+    common = (chosen, problem.cell, problem.H, problem.backward, True, arguments)
+    if chosen.loop != "streamed":
+        return launch.loop(*common, extent)
+    wide = MockTensor("float64" if problem.dtype == "float64" else "float32")
+    per_state = (wide,) * len(CELLS[problem.cell].states)
+    operand = MockTensor(problem.dtype)
+    carry = BackwardCarry(wide, per_state, operand) if problem.backward else ForwardCarry(wide, per_state, operand)
+    return launch.step(*common, carry, 3, extent)
+
+
+def compile_launch(target: str, described: Launch) -> Usage:
+    """Compile a launch for a target and read what it takes."""
+    triton.runtime.driver.set_active(Driver(TARGETS[target][0]))
+    compiled = described.kernel.warmup(*described.args, grid=described.grid, **described.options)
+    compiled = compiled.result() if hasattr(compiled, "result") else compiled
+    if "cubin" in compiled.asm:
+        registers, spilled = cuda_usage(compiled.asm["cubin"])
+    else:
+        registers, spilled = amd_usage(compiled.asm["amdgcn"])
+    return Usage(registers, spilled, compiled.metadata.shared)
+
+
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, which is where registers spill to."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no registers:\n{report.stdout}")
+    return int(found[1]), int(found[2])
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers, and bytes that they spill (four per register)."""
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+    if registers is None or spilled is None:
+        raise RuntimeError("the assembly has no .vgpr_count or no .vgpr_spill_count")
+    return int(registers[1]), 4 * int(spilled[1])
+
+
+def problems(target: str, quick: bool) -> Iterator[plan.Problem]:
+    """Every cell, precision, width, batch and direction of the pass."""
+    device = TARGETS[target][1]
+    widths, batches = ((24, 128, 650), (16,)) if quick else (WIDTHS, BATCHES)
+    for cell, (dtype, precision), H, B, backward in product(CELLS, PRECISIONS, widths, batches, (False, True)):
+        if device.arch.startswith("gfx") and precision == "tf32":
+            continue
+        if quick and (cell == "rnn_relu" or dtype == "float16"):
+            continue
+        yield plan.Problem(cell, H, B, 1, dtype, precision, backward, device)
+    for cell, backward in product(CELLS, (False, True)):
+        yield plan.Problem(cell, 64, 16, 1, "float64", "ieee", backward, device)
+
+
+def cases(targets: list[str], quick: bool) -> list[Case]:
+    """All cases, without those that would compile to the same kernel."""
+    distinct = {}
+    for target in targets:
+        for problem in problems(target, quick):
+            for ragged in (False,) if quick and problem.H != 128 else (False, True):
+                case = Case(target, problem, ragged)
+                tiles = (case.plan.block_b, case.plan.block_n, case.plan.block_k, case.plan.split, case.plan.kept)
+                key = (target, problem.cell, problem.H, problem.dtype, problem.precision, problem.backward, ragged)
+                distinct.setdefault((*key, *tiles, case.plan.warps), case)
+    return list(distinct.values())
+
+
+def report(case: Case) -> tuple[str, str | None]:
+    """Compile one case: its row of the table, and what is wrong with it."""
+    problem, chosen = case.problem, case.plan
+    tiles = f"{chosen.block_b}x{chosen.block_n} k{chosen.split}x{chosen.block_k} {chosen.kept}/{chosen.chunks}"
+    what = f"{problem.precision if problem.precision == 'tf32' else problem.dtype:9} H={problem.H:<5}B={problem.B:<4}"
+    way = ("backward" if problem.backward else "forward") + (" ragged" if case.ragged else "")
+    row = f"{case.target:7} {problem.cell:9} {what} {way:16} {chosen.loop:12} {tiles:20} {chosen.warps} warps "
+    try:
+        usage = compile_launch(case.target, describe(case))
+    except Exception as error:
+        return row, f"{row.strip()}: {type(error).__name__}: {error}"
+    row += f"{usage.registers:4} registers {usage.spilled:5} spilled {usage.shared:7} shared"
+    if usage.spilled:
+        return row, f"{row.strip()}: it spills"
+    limit = problem.device.shared
+    return row, f"{row.strip()}: {limit} bytes of shared memory at most" if usage.shared > limit else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rnnfast_kernels.gpu.aot", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="a representative set, in a few minutes")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, default 2")
+    arguments = parser.parse_args()
+    todo = cases(arguments.target, arguments.quick)
+    print(f"Triton {triton.__version__}: {len(todo)} kernels for {', '.join(arguments.target)}", flush=True)
+    problems_found = []
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for row, problem in pool.map(report, todo):
+            print(row, flush=True)
+            if problem:
+                problems_found.append(problem)
+    print(f"{len(todo) - len(problems_found)} of {len(todo)} kernels compile, spill nothing and fit")
+    for problem in problems_found:
+        print(f"FAIL {problem}")
+    return 1 if problems_found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
