@@ -4,9 +4,8 @@ The text is `pydoc_data.topics`, the manual behind `help()`: half a megabyte of 
 models start from the same seed and see the same batches, turn by turn, so that losses and times can be compared.
 """
 
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
@@ -71,8 +70,17 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
 
 
-def train(layers: Mapping[str, type[nn.RNNBase]], corpus: Corpus, batches: int, seed: int = 0) -> dict[str, Run]:
-    """Train one model per entry of `layers`, all from the same seed, in turns on the same batches."""
+def train(
+    layers: Mapping[str, type[nn.RNNBase]],
+    corpus: Corpus,
+    batches: int,
+    seed: int = 0,
+    watch: Callable[[int, dict[str, Run]], None] = lambda done, runs: None,
+) -> dict[str, Run]:
+    """Train one model per entry of `layers`, all from the same seed, in turns on the same batches.
+
+    watch: called after every batch with the number of batches done and the runs.
+    """
     runs = {}
     for name, recurrent in layers.items():
         torch.manual_seed(seed)
@@ -81,8 +89,7 @@ def train(layers: Mapping[str, type[nn.RNNBase]], corpus: Corpus, batches: int, 
     for done, (inputs, targets) in enumerate(corpus.batches(batches, seed), start=1):
         for run in runs.values():
             run.learn(inputs, targets)
-        losses = "  ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
-        show_progress(done, batches, losses)
+        watch(done, runs)
     return runs
 
 
@@ -99,13 +106,3 @@ def write_text(model: LanguageModel, corpus: Corpus, length: int, start: str = "
         piece = torch.multinomial(chances, 1, generator=generator)  # [1, 1]
         written.append(corpus.characters[piece.item()])
     return "".join(written)
-
-
-def show_progress(done: int, total: int, message: str, width: int = 30) -> None:
-    """Draw a bar that redraws itself on a terminal, and one line every tenth of the way elsewhere."""
-    filled = width * done // total
-    line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total}  {message}"
-    if sys.stdout.isatty():
-        print(f"\r{line}", end="\n" if done == total else "", flush=True)
-    elif done * 10 // total > (done - 1) * 10 // total:
-        print(line, flush=True)

@@ -83,7 +83,7 @@ def compare_with_rnnfast(seed: int = 0) -> dict[str, float]:
     return {name: float(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(ours[name])) for name in NAMES}
 
 
-def train(iterations: int = 200, rate: float = 0.5, seed: int = 0) -> list[float]:
+def train(iterations: int = 200, rate: float = 0.1, seed: int = 0) -> list[float]:
     """Train by gradient descent on one batch of 1,000 sequences; return the loss of every iteration."""
     torch.manual_seed(seed)
     x, labels = (tensor.double().numpy() for tensor in make_data(1000))

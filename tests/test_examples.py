@@ -34,17 +34,16 @@ def test_backpropagation_through_time_in_numpy_is_exact():
 
 
 def test_numpy_network_learns():
-    losses = numpy_bptt.train(iterations=30)
+    losses = numpy_bptt.train(iterations=60)
     assert losses[-1] < 0.75 * losses[0]
 
 
-def test_language_models_stay_together(capsys, monkeypatch):
+def test_language_models_stay_together(monkeypatch):
     monkeypatch.setattr(language_model, "STEPS", 24)
     corpus = language_model.Corpus()
     runs = language_model.train({"torch": torch.nn.LSTM, "rnnfast": rnnfast.LSTM}, corpus, batches=10)
     assert runs["rnnfast"].losses == pytest.approx(runs["torch"].losses, rel=1e-4)
     assert runs["rnnfast"].losses[-1] < runs["rnnfast"].losses[0]
-    assert "10/10" in capsys.readouterr().out
     assert len(language_model.write_text(runs["rnnfast"].model, corpus, length=20)) == len("The ") + 20
 
 
