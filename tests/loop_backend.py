@@ -57,8 +57,14 @@ def select(layer, dstates, dfinals, n, groups):
     )
 
 
+def autograd_again():
+    """Lift the guard under which a backend runs: below autograd, nothing is recorded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set() - torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def whole_backward(layer, dstates, dfinals, needs):
-    with torch.enable_grad():
+    with torch.enable_grad(), autograd_again():
         flat = list(ops.flat_weights(layer.weights))
         leaves = [t.detach().requires_grad_() for t in (layer.x, *layer.hx, *flat)]
         count = len(layer.hx)
