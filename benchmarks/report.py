@@ -12,7 +12,8 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>rnnfast on $device</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+       color: #111; background: #fff }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .5rem 0 }
 th, td { padding: .1rem .6rem; text-align: right; white-space: nowrap }
@@ -29,10 +30,10 @@ $facts
 <p>Every contender gets the same weights and inputs and is held against torch.nn in float64 before it is timed; one that
 is wrong is reported as wrong and not timed. Contenders alternate round by round in one process with the same number of
 threads. Times are medians with the 20th and 80th percentile; <em>x torch</em> is the median over the rounds of
-torch.nn's time over the contender's. torch.nn runs twice in every round: how far it strays from itself is the noise, and
-a ratio inside it is called even. <em>error</em> is the worst relative L2 norm over output, final states and gradients.
-<em>of limit</em> is the machine's floor over the time: operations at the rate of a large product or bytes at the rate of
-a large copy, whichever takes longer.</p>
+torch.nn's time over the contender's. torch.nn runs twice in every round: how far it strays from itself is the noise,
+and a ratio inside it is called even. <em>error</em> is the worst relative L2 norm over output, final states and
+gradients. <em>of limit</em> is the machine's floor over the time: operations at the rate of a large product or bytes at
+the rate of a copy of their size, whichever takes longer.</p>
 <h2>Summary</h2>
 <div class="wide">$summary</div>
 $skipped
@@ -43,16 +44,16 @@ $sections
 FACTS = ("device", "system", "threads", "cores", "cpu_capability", "python", "commit")
 
 
-def write(results: dict[str, Any], folder: Path) -> Path:
-    """Write report.html beside the pictures that `plot` left in the folder."""
+def write(results: dict[str, Any], folder: Path, pictures: list[str]) -> Path:
+    """Write report.html beside the pictures, which `plot` left in the folder under these names."""
     path = folder / "report.html"
-    path.write_text(page(results, folder))
+    path.write_text(page(results, folder, pictures))
     return path
 
 
-def page(results: dict[str, Any], folder: Path) -> str:
+def page(results: dict[str, Any], folder: Path, pictures: list[str]) -> str:
     machine = results["machine"]
-    sections = [section(results, question, folder) for question in store.questions_of(results)]
+    sections = [section(results, question, folder, pictures) for question in store.questions_of(results)]
     if results["startup"]:
         rows = [[row["what"], "", f"{row['ms']:g}"] for row in results["startup"]]
         sections.append(
@@ -72,30 +73,26 @@ def facts(results: dict[str, Any]) -> str:
     machine = results["machine"]
     pairs = [(name.replace("_", " "), str(machine[name])) for name in FACTS]
     pairs.append(("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())))
-    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in machine["gemm_flops"].items())
-    pairs += [("large product", rates), ("large copy", f"{machine['bandwidth'] / 1e9:.1f} GB/s")]
+    pairs.append(("measured limits", store.limits_text(machine)))
     pairs += [("measured", f"{results['started']} to {results['finished']}"), ("command", results["command"])]
     if not results["complete"]:
         pairs.append(("interrupted", "what is shown was measured before"))
     return html_table(("", ""), [list(pair) for pair in pairs])
 
 
-def section(results: dict[str, Any], question: str, folder: Path) -> str:
+def section(results: dict[str, Any], question: str, folder: Path, pictures: list[str]) -> str:
     """A question's pictures, then its table, folded away."""
     records = store.records_of(results, question)
     rows = [row for record in records for row in tables.case_rows(record, results["machine"])]
-    extra = sorted(path.stem for path in folder.glob(f"{question}-*.svg"))
-    pictures = "".join(picture(folder, name) for name in (question, *extra))
+    drawn = "".join(picture(folder, name) for name in pictures if name.startswith(question))
     noise = sorted(record["noise"] for record in records if record["noise"] is not None)
     said = f"<p>Noise: median {noise[len(noise) // 2]:.1%}, largest {noise[-1]:.1%}.</p>" if noise else ""
-    table = f'<details><summary>{len(records)} cases</summary><div class="wide">{html_table(tables.COLUMNS, rows)}</div></details>'
-    return f"<h2>{html.escape(question.replace('-', ' ').capitalize())}</h2>{pictures}{said}{table}"
+    table = f'<div class="wide">{html_table(tables.COLUMNS, rows)}</div>'
+    folded = f"<details><summary>{len(records)} cases</summary>{table}</details>"
+    return f"<h2>{html.escape(question.replace('-', ' ').capitalize())}</h2>{drawn}{said}{folded}"
 
 
 def picture(folder: Path, name: str) -> str:
-    """The SVG itself, without its XML heading; empty where it was not drawn."""
-    path = folder / f"{name}.svg"
-    if not path.exists():
-        return ""
-    text = path.read_text()
+    """The SVG itself, without its XML heading."""
+    text = (folder / f"{name}.svg").read_text()
     return f"<figure>{text[text.index('<svg') :]}</figure>"

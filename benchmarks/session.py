@@ -104,11 +104,10 @@ def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Co
 
 
 def heading(machine: dict[str, Any]) -> str:
-    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in machine["gemm_flops"].items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['device']}, {machine['threads']} threads for every contender, commit {machine['commit']}\n"
-        f"large product {rates}; copy {machine['bandwidth'] / 1e9:.1f} GB/s; {versions}"
+        f"{store.limits_text(machine)}\n{versions}"
     )
 
 
@@ -121,6 +120,5 @@ def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
 def finish(results: dict[str, Any], path: Path) -> None:
     store.save(path, results)
     print("\n" + tables.marks_text(results["records"]))
-    plot.draw_all(results, path.parent)
-    report.write(results, path.parent)
-    print(f"\n{path}\n{path.parent / 'report.html'}")
+    pictures = plot.draw_all(results, path.parent)
+    print(f"\n{path}\n{report.write(results, path.parent, pictures)}")

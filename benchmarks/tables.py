@@ -115,12 +115,12 @@ def marks_text(records: list[dict[str, Any]]) -> str:
 
 
 def html_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    """An HTML table; a row that is short spans the rest with its last cell."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    """An HTML table, without the end tags that HTML leaves out; a short row's last cell spans the rest."""
+    head = "".join(f"<th>{html.escape(column)}" for column in columns)
     lines = []
     for row in rows:
-        cells = [f"<td>{html.escape(cell)}</td>" for cell in row]
+        cells = [f"<td>{html.escape(cell)}" for cell in row]
         if len(row) < len(columns):
-            cells[-1] = f'<td class="words" colspan="{len(columns) - len(row) + 1}">{html.escape(row[-1])}</td>'
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
+            cells[-1] = f'<td class="words" colspan="{len(columns) - len(row) + 1}">{html.escape(row[-1])}'
+        lines.append(f"<tr>{''.join(cells)}")
+    return f"<table><thead><tr>{head}<tbody>\n" + "\n".join(lines) + "\n</table>"
