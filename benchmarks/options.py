@@ -114,6 +114,8 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
             left.append(replace(question, cases=cases))
     if not left:
         raise ValueError("no case is left by these options together; see --list")
+    for question in left:
+        contenders(question, arguments)
     return left
 
 
