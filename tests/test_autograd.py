@@ -1,0 +1,108 @@
+"""First, second and third derivatives, for every cell and option."""
+
+import pytest
+import torch
+from layers import CELLS, pair, random_hx
+from torch.autograd import gradcheck, gradgradcheck
+
+from rnnfast import use_backend
+
+F64 = {"dtype": torch.float64}
+OPTIONS = {
+    "plain": {},
+    "lengths": {"lengths": torch.tensor([2, 4, 0])},
+    "resets": {"resets": torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)},
+    "all_states": {"all_states": True},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+cells = pytest.mark.parametrize("cell", CELLS)
+
+
+def function_of(layer, options):
+    """Return the layer as a function of input, initial states and weights, and tensors to call it with."""
+    names = [name for name, _ in layer.named_parameters()]
+    hx = random_hx(layer, 3)
+    states = hx if isinstance(hx, tuple) else (hx,)
+    x = torch.randn(4, 3, 2, **F64, requires_grad=True)
+
+    def function(x, *rest):
+        hx = rest[: len(states)]
+        weights = dict(zip(names, rest[len(states) :], strict=True))
+        hx = hx if isinstance(states, tuple) and len(states) > 1 else hx[0]
+        results = torch.func.functional_call(layer, weights, (x, hx), options)
+        return tuple(leaf for leaf in torch.utils._pytree.tree_leaves(results))
+
+    return function, (x, *states, *(p for _, p in layer.named_parameters()))
+
+
+@options
+@cells
+def test_first_derivatives(cell, options, backend):
+    torch.manual_seed(0)
+    two_ways = "resets" not in options
+    function, inputs = function_of(pair(cell, 2, 6, bidirectional=two_ways, **F64)[1], options)
+    assert gradcheck(function, inputs, fast_mode=True)
+
+
+@options
+@cells
+def test_second_derivatives(cell, options, backend):
+    torch.manual_seed(0)
+    function, inputs = function_of(pair(cell, 2, 6, **F64)[1], options)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@cells
+def test_every_derivative_entry(cell, backend):
+    torch.manual_seed(0)
+    function, inputs = function_of(pair(cell, 2, 6, **F64)[1], {})
+    assert gradcheck(function, inputs)
+
+
+@cells
+def test_third_derivatives(cell, backend):
+    torch.manual_seed(0)
+    _, ours = pair(cell, 2, 6, **F64)
+    x = torch.randn(4, 3, 2, **F64, requires_grad=True)
+
+    def third():
+        value = ours(x)[0].sin().sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            value = grad.pow(2).sum()
+        return grad
+
+    got = third()
+    with use_backend("reference"):
+        expected = third()
+    torch.testing.assert_close(got, expected)
+
+
+@cells
+def test_gradients_of_a_part_of_the_results(cell, backend):
+    theirs, ours = pair(cell, 2, 6, 2, bidirectional=True, **F64)
+    x = torch.randn(4, 3, 2, **F64, requires_grad=True)
+    hx = random_hx(theirs, 3)
+
+    def parts(layer):
+        output, finals = layer(x, hx)
+        finals = finals if isinstance(finals, tuple) else (finals,)
+        return [output[1:3], output[0, 1], *finals]
+
+    for expected, got in zip(parts(theirs), parts(ours), strict=True):
+        leaves = [x, *(hx if isinstance(hx, tuple) else (hx,))]
+        a = torch.autograd.grad(expected.sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        b = torch.autograd.grad(got.sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(b, a)
+
+
+@cells
+def test_backward_twice_through_one_graph(cell, backend):
+    _, ours = pair(cell, 2, 6, **F64)
+    x = torch.randn(4, 3, 2, **F64, requires_grad=True)
+    loss = ours(x)[0].sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, x)
