@@ -92,8 +92,8 @@ def real_layers(device: str) -> Question:
 
 REAL_LAYERS = (
     Case("lstm", T=75, B=1, I=512, H=512, layers=2, form="permuted", label="Encodec, one second"),
-    Case("lstm", T=256, B=16, I=512, H=512, layers=3, bidirectional=True, label="Open-Unmix"),
-    Case("lstm", T=256, B=16, I=512, H=512, mode="training", layers=3, bidirectional=True, label="Open-Unmix"),
+    Case("lstm", T=255, B=4, I=512, H=512, layers=3, bidirectional=True, label="Open-Unmix"),
+    Case("lstm", T=255, B=4, I=512, H=512, mode="training", layers=3, bidirectional=True, label="Open-Unmix"),
     Case("lstm", T=589, B=32, I=60, H=128, mode="training", layers=4, bidirectional=True, label="PyanNet"),
     Case("lstm", T=200, B=32, I=512, H=256, bidirectional=True, label="EasyOCR"),
     Case(
