@@ -111,6 +111,6 @@ def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
 
 def warmup(cell: str, dtype: torch.dtype) -> None:
     """Compile the kernels of a cell and a dtype, or load them from the disk cache."""
-    from rnnfast_kernels.cpu.build import kernel
+    from rnnfast_kernels.cpu.compiled import kernel
 
     kernel(cell, NATIVE.get(dtype, "float32"))

@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import build, gradients, loops, plan, pool
+from rnnfast_kernels.cpu import compiled, gradients, loops, plan, pool, products, tasks
 from rnnfast_kernels.cpu.job import Record, address
+from rnnfast_kernels.cpu.target import widest_panel
 from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
@@ -63,7 +64,7 @@ class Call:
         )
         self.item = x.element_size()
         self.target = self.shape.target
-        self.kernel = build.kernel(self.shape.cell, self.shape.dtype)
+        self.kernel = compiled.kernel(self.shape.cell, self.shape.dtype)
         self.threads = torch.get_num_threads()
         # Records and buffers whose addresses are in use.
         self.alive: list = []
@@ -155,26 +156,26 @@ class Call:
         shape = self.shape
         jobs, panels, work = [], [], 0
         for fields in weights:
-            gates = shape.gates if fields["kind"] == build.GATE_COLUMNS else 1
+            gates = shape.gates if fields["kind"] == products.GATE_COLUMNS else 1
             size = plan.panel_bytes(self.target, fields["units"], fields["depth"]) * gates
             panels.append(self.buffer(size))
             work += size
             blocks = -(-fields["units"] // self.target.lanes)
-            widest = build.widest_panel(gates)
+            widest = widest_panel(gates)
             cuts = [min(blocks, cut * widest) for cut in plan.even_cuts(-(-blocks // widest), self.threads)]
             for first, last in pairwise(cuts):
                 if first < last:
-                    places = self.buffer(8 * fields["depth"]) if fields["kind"] == build.ROWS else 0
+                    places = self.buffer(8 * fields["depth"]) if fields["kind"] == products.PLAIN_ROWS else 0
                     parts = {"panels": panels[-1], "first": first, "last": last, "places": places}
-                    jobs.append(self.record(build.PACK, **fields, **parts))
-        self.run(build.PACK_WEIGHT, jobs, work)
+                    jobs.append(self.record(products.PACK, **fields, **parts))
+        self.run(tasks.PACK_WEIGHT, jobs, work)
         return panels
 
     def columns(self, weight: Tensor, bias: Tensor | None) -> dict[str, int]:
         """A weight [gates * units, depth] to pack for a product with the gates side by side."""
         units = weight.shape[0] // self.shape.gates
         return {
-            "kind": build.GATE_COLUMNS,
+            "kind": products.GATE_COLUMNS,
             "weight": weight.data_ptr(),
             "bias": pointer(bias),
             "units": units,
@@ -184,7 +185,7 @@ class Call:
     def rows(self, weight: Tensor) -> dict[str, int]:
         """A weight [depth, units] to pack as it is."""
         return {
-            "kind": build.ROWS,
+            "kind": products.PLAIN_ROWS,
             "weight": weight.data_ptr(),
             "weight_row": weight.shape[1] * self.item,
             "units": weight.shape[1],
@@ -217,7 +218,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
             if gates is None:
                 fields |= gate_work(call, last - first, chunk)
             jobs.append(call.record(loops.LAYER, **fields))
-    call.run(build.FORWARD, jobs, shape.rows * shape.row_work * shape.directions)
+    call.run(tasks.FORWARD, jobs, shape.rows * shape.row_work * shape.directions)
     states = (h,) if not shape.extra else (h, x.new_empty(0) if extra is None else extra)
     return Result(states, finals, tuple(each for each in (gates, full) if each is not None))
 
@@ -225,7 +226,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
 def forward_weights(call: Call, weights: Weights) -> list[dict[str, int]]:
     fields = [call.columns(weights.w_ih, weights.b_ih), call.columns(weights.w_hh, weights.b_hh)]
     if weights.w_hr is not None:
-        projection = {"kind": build.COLUMNS, "weight": weights.w_hr.data_ptr(), "units": call.shape.width}
+        projection = {"kind": products.PLAIN_COLUMNS, "weight": weights.w_hr.data_ptr(), "units": call.shape.width}
         fields.append(projection | {"depth": call.shape.hidden})
     return fields
 
@@ -286,7 +287,7 @@ def run_backward(
             fields = shared | call.slice_fields(direction, first, last) | call.work_fields(last - first, 1)
             fields |= final_gradient_fields(call, direction, first, dfinals, dhx)
             jobs.append(call.record(loops.LAYER, **fields))
-    call.run(build.BACKWARD, jobs, work)
+    call.run(tasks.BACKWARD, jobs, work)
 
     dx = input_gradient(call, dx_gates) if needs.x else None
     weights = tuple(Weights(None, None, None, None, None) for _ in call.weights)
@@ -358,7 +359,7 @@ def input_gradient(call: Call, dx_gates: Tensor) -> Tensor:
                 chunk=chunk,
             )
         )
-    call.run(build.ROWS_PRODUCT, jobs, shape.rows * depth * shape.inputs * shape.directions)
+    call.run(tasks.ROWS_PRODUCT, jobs, shape.rows * depth * shape.inputs * shape.directions)
     return dx
 
 
@@ -377,7 +378,7 @@ def weight_gradients(call: Call, whole, dx_gates, du_gates, dh_total, full, grou
         if full is not None:
             w_hr, _ = outer(call, jobs, place, dh_total, shape.hidden, gradients.GIVEN, groups, False, full)
         results.append((w_ih, w_hh, b_ih, b_hh, w_hr))
-    call.run(build.OUTER_PRODUCT, jobs, shape.rows * shape.row_work * shape.directions)
+    call.run(tasks.OUTER_PRODUCT, jobs, shape.rows * shape.row_work * shape.directions)
     return tuple(
         Weights(w_ih, w_hh, b_ih, b_ih.clone() if b_hh is None and b_ih is not None else b_hh, w_hr)
         for w_ih, w_hh, b_ih, b_hh, w_hr in results

@@ -6,10 +6,6 @@ A record keeps the cost of a call at that of one argument. `Record` names fields
 
 from array import array
 
-import numpy as np
-from numba import from_dtype, types
-from numba.extending import intrinsic
-
 
 class Record:
     """A list of field names."""
@@ -26,6 +22,10 @@ class Record:
 
     def reader(self):
         """The function that turns a record's address into the record."""
+        import numpy as np
+        from numba import from_dtype, types
+        from numba.extending import intrinsic
+
         kind = from_dtype(np.dtype([(name, np.int64) for name in self.names]))
 
         @intrinsic

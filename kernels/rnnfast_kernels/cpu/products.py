@@ -7,6 +7,12 @@ tile of the product has all gates of its units, and a cell can follow it at once
 
 # ruff: noqa: F821
 
+from rnnfast_kernels.cpu.job import Record
+
+# Packing of one weight, or of some of its blocks, in one of three ways.
+PACK = Record("kind", "weight", "weight_row", "bias", "units", "depth", "panels", "first", "last", "places")
+GATE_COLUMNS, PLAIN_COLUMNS, PLAIN_ROWS = 0, 1, 2
+
 
 def panel_blocks(blocks):
     """Blocks of the next panel when `blocks` are left."""
@@ -105,3 +111,15 @@ def fill_places(places, start, step, count):
     """Write `count` addresses, `step` bytes apart."""
     for i in range(count):
         store_int(places + 8 * i, start + i * step)
+
+
+def pack(address):
+    """Pack one weight, or some blocks of it."""
+    job = pack_at(address)
+    if job.kind == GATE_COLUMNS:
+        pack_gate_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
+    elif job.kind == PLAIN_COLUMNS:
+        pack_plain_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
+    else:
+        fill_places(job.places, job.weight, job.weight_row, job.depth)
+        pack_rows(job.places, job.depth, job.units, job.panels, job.first, job.last)

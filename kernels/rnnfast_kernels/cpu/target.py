@@ -1,9 +1,31 @@
-"""What vectors this machine has, and what register tile suits them."""
+"""What processor kernels are compiled for, what vectors it has, and what register tile suits them."""
 
 import functools
+import os
 from dataclasses import dataclass
 
+from llvmlite import binding
+
 ITEM_BYTES = {"float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor in LLVM's words."""
+
+    triple: str
+    name: str
+    features: str
+
+
+@functools.cache
+def processor() -> Processor:
+    """The host, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another, as they do for Numba."""
+    name = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    return Processor(binding.get_process_triple(), name, features)
 
 
 @dataclass(frozen=True)
@@ -27,13 +49,22 @@ class Target:
         """Bytes of a vector."""
         return self.lanes * self.item
 
-    def rows(self, vectors: int) -> int:
-        """Rows of a register tile that is `vectors` wide."""
-        return max(1, self.accumulators // vectors)
-
     def padded(self, count: int) -> int:
         """Elements of a row of `count`, rounded up to whole vectors."""
         return -(-count // self.lanes) * self.lanes
+
+    def rows(self, gates: int) -> int:
+        """Rows of the tallest register tile, for panels of so many gates."""
+        return max(1, self.accumulators // (gates * widest_panel(gates)))
+
+    def widths(self, gates: int) -> tuple[int, ...]:
+        """Vectors of a panel of so many gates, which is the narrower the fewer units are left."""
+        return tuple(gates * blocks for blocks in (1, 2, 4) if blocks <= widest_panel(gates))
+
+
+def widest_panel(gates: int) -> int:
+    """Blocks of the widest panel: about four vectors."""
+    return {1: 4, 2: 2}.get(gates, 1)
 
 
 def vector_bytes_and_registers(triple: str, features: set[str]) -> tuple[int, int]:
@@ -51,9 +82,7 @@ def vector_bytes_and_registers(triple: str, features: set[str]) -> tuple[int, in
 
 @functools.cache
 def target(dtype: str) -> Target:
-    """Describe the processor that Numba compiles for: the host, unless NUMBA_CPU_NAME and _FEATURES name another."""
-    from numba.core.registry import cpu_target
-
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    size, registers = vector_bytes_and_registers(triple, set(features.split(",")))
+    """Describe the processor's vectors of a dtype."""
+    host = processor()
+    size, registers = vector_bytes_and_registers(host.triple, set(host.features.split(",")))
     return Target(dtype, max(1, size // ITEM_BYTES[dtype]), 24 if registers == 32 else 12)

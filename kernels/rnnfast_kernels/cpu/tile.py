@@ -34,14 +34,20 @@ from rnnfast_kernels.cpu.vector import (
 )
 
 
+def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
+    """A function of int64 arguments that `library` defines."""
+    if name not in module.globals:
+        ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * arguments), name)
+    return module.globals[name]
+
+
+def tile_name(vec: Vec, rows: int, vectors: int) -> str:
+    return f"rnnfast_tile_{suffix(vec)}_{rows}x{vectors}"
+
+
 def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Function:
     """The product for one tile of `rows` x `vectors` registers."""
-    name = f"rnnfast_tile_{suffix(vec)}_{rows}x{vectors}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * 5), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
+    function = external(module, tile_name(vec, rows, vectors), 5)
     places, step, panel, depth, out = function.args
     width = vec.lanes * vec.item
 
@@ -90,9 +96,10 @@ def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Fu
     return function
 
 
-def multiplier(target: Target, widths: tuple[int, ...], most_rows: int):
-    """`multiply` for panels as wide as one of `widths`, in vectors, and any number of rows from 1 to `most_rows`."""
+def multiplier(target: Target, gates: int):
+    """`multiply` for panels of so many gates, and any number of rows from 1 to `target.rows(gates)`."""
     vec = Vec(target.dtype, target.lanes)
+    widths, most_rows = target.widths(gates), target.rows(gates)
 
     @intrinsic
     def multiply(typing, vectors, rows, places, step, panel, depth, out):
@@ -104,7 +111,7 @@ def multiplier(target: Target, widths: tuple[int, ...], most_rows: int):
                 block = builder.append_basic_block(f"tile_{rows}x{vectors}")
                 choice.add_case(INT64(vectors * (most_rows + 1) + rows), block)
                 with builder.goto_block(block):
-                    builder.call(tile_function(builder.module, vec, rows, vectors), operands)
+                    builder.call(external(builder.module, tile_name(vec, rows, vectors), 5), operands)
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -139,26 +146,50 @@ def transposed(builder: ir.IRBuilder, vec: Vec, rows: list[ir.Value]) -> list[ir
     return rows
 
 
+def transpose_name(vec: Vec) -> str:
+    return f"rnnfast_transpose_{suffix(vec)}"
+
+
+def transpose_function(module: ir.Module, vec: Vec) -> ir.Function:
+    """out[k, i] = source[i, k] for i < lanes and k < columns <= lanes; 0 for i >= rows. Steps are in bytes."""
+    function = external(module, transpose_name(vec), 6)
+    source, source_step, rows, columns, out, out_step = function.args
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    loaded = []
+    for row in range(vec.lanes):
+        lanes = builder.select(builder.icmp_signed("<", INT64(row), rows), columns, INT64(0))
+        loaded.append(load_first(builder, vec, builder.add(source, builder.mul(source_step, INT64(row))), lanes))
+    for k, column in enumerate(transposed(builder, vec, loaded)):
+        with builder.if_then(builder.icmp_signed("<", INT64(k), columns)):
+            store_all(builder, vec, builder.add(out, builder.mul(out_step, INT64(k))), column)
+    builder.ret_void()
+    return function
+
+
 def transposer(target: Target):
     """`transpose_square`, which packs `lanes` rows of a matrix as the columns of a panel."""
     vec = Vec(target.dtype, target.lanes)
 
     @intrinsic
     def transpose_square(typing, source, source_step, rows, columns, out, out_step):
-        """out[k, i] = source[i, k] for i < lanes and k < columns <= lanes; 0 for i >= rows."""
-
         def lower(context, builder, sig, args):
-            start, step, count, depth, goal, goal_step = args
-            loaded = []
-            for row in range(vec.lanes):
-                inside = builder.icmp_signed("<", INT64(row), count)
-                lanes = builder.select(inside, depth, INT64(0))
-                loaded.append(load_first(builder, vec, builder.add(start, builder.mul(step, INT64(row))), lanes))
-            for k, column in enumerate(transposed(builder, vec, loaded)):
-                with builder.if_then(builder.icmp_signed("<", INT64(k), depth)):
-                    store_all(builder, vec, builder.add(goal, builder.mul(goal_step, INT64(k))), column)
+            builder.call(external(builder.module, transpose_name(vec), 6), args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), lower
 
     return transpose_square
+
+
+def library(target: Target, gates: set[int]) -> ir.Module:
+    """All functions that the intrinsics above call, for panels of these numbers of gates.
+
+    They are a module of their own because Numba optimises what a function contains again for each of its callers.
+    """
+    vec = Vec(target.dtype, target.lanes)
+    module = ir.Module("rnnfast")
+    transpose_function(module, vec)
+    shapes = {(rows, width) for g in gates for width in target.widths(g) for rows in range(1, target.rows(g) + 1)}
+    for rows, width in sorted(shapes):
+        tile_function(module, vec, rows, width)
+    return module

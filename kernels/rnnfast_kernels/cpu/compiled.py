@@ -1,0 +1,152 @@
+"""Kernels as machine code: kept on disk, loaded without Numba.
+
+Compiling takes seconds and needs Numba; loading takes milliseconds and needs LLVM alone. A file holds one cell's
+kernels for one dtype and one processor. Its name is a hash of all that its code depends on, and it begins with a hash
+of its content. Files appear whole, under their final name, or not at all, so that any number of processes may write at
+once. Where no folder can be written, every process compiles for itself, with one warning.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import llvmlite
+from llvmlite import binding
+
+from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.cpu.target import Target, processor, target
+
+lock = threading.RLock()
+engines: list[binding.ExecutionEngine] = []
+
+ENTRY = "rnnfast_entry"
+DIGEST_BYTES = 32
+# Files of this folder that decide when kernels run, not what they are.
+NOT_COMPILED = ("plan.py", "pool.py")
+
+
+@functools.cache
+def kernel(cell_name: str, dtype: str) -> Callable[[int, int], None]:
+    """The entry point of a cell and a dtype: `tasks.run_job`, which releases the interpreter's lock."""
+    with lock:
+        cell, chosen = CELLS[cell_name], target(dtype)
+        name = f"{cell_name}-{dtype}-{key(cell, chosen)}.bin"
+        code = read(name)
+        if code is None:
+            code = compile_code(cell, chosen)
+            write(name, code)
+        return load(code)
+
+
+def key(cell: Cell, chosen: Target) -> str:
+    """A hash of the sources, the compiler and the processor."""
+    here = Path(__file__).parent
+    files = {*here.glob("*.py"), here.parent / "bind.py", Path(cell.forward.__code__.co_filename)}
+    files -= {here / name for name in NOT_COMPILED}
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
+    everything = f"{sources}\0{cell.name}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
+    return hashlib.sha256(everything.encode()).hexdigest()[:24]
+
+
+def folders() -> Iterator[Path]:
+    """Where kernels may be kept: NUMBA_CACHE_DIR if it is set, else beside the sources, else the user's cache."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        yield Path(chosen) / "rnnfast"
+        return
+    yield Path(__file__).parent / "__pycache__"
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+
+
+def read(name: str) -> bytes | None:
+    """Return the machine code of a file that is there and whole."""
+    for folder in folders():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError:
+            continue
+        code = content[DIGEST_BYTES:]
+        if hashlib.sha256(code).digest() == content[:DIGEST_BYTES]:
+            return code
+    return None
+
+
+def write(name: str, code: bytes) -> None:
+    """Keep machine code in the first folder that takes it."""
+    reasons = []
+    for folder in folders():
+        reason = write_whole(folder / name, hashlib.sha256(code).digest() + code)
+        if reason is None:
+            return
+        reasons.append(reason)
+    warn_uncached("; ".join(reasons))
+
+
+@functools.cache
+def warn_uncached(reason: str) -> None:
+    warnings.warn(
+        f"rnnfast cannot keep compiled kernels on disk, so every process compiles them again ({reason}); "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def write_whole(path: Path, content: bytes) -> str | None:
+    """Write a file at once; return why that failed, or None."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def prepare_llvm() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+
+
+def target_machine() -> binding.TargetMachine:
+    """A code generator for `processor()`."""
+    prepare_llvm()
+    host = processor()
+    reloc = "static" if host.triple.startswith("x86") else "default"
+    return binding.Target.from_triple(host.triple).create_target_machine(
+        cpu=host.name, features=host.features, opt=3, reloc=reloc, codemodel="jitdefault", jit=True
+    )
+
+
+def compile_code(cell: Cell, chosen: Target) -> bytes:
+    """Compile a cell's kernels to an object file, whose entry point is `ENTRY`."""
+    from rnnfast_kernels.cpu.build import llvm_ir
+
+    (main, *others), entry = llvm_ir(cell, chosen)
+    module = binding.parse_assembly(main.replace(f"@{entry}(", f"@{ENTRY}("))
+    for other in others:
+        module.link_in(binding.parse_assembly(other))
+    return target_machine().emit_object(module)
+
+
+def load(code: bytes) -> Callable[[int, int], None]:
+    """Place an object file in memory, for as long as the process lives, and return its entry point."""
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    engines.append(engine)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(ENTRY))
