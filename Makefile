@@ -18,7 +18,7 @@ help:
 	@echo "make lint    the formatter, the linter and the type checker alone"
 	@echo "make bench   time rnnfast beside its peers"
 	@echo "make aot     compile the GPU kernels for every target; needs no GPU"
-	@echo "make gpu     run the tests and the benchmarks that need a GPU"
+	@echo "make gpu     run the tests and the benchmarks on a GPU"
 	@echo "make clean   remove caches and built files"
 
 setup: $(INSTALLED)
@@ -41,8 +41,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
 
+# The second run is the Triton kernels in their interpreter, which needs no GPU.
 test check: $(INSTALLED)
 	$(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_gpu_*.py
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_style.py
@@ -54,7 +56,8 @@ aot: $(INSTALLED)
 	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick
 
 gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'
+	$(BIN)/python -m pytest
 	$(BIN)/python -m benchmarks --device cuda
 
 clean:
