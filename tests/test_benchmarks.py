@@ -124,6 +124,7 @@ def test_every_cell_state_agrees_with_the_oracle():
 
 PEER_CASES = [
     Case("rnn", T=9, B=5, I=3, H=7),
+    Case("rnn", T=9, B=5, I=3, H=7, mode="training", dtype="float64"),
     Case("lstm", T=9, B=5, I=3, H=7, layers=2, bidirectional=True),
     Case("gru", T=9, B=5, I=3, H=7, bias=False),
     Case("lstm", T=1, B=5, I=3, H=7, layers=2, mode="step"),

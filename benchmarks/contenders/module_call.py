@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks.contenders import Call
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, torch_dtype
 
 
 class Result(NamedTuple):
@@ -38,9 +38,9 @@ def build(namespace: Any, work: Workload) -> nn.Module:
     module = getattr(namespace, case.cell.upper())(
         case.I, case.H, num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, **options
     )
+    # In the case's dtype before the weights are loaded, or they would be rounded to float32 on their way to float64.
+    module = module.to(device=work.device, dtype=torch_dtype(case.dtype))
     module.load_state_dict(work.weights)
-    weight = next(iter(work.weights.values()))
-    module = module.to(device=work.device, dtype=work.cast(weight).dtype)
     return module.train(case.mode == "training")
 
 
