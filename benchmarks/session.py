@@ -16,7 +16,7 @@ from benchmarks.run import Settings
 
 QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
 # A guess of operations per second and of seconds per case besides, for the progress bar alone.
-GUESSED_RATE, GUESSED_OVERHEAD = 2e10, 0.3
+GUESSED_RATE, GUESSED_OVERHEAD = 5e10, 0.3
 
 
 def run(asked: list[Question], arguments) -> int:
