@@ -142,7 +142,7 @@ def backward(
         else:
             dhx = run_loop(call, states, saved, dstates, dfinals, dx, du)
         dleaving = None
-        if call.projected:
+        if call.projected and call.rows.total > 0:
             dentering = projection.entering_gradient(call, du)
             dhx = (projection.initial_gradient(call, dentering, dfinals[0]), *dhx[1:])
             dleaving = projection.leaving_gradient(call, dentering, dstates[0], dfinals[0])
@@ -209,9 +209,19 @@ def weight_gradients(
             rows_product(du[:, d], entering[d], groups),
             None if w.b_ih is None else rows_sum(dx[:, d], groups),
             None if w.b_hh is None else rows_sum(du[:, d], groups),
-            None if dleaving is None else rows_product(dleaving[d], call.by_row(saved[-1])[:, d], groups),
+            projection_gradient(call, d, dleaving, saved, groups),
         )
         for d, w in enumerate(call.layer.weights)
+    )
+
+
+def projection_gradient(call: Call, d: int, dleaving: Tensor | None, saved: tuple[Tensor, ...], groups: int):
+    """Gradient by W_hr, from that by the projected output and from the output before its projection."""
+    if not call.projected:
+        return None
+    output = call.by_row(saved[-1])[:, d]
+    return rows_product(
+        output.new_zeros(0, call.layer.hx[0].shape[-1]) if dleaving is None else dleaving[d], output, groups
     )
 
 

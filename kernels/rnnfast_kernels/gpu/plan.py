@@ -214,7 +214,8 @@ def candidates(problem: Problem) -> Iterator[Plan]:
         for block_n in (8, 16, 32, 64):
             # A warp's lanes each hold a unit: on fewer, the loads' layout would not prevail in the cell.
             warps = 4 if block_b * block_n < 8 * 32 else 8
-            for block_k in (128, 64, 32, 16):
+            # Longer chunks of float32 make ptxas hold more of the weights than there are registers.
+            for block_k in (128, 64, 32, 16) if problem.itemsize == 2 else (32, 16):
                 yield cooperative(problem, block_b, block_n, block_k, warps, warps)
     yield streamed(problem)
 

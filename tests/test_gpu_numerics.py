@@ -1,0 +1,210 @@
+"""The Triton kernels against the reference loop in float64: on a GPU, or in the interpreter with TRITON_INTERPRET=1.
+
+Every loop is forced in turn by a plan of the test's own. In the interpreter, where programs run one after another, a
+cooperative loop has one program to a group; what several programs compute together is tested step by step.
+"""
+
+from dataclasses import replace
+
+import loop_backend
+import pytest
+import torch
+from conftest import INTERPRETED
+from gpu_layers import Case, check, exact, make, run
+
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from rnnfast.backends import gpu, gpu_launch
+from rnnfast_kernels.gpu import launch, plan
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+
+
+def whole_width(problem, block_k, split, shared=10**9):
+    """A cooperative plan of one program to a group."""
+    width = max(16, plan.next_power(problem.H))
+    return plan.cooperative(problem, 16, width, block_k, split, 4, shared)
+
+
+LOOPS = {
+    "resident": lambda problem: plan.resident(problem, 16, 4),
+    "cooperative": lambda problem: whole_width(problem, 16, 2),
+    "cooperative-unsplit": lambda problem: whole_width(problem, 16, 1),
+    "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, shared=16 * 1024),
+    "cooperative-lazy": lambda problem: replace(whole_width(problem, 16, 2), eager=False, kept=0),
+    "streamed": plan.streamed,
+}
+
+
+@pytest.fixture(params=LOOPS)
+def loop(request):
+    """One loop, forced for the length of the test."""
+    with plan.override(LOOPS[request.param]):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """Float32 products as exact as they come."""
+    monkeypatch.setattr(gpu_launch, "tf32_wanted", lambda: False)
+
+
+def named(*cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+@named(*(Case(cell, B=18, H=33, layout="padded", resets=True, T=3) for cell in CELLS))
+def test_every_loop(case, loop, device):
+    check(gpu, make(case, device))
+
+
+@named(*(Case(cell, T=T, B=B, I=I, H=H) for cell in ("lstm", "gru") for T, B, I, H in (
+    (1, 1, 1, 1), (3, 1, 7, 130), (2, 33, 65, 65), (2, 130, 1, 7),
+)))  # fmt: skip
+@pytest.mark.parametrize("forced", ["resident", "cooperative", "streamed"])
+def test_sizes_that_are_multiples_of_nothing(case, forced, device):
+    with plan.override(LOOPS[forced]):
+        check(gpu, make(case, device))
+
+
+@named(*(Case(cell, dtype=dtype) for cell in CELLS for dtype in (torch.bfloat16, torch.float16, torch.float64)))
+@pytest.mark.parametrize("forced", ["resident", "cooperative", "streamed"])
+def test_dtypes(case, forced, device):
+    if case.dtype == torch.float64 and forced != "streamed":
+        pytest.skip("float64 is streamed")
+    with plan.override(LOOPS[forced]):
+        check(gpu, make(case, device))
+
+
+@named(*(Case(cell, layout=layout, reverse=reverse, resets=resets)
+    for cell in ("lstm", "gru") for layout in ("dense", "padded", "packed")
+    for reverse in ((False,), (True,), (True, False)) for resets in (False, True)
+))  # fmt: skip
+def test_layouts(case, device):
+    check(gpu, make(case, device))
+
+
+@named(*(Case("lstm", P=5, layout=layout, resets=resets, bias=False)
+    for layout in ("dense", "padded", "packed") for resets in (False, True)
+))  # fmt: skip
+def test_projection(case, device):
+    check(gpu, make(case, device))
+
+
+@named(Case("lstm", B=6, layout="padded"), Case("gru", B=6), Case("lstm", B=6, P=5))
+def test_gradients_by_group_add_up(case, device):
+    layer = make(case, device)
+    whole, parts = run(gpu, layer), run(gpu, layer, groups=3)
+    for name, value in parts.items():
+        if name.startswith("dw"):
+            assert value.shape[0] == 3
+            torch.testing.assert_close(value.sum(0), whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_by_group_are_those_of_the_group_alone(device):
+    layer = make(Case("gru", B=6, reverse=(False,)), device)
+    parts = run(gpu, layer, groups=3)
+    alone = replace(layer, x=layer.x[:, 1::3], hx=tuple(h[:, 1::3] for h in layer.hx))
+    result = gpu.forward(layer, save=True, all_states=True)
+    ds = [torch.cos(torch.arange(t.numel()).to(t)).view(t.shape)[:, 1::3] for t in result.states]
+    df = [torch.cos(torch.arange(t.numel()).to(t)).view(t.shape)[:, 1::3] for t in result.finals]
+    result = gpu.forward(alone, save=True, all_states=True)
+    grads = gpu.backward(alone, result.states, result.saved, tuple(ds), tuple(df), gpu.Needs(True, True, True))
+    for n, value in enumerate(w for w in grads.weights[0] if w is not None):
+        torch.testing.assert_close(parts[f"dw{n}"][1], value.cpu(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"dstates": False}, {"dfinals": False}, {"needs": gpu.Needs(True, False, False)}],
+    ids=["no dstates", "no dfinals", "only dx"])  # fmt: skip
+@pytest.mark.parametrize("case", [Case("lstm"), Case("lstm", P=5)], ids=["plain", "projected"])
+def test_gradients_that_are_absent_or_not_wanted(case, options, device):
+    check(gpu, make(case, device), **options)
+
+
+@named(Case("lstm", T=0), Case("gru", B=0), Case("lstm", T=0, P=5), Case("gru", T=3, B=1, layout="padded"))
+def test_nothing_to_run(case, device):
+    layer = make(case, device)
+    if case.layout == "padded":
+        layer = replace(layer, batch_sizes=torch.zeros_like(layer.batch_sizes))
+    check(gpu, layer)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_states_are_kept_in_float32_from_step_to_step(cell, device):
+    """In bfloat16 a state that were rounded each step would drift; the error must not grow with T."""
+    errors = []
+    for steps in (2, 40):
+        layer = make(Case(cell, T=steps, B=2, H=16, dtype=torch.bfloat16, reverse=(False,)), device)
+        got = gpu.forward(layer, save=False, all_states=True)
+        expected = loop_backend.forward(exact(layer), save=False, all_states=True)
+        difference = got.finals[-1].cpu().double() - expected.finals[-1]
+        errors.append((difference.norm() / expected.finals[-1].norm()).item())
+    assert errors[1] < 4 * max(errors[0], 2e-3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_stays_in_its_row(cell, loop, device):
+    layer = make(Case(cell, T=3, B=3, reverse=(False,)), device)
+    clean = gpu.forward(layer, save=False, all_states=False).states[0]
+    layer.x[1, 1] = float("nan")
+    got = gpu.forward(layer, save=False, all_states=False).states[0]
+    assert torch.equal(got[:, ::2], clean[:, ::2])
+    assert torch.equal(got[0], clean[0])
+    assert got[1:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_reset_stops_nan_both_ways(cell, loop, device):
+    layer = make(Case(cell, T=3, B=2, reverse=(False,)), device)
+    layer.hx[0][:, 1] = float("nan")
+    resets = torch.zeros(3, 2, dtype=torch.bool, device=device)
+    resets[0, 1] = True
+    got = run(gpu, replace(layer, resets=resets))
+    assert all(value.isfinite().all() for value in got.values())
+    assert not got["dhx0"][:, 1].any()
+
+
+def test_two_runs_are_bitwise_equal(loop, device):
+    layer = make(Case("gru", B=18, T=3), device)
+    first, second = run(gpu, layer), run(gpu, layer)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("block_n", [8, 16])
+def test_programs_that_share_a_recurrence(cell, block_n, device, monkeypatch):
+    """One step, run twice with the barrier open: the first run fills the exchange, the second computes from it.
+
+    Programs that run one after another could not wait for each other.
+    """
+    run_once = launch.Launch.run
+
+    def run_twice(self):
+        if getattr(self.args[0], "counters", None) is not None:
+            self.args[0].counters.fill_(10**6)
+            kept = self.args[0].gates.clone()
+            run_once(self)
+            self.args[0].gates.copy_(kept)
+        run_once(self)
+
+    monkeypatch.setattr(launch.Launch, "run", run_twice)
+    with plan.override(lambda problem: plan.cooperative(problem, 16, block_n, 16, 2, 4)):
+        check(gpu, make(Case(cell, T=1, B=18, H=33, layout="padded"), device))
+
+
+def test_a_refused_launch_runs_step_by_step_and_warns_once(device, monkeypatch):
+    run_once, refused = launch.Launch.run, []
+
+    def refuse(self):
+        if getattr(self.args[0], "counters", None) is not None:
+            refused.append(self)
+            raise RuntimeError("too many blocks in cooperative launch")
+        run_once(self)
+
+    monkeypatch.setattr(launch.Launch, "run", refuse)
+    gpu_launch.warn_refused.cache_clear()
+    with plan.override(LOOPS["cooperative"]), pytest.warns(RuntimeWarning, match="too many blocks") as caught:
+        check(gpu, make(Case("lstm"), device))
+    assert len(refused) == 2
+    assert len(caught) == 1
