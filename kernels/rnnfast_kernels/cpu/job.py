@@ -1,10 +1,10 @@
 """How a kernel receives its arguments: one address, of a record of int64 fields.
 
-A record keeps the cost of a call at that of one argument. `Record` names fields; `record.pack` builds one in Python,
-`record.reader` gives the function that a kernel reads it through.
+A record keeps the cost of a call at that of one argument, and lets a call's records be made in one go (see `recipe`).
 """
 
-from array import array
+from collections.abc import Mapping
+from typing import Any
 
 
 class Record:
@@ -13,12 +13,12 @@ class Record:
     def __init__(self, *names: str):
         self.names = names
 
-    def pack(self, **values: int) -> array:
-        """Lay the values out in order; those not given are 0. The record lives as long as the result."""
-        unknown = values.keys() - set(self.names)
+    def order(self, fields: Mapping[str, Any]) -> list:
+        """The fields in order; those not given are 0."""
+        unknown = fields.keys() - set(self.names)
         if unknown:
             raise TypeError(f"no such fields: {sorted(unknown)}")
-        return array("q", [values.get(name, 0) for name in self.names])
+        return [fields.get(name, 0) for name in self.names]
 
     def reader(self):
         """The function that turns a record's address into the record."""
@@ -36,7 +36,3 @@ class Record:
             return kind(types.int64), lower
 
         return record_at
-
-
-def address(record: array) -> int:
-    return record.buffer_info()[0]

@@ -1,26 +1,35 @@
-"""How a layer's work is cut: slices of the batch, chunks of steps, scratch memory.
+"""How a layer's work is cut into jobs: slices of the batch, chunks of steps, scratch memory, phases.
 
 Nothing here changes a result: every element's sum runs in the same order whatever the plan.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu.target import Target, target
+from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.cpu import gradients, loops, products, tasks
+from rnnfast_kernels.cpu.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
 # Bytes of gates that a worker computes ahead of the recurrence, and the rows that make that product worth its panels.
 CHUNK_BYTES = 1 << 17
 CHUNK_ROWS = 64
+# Bytes of a product's left operand that should stay in the second-level cache.
+PRODUCT_BYTES = 1 << 19
 # Rows whose outer products are summed before the sum is added to the gradient of a weight.
 OUTER_BLOCK = 256
-# Multiplications below which a second thread costs more than it brings.
-SERIAL_WORK = 1 << 20
+# Multiplications below which another thread costs more than it brings.
+SERIAL_WORK = 1 << 21
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a layer that plans depend on."""
+    """All that a plan depends on.
+
+    rows: of all steps together. cuts: bounds of the slices of the batch. x_row, x_step: strides in bytes.
+    """
 
     cell: str
     dtype: str
@@ -30,35 +39,48 @@ class Shape:
     inputs: int
     hidden: int
     width: int
-    directions: int
+    reverse: tuple[bool, ...]
+    x_row: int
+    x_step: int
+    projected: bool
+    threads: int
+    cuts: tuple[int, ...]
 
     @property
-    def gates(self) -> int:
-        return CELLS[self.cell].gates
+    def row(self) -> Cell:
+        """The cell's row of the table."""
+        return CELLS[self.cell]
 
-    @property
-    def extra(self) -> int:
-        return len(CELLS[self.cell].states) - 1
-
-    @property
+    @functools.cached_property
     def target(self) -> Target:
         return target(self.dtype)
 
     @property
-    def row_work(self) -> int:
-        """Multiplications of one row in one step."""
-        projected = self.width * self.hidden if self.width != self.hidden else 0
-        return self.gates * self.hidden * (self.inputs + self.width) + projected
+    def item(self) -> int:
+        return self.target.item
+
+    @property
+    def directions(self) -> int:
+        return len(self.reverse)
+
+    @property
+    def extra(self) -> int:
+        return len(self.row.states) - 1
+
+    @property
+    def gate_columns(self) -> int:
+        return self.row.gates * self.hidden
+
+    @property
+    def work(self) -> int:
+        """Multiplications of the forward pass."""
+        return self.rows * self.directions * work_per_row(self.row, self.inputs, self.hidden, self.width)
 
 
-def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
-    """Memory of a matrix [depth, columns], packed."""
-    return chosen.padded(columns) * (1 + depth) * chosen.item
-
-
-def even_cuts(count: int, parts: int) -> list[int]:
-    """Bounds that cut `count` into `parts` as evenly as can be."""
-    return [count * part // parts for part in range(parts + 1)]
+def work_per_row(cell: Cell, inputs: int, hidden: int, width: int) -> int:
+    """Multiplications of one row in one step."""
+    projection = width * hidden if width != hidden else 0
+    return cell.gates * hidden * (inputs + width) + projection
 
 
 def threads_for(work: int, threads: int) -> int:
@@ -66,34 +88,321 @@ def threads_for(work: int, threads: int) -> int:
     return max(1, min(threads, work // SERIAL_WORK))
 
 
-@functools.lru_cache(maxsize=4096)
-def row_cuts(shape: Shape, threads: int) -> list[int]:
-    """Bounds of the slices of the batch; each slice of each direction is one job."""
-    threads = threads_for(shape.rows * shape.row_work * shape.directions, threads)
-    slices = max(1, min(shape.batch, -(-threads // shape.directions)))
-    return even_cuts(shape.batch, slices)
+def even_cuts(count: int, parts: int) -> tuple[int, ...]:
+    """Bounds that cut `count` into `parts` as evenly as can be."""
+    return tuple(count * part // parts for part in range(parts + 1))
+
+
+def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
+    """Slices of the batch; each slice of each direction is one job."""
+    return max(1, min(batch, -(-threads_for(work, threads) // directions)))
+
+
+def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
+    """Memory of a matrix [depth, columns], packed."""
+    return chosen.padded(columns) * (1 + depth) * chosen.item
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:
     """Steps whose input products are computed together."""
-    row_bytes = shape.gates * shape.target.padded(shape.hidden) * shape.target.item
+    row_bytes = shape.row.gates * shape.target.padded(shape.hidden) * shape.item
     rows = max(1, rows)
     return max(1, min(shape.steps, max(CHUNK_BYTES // (rows * row_bytes), CHUNK_ROWS // rows)))
 
 
-class Scratch:
-    """Sizes of buffers, collected first and then laid out in one piece of memory."""
+def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth: int, bias: Ref | int = 0):
+    """Add the records that pack a weight, and return them and the panels' place."""
+    gates = shape.row.gates if kind == products.GATE_COLUMNS else 1
+    panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
+    groups = -(-units // (shape.target.lanes * widest_panel(gates)))
+    blocks = -(-units // shape.target.lanes)
+    parts = threads_for(units * depth * gates * 8, shape.threads)
+    cuts = [min(blocks, cut * widest_panel(gates)) for cut in even_cuts(groups, parts)]
+    fields = {"kind": kind, "weight": weight, "weight_row": units * shape.item, "bias": bias, "units": units}
+    records = [
+        recipe.record(
+            products.PACK,
+            **fields,
+            depth=depth,
+            panels=panels,
+            first=first,
+            last=last,
+            places=recipe.buffer(8 * depth) if kind == products.PLAIN_ROWS else 0,
+        )
+        for first, last in pairwise(cuts)
+        if first < last
+    ]
+    return records, panels
 
-    def __init__(self) -> None:
-        self.size = 0
 
-    def add(self, size: int) -> int:
-        """Reserve `size` bytes and a vector's margin, and return their offset."""
-        offset = self.size
-        self.size += (size + 64 + 63) // 64 * 64
-        return offset
+def pack_all(recipe: Recipe, shape: Shape, weights: Sequence[tuple]) -> list[Ref]:
+    """Add the phase that packs weights, and return the places of their panels."""
+    packed = [pack(recipe, shape, *weight) for weight in weights]
+    recipe.phase(tasks.PACK_WEIGHT, [record for records, _ in packed for record in records], shape.threads)
+    return [panels for _, panels in packed]
 
 
-def product_chunk(chosen: Target, depth: int) -> int:
-    """Rows of a product's left operand that stay in the second-level cache."""
-    return max(2 * chosen.accumulators, min(1024, (1 << 19) // (depth * chosen.item)))
+def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[str, int | Ref]:
+    """Fields of a `LAYER` record that say which rows and steps a job has, and where its inputs are."""
+    item = shape.item
+    offset = direction * shape.batch + first
+    return {
+        "steps": shape.steps,
+        "batch": shape.batch,
+        "first_row": first,
+        "rows": last - first,
+        "reverse": int(shape.reverse[direction]),
+        "sizes": Ref("sizes"),
+        "starts": Ref("starts"),
+        "resets": Ref("resets"),
+        "inputs": shape.inputs,
+        "hidden": shape.hidden,
+        "width": shape.width,
+        "x": Ref("x"),
+        "x_row": shape.x_row,
+        "x_step": shape.x_step,
+        "h_first": Ref("h_first", offset * shape.width * item),
+        "h_first_row": shape.width * item,
+        "extra_first": Ref("extra_first", offset * shape.hidden * item),
+        "extra_first_row": shape.hidden * item,
+    }
+
+
+def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str, int | Ref]:
+    """Fields for what the forward loop leaves for every step; `kept` names those that there are beside h."""
+    item, hidden = shape.item, shape.hidden * shape.item
+    fields = {
+        "h": Ref("h", direction * shape.width * item),
+        "h_row": shape.directions * shape.width * item,
+    }
+    if "extra" in kept:
+        fields |= {"extra": Ref("extra", direction * hidden), "extra_row": shape.directions * hidden}
+    if "full" in kept:
+        fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
+    if "gates" in kept:
+        row = shape.row.saved * hidden
+        fields |= {
+            "gates": Ref("gates", direction * row),
+            "gates_row": shape.directions * row,
+            "gate_step": hidden,
+            "keep": 1,
+        }
+    return fields
+
+
+def work_fields(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
+    """Scratch of a time loop."""
+    hidden = shape.target.padded(shape.hidden) * shape.item
+    width = shape.target.padded(shape.width) * shape.item
+    return {
+        "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
+        "places": recipe.buffer(8 * rows * chunk),
+        "goals": recipe.buffer(8 * rows * chunk),
+        "h_work": recipe.buffer(2 * rows * width + hidden),
+        "extra_work": recipe.buffer(shape.extra * rows * hidden),
+        "full_work": recipe.buffer(rows * hidden) if shape.projected else 0,
+    }
+
+
+def gate_work(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
+    """Scratch for the gates of a chunk of steps, where they are not kept."""
+    gate = shape.target.padded(shape.hidden) * shape.item
+    row = shape.row.gates * gate
+    return {"gates": recipe.buffer(rows * chunk * row), "gates_row": row, "gate_step": gate}
+
+
+def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str]) -> dict[str, Ref]:
+    """Places of a slice's rows in tensors [D, B, P or H], which are named by `names`, h's first."""
+    offset = (direction * shape.batch + first) * shape.item
+    widths = (shape.width, shape.hidden)
+    return {name: Ref(name, offset * width) for name, width in zip(names, widths, strict=False)}
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
+    """The forward pass."""
+    recipe = Recipe()
+    weights = []
+    for d in range(shape.directions):
+        bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
+        weights.append((products.GATE_COLUMNS, Ref(f"w_ih{d}"), shape.hidden, shape.inputs, bias_ih))
+        weights.append((products.GATE_COLUMNS, Ref(f"w_hh{d}"), shape.hidden, shape.width, bias_hh))
+        if shape.projected:
+            weights.append((products.PLAIN_COLUMNS, Ref(f"w_hr{d}"), shape.width, shape.hidden))
+    panels = pack_all(recipe, shape, weights)
+    each = len(panels) // shape.directions
+    jobs = []
+    for d in range(shape.directions):
+        shared = state_fields(shape, d, kept)
+        shared |= zip(("w_ih", "w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
+        for first, last in pairwise(shape.cuts):
+            chunk = chunk_steps(shape, last - first)
+            fields = shared | slice_fields(shape, d, first, last) | work_fields(recipe, shape, last - first, chunk)
+            fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
+            if "gates" not in kept:
+                fields |= gate_work(recipe, shape, last - first, chunk)
+            jobs.append(recipe.record(loops.LAYER, **fields, chunk=chunk))
+    recipe.phase(tasks.FORWARD, jobs, threads_for(shape.work, shape.threads))
+    return recipe.finish()
+
+
+@functools.lru_cache(maxsize=1024)
+def backward(
+    shape: Shape,
+    kept: tuple[str, ...],
+    given: tuple[str, ...],
+    need_x: bool,
+    need_weights: bool,
+    groups: int,
+    biased: bool,
+) -> Recipe:
+    """The backward pass. `given` names the gradients that are not zero."""
+    recipe = Recipe()
+    weights = []
+    for d in range(shape.directions):
+        weights.append((products.PLAIN_ROWS, Ref(f"w_hh{d}"), shape.width, shape.gate_columns))
+        if shape.projected:
+            weights.append((products.PLAIN_ROWS, Ref(f"w_hr{d}"), shape.hidden, shape.width))
+    panels = pack_all(recipe, shape, weights)
+    each = len(panels) // shape.directions
+    jobs, whole = [], []
+    for d in range(shape.directions):
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given)
+        shared |= zip(("w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
+        whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
+        finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
+        for first, last in pairwise(shape.cuts):
+            fields = shared | slice_fields(shape, d, first, last) | work_fields(recipe, shape, last - first, 1)
+            places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
+            fields |= {name: places[name] for name in finals}
+            fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+            jobs.append(recipe.record(loops.LAYER, **fields))
+    recipe.phase(tasks.BACKWARD, jobs, threads_for(shape.work, shape.threads))
+    if need_x:
+        input_gradient(recipe, shape)
+    if need_weights:
+        weight_gradients(recipe, shape, whole, groups, biased)
+    return recipe.finish()
+
+
+def gradient_fields(shape: Shape, direction: int, given: Sequence[str]) -> dict[str, int | Ref]:
+    """Fields for the gradients of what has a row for every step."""
+    width, hidden = shape.width * shape.item, shape.hidden * shape.item
+    gates = shape.row.gates * hidden
+    fields = {
+        "dx_gates": Ref("dx_gates", direction * gates),
+        "du_gates": Ref("dx_gates" if shape.row.one_gradient else "du_gates", direction * gates),
+        "dgates_row": shape.directions * gates,
+        "dh_row": shape.directions * width,
+        "dextra_row": shape.directions * hidden,
+        "dh_total_row": shape.directions * width,
+        "zeros": Ref("zeros"),
+    }
+    if "dh" in given:
+        fields["dh"] = Ref("dh", direction * width)
+    if "dextra" in given:
+        fields["dextra"] = Ref("dextra", direction * hidden)
+    if shape.projected:
+        fields["dh_total"] = Ref("dh_total", direction * width)
+    return fields
+
+
+def input_gradient(recipe: Recipe, shape: Shape) -> None:
+    """dx = the sum over directions of dx_gates W_ih."""
+    depth, item = shape.gate_columns, shape.item
+    weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
+    panels = pack_all(recipe, shape, weights)
+    chunk = max(2 * shape.target.accumulators, min(1024, PRODUCT_BYTES // (depth * item)))
+    work = shape.rows * depth * shape.inputs * shape.directions
+    threads = threads_for(work, shape.threads)
+    jobs = [
+        recipe.record(
+            gradients.PRODUCT,
+            rows=last - first,
+            depth=depth,
+            units=shape.inputs,
+            parts=shape.directions,
+            left=Ref("dx_gates", first * shape.directions * depth * item),
+            left_row=shape.directions * depth * item,
+            left_part=depth * item,
+            panels=panels[0],
+            panels_part=panels[-1].offset - panels[0].offset,
+            out=Ref("dx", first * shape.inputs * item),
+            out_row=shape.inputs * item,
+            tile=recipe.buffer(shape.target.accumulators * shape.target.vector),
+            places=recipe.buffer(8 * chunk),
+            goals=recipe.buffer(8 * chunk),
+            chunk=chunk,
+        )
+        for first, last in pairwise(even_cuts(shape.rows, threads))
+    ]
+    recipe.phase(tasks.ROWS_PRODUCT, jobs, threads)
+
+
+def weight_gradients(recipe: Recipe, shape: Shape, whole: Sequence[Ref], groups: int, biased: bool) -> None:
+    """Sums of outer products over all rows, group by group."""
+    columns = shape.gate_columns
+    jobs = []
+    for d, layer in enumerate(whole):
+        du_gates = "dx_gates" if shape.row.one_gradient else "du_gates"
+        inputs = (gradients.INPUTS, "dx_gates", columns, shape.inputs, f"dw_ih{d}", f"db_ih{d}" if biased else "")
+        second = biased and not shape.row.one_gradient
+        entering = (gradients.ENTERING, du_gates, columns, shape.width, f"dw_hh{d}", f"db_hh{d}" if second else "")
+        for weight in (inputs, entering):
+            jobs += outer(recipe, shape, d, layer, groups, *weight)
+        if shape.projected:
+            jobs += outer(
+                recipe, shape, d, layer, groups, gradients.GIVEN, "dh_total", shape.width, shape.hidden, f"dw_hr{d}", ""
+            )
+    recipe.phase(tasks.OUTER_PRODUCT, jobs, threads_for(shape.work, shape.threads))
+
+
+def outer(
+    recipe: Recipe,
+    shape: Shape,
+    direction: int,
+    layer: Ref,
+    groups: int,
+    right: int,
+    left: str,
+    columns: int,
+    units: int,
+    out: str,
+    bias: str,
+) -> list[Ref]:
+    """The jobs of one weight's gradient."""
+    chosen, item = shape.target, shape.item
+    blocks = -(-columns // chosen.lanes)
+    parts = threads_for(shape.rows * columns * units, shape.threads)
+    block = min(OUTER_BLOCK, max(1, shape.rows))
+    jobs = []
+    for group in range(groups):
+        for first, last in pairwise(even_cuts(blocks, min(parts, blocks))):
+            fields = {
+                "layer": layer,
+                "right": right,
+                "group": group,
+                "groups": groups,
+                "left": Ref(left, direction * columns * item),
+                "left_row": shape.directions * columns * item,
+                "columns": columns,
+                "first": first * chosen.lanes,
+                "last": min(last * chosen.lanes, columns),
+                "units": units,
+                "out": Ref(out, group * columns * units * item),
+                "bias": Ref(bias, group * columns * item) if bias else 0,
+                "block": OUTER_BLOCK,
+                "tile": recipe.buffer(chosen.accumulators * chosen.vector),
+                "places": recipe.buffer(16 * chosen.lanes),
+                "left_places": recipe.buffer(8 * block),
+                "right_places": recipe.buffer(8 * block),
+                "panels": recipe.buffer(panel_bytes(chosen, units, block)),
+                "strip": recipe.buffer(block * chosen.vector),
+            }
+            if right == gradients.GIVEN:
+                fields |= {
+                    "right_base": Ref("full", direction * units * item),
+                    "right_row": shape.directions * units * item,
+                }
+            jobs.append(recipe.record(gradients.OUTER, **fields))
+    return jobs

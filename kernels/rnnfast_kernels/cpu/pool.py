@@ -8,7 +8,7 @@ survives a fork (a child makes its own threads at first use), and loads no secon
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 tasks: queue.SimpleQueue = queue.SimpleQueue()
 workers: list[threading.Thread] = []
@@ -36,9 +36,9 @@ class Countdown:
 def work() -> None:
     """Run tasks for ever."""
     while True:
-        task, argument, countdown = tasks.get()
+        task, countdown = tasks.get()
         try:
-            task(argument)
+            task()
         except BaseException as error:  # handed to the thread that waits
             countdown.finish(error)
         else:
@@ -54,38 +54,32 @@ def grow(count: int) -> None:
             workers.append(worker)
 
 
-def run(task: Callable[[int], None], arguments: Sequence[int], threads: int) -> None:
-    """Call `task` with every argument, on up to `threads` threads, this one among them."""
-    if threads <= 1 or len(arguments) <= 1:
-        for argument in arguments:
-            task(argument)
+def run(kernel: Callable[[int, int], None], task: int, records: list[int], threads: int) -> None:
+    """Call `kernel(task, record)` for every record, on up to `threads` threads, this one among them."""
+    helpers = min(threads, len(records)) - 1
+    if helpers < 1:
+        for record in records:
+            kernel(task, record)
         return
-    grow(threads - 1)
-    helpers = min(threads, len(arguments)) - 1
-    pending = list(arguments)
+
+    def drain() -> None:
+        while True:
+            try:
+                record = records.pop()
+            except IndexError:
+                return
+            kernel(task, record)
+
+    grow(helpers)
     countdown = Countdown(helpers)
     for _ in range(helpers):
-        tasks.put((drain(task), pending, countdown))
+        tasks.put((drain, countdown))
     try:
-        drain(task)(pending)
+        drain()
     finally:
         countdown.done.acquire()
     if countdown.error:
         raise countdown.error
-
-
-def drain(task: Callable[[int], None]) -> Callable[[list[int]], None]:
-    """Return a task that takes arguments from a shared list until there are none."""
-
-    def take_all(pending: list[int]) -> None:
-        while True:
-            try:
-                argument = pending.pop()
-            except IndexError:
-                return
-            task(argument)
-
-    return take_all
 
 
 def forget() -> None:
