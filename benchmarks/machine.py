@@ -31,6 +31,7 @@ def facts(device: str, threads: int, dtypes: tuple[str, ...]) -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "commit": commit(),
         "gemm_flops": {dtype: gemm_rate(device, dtype) for dtype in dtypes},
         "bandwidth": {str(size): bandwidth(device, size) for size in COPY_BYTES[device]},

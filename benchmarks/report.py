@@ -41,7 +41,7 @@ $sections
 </body></html>
 """)
 
-FACTS = ("device", "system", "threads", "cores", "cpu_capability", "python", "commit")
+FACTS = ("device", "system", "threads", "cores", "load", "cpu_capability", "python", "commit")
 
 
 def write(results: dict[str, Any], folder: Path, pictures: list[str]) -> Path:

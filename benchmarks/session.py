@@ -15,6 +15,8 @@ from benchmarks.questions import Question
 from benchmarks.run import Settings
 
 QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
+# One core's worth of other work in the minute before the run.
+BUSY_LOAD = 1.0
 # A guess of operations per second and of seconds per case besides, for the progress bar alone.
 GUESSED_RATE, GUESSED_OVERHEAD = 5e10, 0.3
 
@@ -105,10 +107,14 @@ def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Co
 
 def heading(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"{machine['device']}, {machine['threads']} threads for every contender, commit {machine['commit']}\n"
-        f"{store.limits_text(machine)}\n{versions}"
-    )
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads for every contender, commit {machine['commit']}",
+        store.limits_text(machine),
+        versions,
+    ]
+    if machine["load"] is not None and machine["load"] > BUSY_LOAD:
+        lines.append(f"other programs keep this machine busy, load {machine['load']}: the numbers below say little")
+    return "\n".join(lines)
 
 
 def failures(results: dict[str, Any]) -> list[dict[str, Any]]:

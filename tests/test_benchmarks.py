@@ -313,6 +313,7 @@ def stored(ratio: float, noise: float = 0.02, status: str = "ok") -> dict:
         "device": "Test <CPU>",
         "system": "Linux",
         "threads": 2,
+        "load": 0.1,
         "cores": 2,
         "cpu_capability": "AVX2",
         "python": "3.11",
