@@ -1,7 +1,7 @@
 """One autograd Function for every cell, and one more for its second derivative.
 
-`LayerFunction` runs the operators of `rnnfast.ops`. Its backward is itself a Function, whose own backward
-differentiates the reference loop: first derivatives come from the kernels, higher ones from plain torch.
+`LayerFunction` runs the operators of `rnnfast.ops`. Its backward is itself a Function, whose own backward and
+forward-mode derivatives are those of `rnnfast.second_order`.
 
 Functions take flat positional arguments: first the constants that describe the layer, then its tensors
 (x, the initial states, the weights), in the order of the operators.
@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
-from rnnfast import batching, ops, reference
+from rnnfast import batching, ops, reference, second_order
+from rnnfast.second_order import Changes, Pushed
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -40,22 +42,31 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     States beyond the first are usable only with `spec.all_states`.
     """
     tensors = (x, *hx, *weights)
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        results = LayerFunction.apply(*spec, batch_sizes, resets, *tensors)
+    constants = (spec.cell, spec.backend, spec.reverse, False, spec.all_states)
+    if torch.compiler.is_compiling():
+        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
+    elif not is_differentiated(tensors):
+        with below_autograd():
+            results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
+    elif forward_nesting() > 1:
+        return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     else:
-        results = torch.ops.rnnfast.layer(
-            spec.cell, spec.backend, spec.reverse, False, spec.all_states, x, hx, weights, batch_sizes, resets
-        )
+        results = LayerFunction.apply(*spec, batch_sizes, resets, *tensors)
     return tuple(results[: spec.states]), tuple(results[spec.states : 2 * spec.states])
 
 
 def layer_kernel(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
-    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, hx, weights)):
+    if not is_differentiated((x, *hx, *weights)):
         with below_autograd():
             return torch.ops.rnnfast.layer(
                 cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets
             )
+    if forward_nesting() > 1:
+        raise RuntimeError(
+            "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
+            "call them outside of torch.compile, or nest jacfwd over jacrev as torch.func.hessian does"
+        )
     results = apply(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
     count = len(hx)
     hidden = () if save or all_states else results[1:count]
@@ -71,14 +82,28 @@ def backward_kernel(
     counts = (1 + len(hx) + len(weights), len(saved))
     constants = (cell, backend, reverse, need_x, need_hx, need_weights, groups, *counts)
     tensors = (batch_sizes, resets, x, *hx, *weights, *states, *saved, *dstates, *dfinals)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+    if is_differentiated(tensors):
         return list(apply(LayerBackward, *constants, *tensors))
     return list(LayerBackward.forward(*constants, *tensors))
 
 
 def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
     """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
-    return super(torch.autograd.Function, function).apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
+def is_differentiated(tensors) -> bool:
+    """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
+
+
+def forward_nesting() -> int:
+    """Count the `jvp` transforms around a call. A Function's own `jvp` sees the innermost alone."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -102,6 +127,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.counts = (len(inputs) - 6, len(saved))
         ctx.save_for_backward(*inputs[4:], *states, *saved)
+        ctx.save_for_forward(*inputs[4:], *states, *saved)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -115,6 +141,16 @@ class LayerFunction(torch.autograd.Function):
         return (None,) * 6 + tuple(grads)
 
     @staticmethod
+    def jvp(ctx, *tangents):
+        cell, _, reverse, _ = ctx.spec
+        tensor_count, saved_count = ctx.counts
+        none = (None,) * 2 * ctx.spec.states
+        (x, hx, weights, *options), states, *_ = split(cell, tensor_count, saved_count, (*ctx.saved_tensors, *none))
+        layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
+        pushed = second_order.push_forward(layer, states, make_changes(cell, reverse, tangents[6:]))
+        return (*pushed.states, *pushed.finals, *(None,) * saved_count)
+
+    @staticmethod
     def vmap(info, in_dims, *inputs):
         states = len(CELLS[inputs[0]].states)
         apply = partial(LayerFunction.apply, *inputs[:4])
@@ -124,8 +160,8 @@ class LayerFunction(torch.autograd.Function):
 class LayerBackward(torch.autograd.Function):
     """The gradient of a layer by x, hx and weights, as a function of these and of the incoming gradients.
 
-    The states and saved tensors are results of x, hx and weights; they enter as constants because the second
-    derivative is taken through the reference loop, which computes them anew.
+    The states and saved tensors are results of x, hx and weights, and the derivatives of this function are total ones:
+    what they owe to the states is counted under x, hx and weights, and the states themselves enter as constants.
     """
 
     @staticmethod
@@ -144,22 +180,23 @@ class LayerBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.constants = inputs[:9]
         ctx.save_for_backward(*inputs[9:])
+        ctx.save_for_forward(*inputs[9:])
 
     @staticmethod
     def backward(ctx, *grads):
-        cell, _, reverse, _, _, _, _, tensor_count, saved_count = ctx.constants
-        layer_args, states, _, dstates, dfinals = split(cell, tensor_count, saved_count, ctx.saved_tensors)
-        x, hx, weights, batch_sizes, resets = layer_args
-        tensors = (x, *hx, *weights)
-        incoming = (*dstates, *dfinals)
+        bent, pushed = bend_gradients(ctx, grads)
         needs = ctx.needs_input_grad[9:]
-        found = differentiate_twice(cell, reverse, batch_sizes, resets, tensors, incoming, grads)
-        by_tensor, by_incoming = found[: len(tensors)], found[len(tensors) :]
-        constants = (None,) * (len(states) + saved_count)
-        return (None,) * 9 + tuple(
-            g if need else None
-            for g, need in zip((None, None, *by_tensor, *constants, *by_incoming), needs, strict=True)
-        )
+        incoming = (*pushed.states, *pushed.finals)
+        constants = (None,) * (len(needs) - 2 - len(bent) - len(incoming))
+        found = (None, None, *bent, *constants, *incoming)
+        return (None,) * 9 + tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        count, tensor_count = len(CELLS[ctx.constants[0]].states), ctx.constants[7]
+        bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count])
+        along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * count], *tangents[-2 * count :])
+        return tuple(a + b if a.shape == b.shape else a for a, b in zip(along, bent, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -171,6 +208,29 @@ class LayerBackward(torch.autograd.Function):
         return batching.map_backward(apply, info.batch_size, inputs[9:], in_dims[9:], states, saved, inputs[3:6])
 
 
+def bend_gradients(ctx, changes) -> tuple[list[Tensor], Pushed]:
+    """Differentiate the gradients that `LayerBackward` computes along changes of x, hx and weights."""
+    cell, backend, reverse, need_x, need_hx, need_weights, _, tensor_count, saved_count = ctx.constants
+    (x, hx, weights, *options), states, _, dstates, dfinals = split(cell, tensor_count, saved_count, ctx.saved_tensors)
+    count = len(hx)
+    needs = (need_x, *(need_hx,) * count, *(need_weights,) * len(weights))
+
+    def backward(dstates):
+        constants = (cell, backend, reverse, True, True, True, 1, tensor_count, saved_count)
+        return LayerBackward.apply(*constants, *ctx.saved_tensors[: -2 * count], *dstates, *(None,) * count)
+
+    return second_order.bend(
+        ops.make_layer(cell, reverse, x, hx, weights, *options), states, dstates, dfinals,
+        make_changes(cell, reverse, [c if need else None for c, need in zip(changes, needs, strict=True)]), backward,
+    )  # fmt: skip
+
+
+def make_changes(cell: str, reverse: tuple[bool, ...], changes) -> Changes:
+    """Name the changes of x, hx and weights."""
+    count = len(CELLS[cell].states)
+    return Changes(changes[0], changes[1 : 1 + count], ops.pack_weights(changes[1 + count :], len(reverse)))
+
+
 def split(cell: str, tensor_count: int, saved_count: int, args):
     """Undo the flattening of `LayerBackward`'s tensors."""
     count = len(CELLS[cell].states)
@@ -180,42 +240,6 @@ def split(cell: str, tensor_count: int, saved_count: int, args):
     states, saved = args[end : end + count], args[end + count : end + count + saved_count]
     dstates, dfinals = args[-2 * count : -count], args[-count:]
     return (x, hx, weights, batch_sizes, resets), states, saved, dstates, dfinals
-
-
-def differentiate_twice(cell, reverse, batch_sizes, resets, tensors, incoming, grads) -> tuple[Tensor | None, ...]:
-    """Pull `grads`, gradients by a layer's gradients, back to its tensors and to its incoming gradients.
-
-    tensors: x, hx, weights. incoming: gradients by the states and finals, None for zero. grads: one per tensor.
-    Under `create_graph=True` the result is differentiable in its turn.
-    """
-    count = len(CELLS[cell].states)
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [variable(t, again) for t in tensors]
-        seeds = [None if g is None else variable(g, again) for g in incoming]
-        x, hx, weights = inputs[0], inputs[1 : 1 + count], inputs[1 + count :]
-        states, finals = reference.run(ops.make_layer(cell, reverse, x, hx, weights, batch_sizes, resets))
-        pairs = zip((*states, *finals), seeds, strict=True)
-        pairs = [(out, seed) for out, seed in pairs if seed is not None and out.requires_grad]
-        if not pairs:
-            return (None,) * (len(tensors) + len(incoming))
-        outputs, given = zip(*pairs, strict=True)
-        first = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
-        chosen = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
-        if not chosen:
-            return (None,) * (len(tensors) + len(incoming))
-        by_first, by_grads = zip(*chosen, strict=True)
-        wanted = [*inputs, *(seed for seed in seeds if seed is not None)]
-        found = iter(torch.autograd.grad(by_first, wanted, by_grads, create_graph=again, allow_unused=True))
-    by_tensor = [next(found) for _ in inputs]
-    return (*by_tensor, *(None if seed is None else next(found) for seed in seeds))
-
-
-def variable(tensor: Tensor, connected: bool) -> Tensor:
-    """Return something to differentiate by: a view of `tensor` where its own graph goes on, else a fresh leaf."""
-    if connected and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()
 
 
 ops.library.impl("layer", layer_kernel, "Autograd")

@@ -104,11 +104,10 @@ def layer_backward(
         grads = load(backend).backward(
             described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
         )  # fmt: skip
-    empty = x.new_empty(0)
     return [
-        grads.x if need_x else empty,
-        *(grads.hx if need_hx else (empty,) * len(hx)),
-        *(flat_weights(grads.weights) if need_weights else (empty,) * len(weights)),
+        grads.x if need_x else x.new_empty(0),
+        *(grads.hx if need_hx else (x.new_empty(0) for _ in hx)),
+        *(flat_weights(grads.weights) if need_weights else (x.new_empty(0) for _ in weights)),
     ]
 
 

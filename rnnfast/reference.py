@@ -4,6 +4,7 @@ This is what every backend computes, written to be read. It is the oracle of the
 options, and, because autograd can differentiate it any number of times, the source of second derivatives.
 """
 
+import builtins
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.functional import pad
 
 from rnnfast.backends import Layer, Weights
 
-TORCH = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+# Tracers look the builtins up in the globals of the code they trace.
+TORCH = {"__builtins__": builtins, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 FORWARD = {name: bind(cell.forward, TORCH) for name, cell in CELLS.items()}
 
 States = tuple[Tensor, ...]

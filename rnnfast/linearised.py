@@ -1,0 +1,199 @@
+"""A layer linearised around its states: the tangent recurrence and its transpose, the adjoint one.
+
+A layer is s_t = F(x_t, s_{t-1}, w). What a change (dx, ds_0, dw) does to its states is a recurrence of its own,
+
+    tangent     ds_t = F_x dx_t + F_s ds_{t-1} + F_w dw
+
+and backpropagation is the transposed one, from the last step to the first:
+
+    adjoint     a_{t-1} = F_s^T a_t + gradient of the loss by s_{t-1}
+
+Their coefficients are known for all steps at once, since the states are; a step costs one matrix product and a few
+pointwise operations. All of this is torch, in a time-major padded layout, and can be differentiated again.
+"""
+
+import builtins
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rnnfast_kernels.bind import bind
+from rnnfast_kernels.cells import CELLS
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rnnfast import reference
+from rnnfast.backends import Layer, Weights
+
+States = tuple[Tensor, ...]
+
+# A part of the Jacobian that is zero for every input is None here, and left out of the recurrences.
+PULLBACKS = {
+    "__builtins__": builtins,
+    "tanh": torch.tanh,
+    "sigmoid_backward": lambda dy, y: dy * (y - y * y),
+    "tanh_backward": lambda dy, y: dy * (1 - y * y),
+    "relu_backward": lambda dy, y: dy * (y > 0),
+    "zeros_like": lambda y: None,
+}
+BACKWARD = {name: bind(cell.backward, PULLBACKS) for name, cell in CELLS.items()}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One direction of a layer around its states, all steps at once.
+
+    x: the input, and entering: the states that enter each step, both [T, B, *] and 0 where no step is taken.
+    order: the steps as they are taken. live, kept: bool [T, B, 1] or None; whether a row takes the step, and whether
+    its state enters rather than being reset. hidden: h before its projection. by_x [T, B, S, G, H] and
+    by_recurrent [T, B, S, G+K, H]: derivative of each new state by the gates' input parts, and by their recurrent parts
+    and those K entering states that act directly, from number `direct_from` on.
+    """
+
+    weights: Weights
+    x: Tensor
+    entering: States
+    order: Sequence[int]
+    live: Tensor | None
+    kept: Tensor | None
+    hidden: Tensor
+    by_x: Tensor
+    by_recurrent: Tensor
+    direct_from: int
+
+    @property
+    def gates(self) -> int:
+        """Return G."""
+        return self.by_x.shape[-2]
+
+
+def linearise(layer: Layer, states: States, d: int) -> Linear:
+    """Take the derivatives of direction `d` of a padded layer around its states, each [T, B, D, P or H]."""
+    weights, reverse, steps = layer.weights[d], layer.reverse[d], layer.x.shape[0]
+    live = None
+    if layer.batch_sizes is not None:
+        rows = torch.arange(layer.x.shape[1], device=layer.x.device)
+        live = (rows < layer.batch_sizes.to(rows.device)[:, None])[..., None]
+    kept = None if layer.resets is None else ~layer.resets[..., None]
+    x = masked(layer.x, live)
+    after = tuple(s[:, :, d] for s in states)
+    entering = entering_states(after, tuple(initial[d] for initial in layer.hx), reverse, live, kept)
+    gates = CELLS[layer.cell].gates
+    x_gates, u_gates = linear(x, weights.w_ih, weights.b_ih), linear(entering[0], weights.w_hh, weights.b_hh)
+    new, saved = reference.FORWARD[layer.cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), entering)
+    by_x, by_recurrent, direct_from = jacobian(layer.cell, saved, entering, new)
+    order = range(steps)[::-1] if reverse else range(steps)
+    return Linear(weights, x, entering, order, live, kept, new[0], by_x, by_recurrent, direct_from)
+
+
+def jacobian(cell: str, saved: States, entering: States, new: States) -> tuple[Tensor, Tensor, int]:
+    """Differentiate a cell's equations: `Linear.by_x`, `by_recurrent` and `direct_from`."""
+    one, zero = new[0].new_ones(()), new[0].new_zeros(())
+    by_x, by_recurrent = [], []
+    for n in range(len(new)):
+        seeds = tuple(one if n == m else zero for m in range(len(new)))
+        dx, du, direct = BACKWARD[cell](seeds, saved, entering, new)
+        direct = [part for part in direct if part is not None]
+        by_x.append(torch.stack(dx, -2))  # [T, B, G, H]
+        by_recurrent.append(torch.stack((*du, *direct), -2))  # [T, B, G+K, H]
+    return torch.stack(by_x, -3), torch.stack(by_recurrent, -3), len(new) - len(direct)
+
+
+def masked(tensor: Tensor, where: Tensor | None) -> Tensor:
+    """Zero what `where` does not mark, NaN included."""
+    return tensor if where is None else torch.where(where, tensor, torch.zeros_like(tensor))
+
+
+def entering_states(states: States, initial: States, reverse: bool, live, kept) -> States:
+    """Turn the states after each step into those that enter it, 0 where no step is taken or the state is reset."""
+    pairs = zip(states, initial, strict=True)
+    return tuple(masked(masked(shifted(s, first, reverse, live), live), kept) for s, first in pairs)
+
+
+def shifted(states: Tensor, initial: Tensor, reverse: bool, live: Tensor | None) -> Tensor:
+    """Turn the states after each step, [T, B, *], into those that enter it."""
+    if not reverse:
+        return torch.cat((initial[None], states[:-1]))
+    following = torch.cat((states[1:], initial[None]))
+    if live is None:
+        return following
+    running = torch.cat((live[1:], torch.zeros_like(live[:1])))
+    return torch.where(running, following, initial)
+
+
+def unshifted(entering: Tensor, reverse: bool, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Transpose `shifted`: split a gradient by the entering states into those by the states and by the initial ones."""
+    if not reverse:
+        return torch.cat((entering[1:], torch.zeros_like(entering[:1]))), entering[0]
+    if live is None:
+        return torch.cat((torch.zeros_like(entering[:1]), entering[:-1])), entering[-1]
+    running = torch.cat((live[1:], torch.zeros_like(live[:1])))
+    by_states = torch.cat((torch.zeros_like(entering[:1]), masked(entering, running)[:-1]))
+    return by_states, masked(entering, ~running).sum(0)
+
+
+def tangent(at: Linear, dx: Tensor | None, initial: States, dweights: Weights) -> tuple[list[States], States]:
+    """Run the tangent recurrence. Returns the change of every state after every step, and of the final states."""
+    steps: list[States] = [()] * len(at.order)
+    driven = total(
+        None if dx is None else linear(masked(dx, at.live), at.weights.w_ih),
+        None if dweights.w_ih is None else linear(at.x, dweights.w_ih),
+        dweights.b_ih,
+    )
+    driven = at.by_x.new_zeros(()) if driven is None else (at.by_x * split_gates(driven, at.gates)).sum(-2)
+    driven = driven.expand(*at.x.shape[:-1], *at.by_x.shape[-3::2])  # [T, B, S, H]
+    recurrent = total(None if dweights.w_hh is None else linear(at.entering[0], dweights.w_hh), dweights.b_hh)
+    projected = None if dweights.w_hr is None else linear(at.hidden, dweights.w_hr)
+    state = initial
+    for t in at.order:
+        entering = state if at.kept is None else tuple(masked(s, at.kept[t]) for s in state)
+        u = linear(entering[0], at.weights.w_hh)
+        if recurrent is not None:
+            u = u + (recurrent if recurrent.dim() == 1 else recurrent[t])
+        parts = torch.cat((split_gates(u, at.gates)[:, 0], *(s[:, None] for s in entering[at.direct_from :])), 1)
+        new = list((driven[t] + (at.by_recurrent[t] * parts[:, None]).sum(-2)).unbind(1))
+        if at.weights.w_hr is not None:
+            new[0] = linear(new[0], at.weights.w_hr)
+            new[0] = new[0] if projected is None else new[0] + projected[t]
+        state = tuple(new if at.live is None else map(torch.where, [at.live[t]] * len(new), new, state))
+        steps[t] = state
+    return steps, state
+
+
+def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tensor | None]) -> States:
+    """Run the adjoint recurrence. Returns the whole gradient of the loss by every state, each [T, B, P or H].
+
+    dstates, dfinals: what of it comes from outside, [T, B, P or H] and [B, P or H] each, None for zero.
+    """
+    steps: list[States] = [()] * len(at.order)
+    state = tuple(s.new_zeros(s.shape[1:]) if g is None else g for s, g in zip(at.entering, dfinals, strict=True))
+    dstates = [None if g is None else masked(g, at.live) for g in dstates]
+    for t in reversed(at.order):
+        state = tuple(s if g is None else s + g[t] for s, g in zip(state, dstates, strict=True))
+        steps[t] = state
+        hidden = state if at.weights.w_hr is None else (state[0] @ at.weights.w_hr, *state[1:])
+        parts = (at.by_recurrent[t] * torch.stack(hidden, 1)[:, :, None]).sum(1)  # [B, G+K, H]
+        direct = list(parts[:, at.gates :].unbind(1))
+        through_u = parts[:, : at.gates].flatten(1) @ at.weights.w_hh
+        if at.direct_from == 0:
+            previous = (through_u + direct[0], *direct[1:])
+        else:
+            previous = (through_u, *direct)
+        if at.kept is not None:
+            previous = tuple(masked(s, at.kept[t]) for s in previous)
+        state = previous if at.live is None else tuple(map(torch.where, [at.live[t]] * len(state), previous, state))
+    return tuple(masked(torch.stack(parts), at.live) for parts in zip(*steps, strict=True))
+
+
+def split_gates(tensor: Tensor, gates: int) -> Tensor:
+    """View [*, G*H] as [*, 1, G, H]."""
+    return tensor.unflatten(-1, (gates, -1)).unsqueeze(-3)
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """Add what is there."""
+    found = None
+    for term in terms:
+        if term is not None:
+            found = term if found is None else found + term
+    return found

@@ -1,0 +1,161 @@
+"""What autograd wants beyond a layer's gradient: its forward-mode derivative and its second derivative.
+
+The forward-mode derivative is the tangent recurrence of `rnnfast.linearised`. The second derivative needs no more than
+that and the adjoint one. In the terms used there, with all a_t and ds_t in hand, what bends is each step for itself:
+the second derivative of one step over T*B independent rows. What it says about the entering states goes back through
+time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rnnfast import reference
+from rnnfast.backends import Layer, Weights
+from rnnfast.linearised import Linear, States, adjoint, entering_states, linearise, masked, tangent, unshifted
+from rnnfast.ops import name_weights
+
+
+class Changes(NamedTuple):
+    """A direction in which x, hx and the weights change, in the shapes of these; None for no change."""
+
+    x: Tensor | None
+    hx: Sequence[Tensor | None]
+    weights: Sequence[Weights]
+
+
+class Pushed(NamedTuple):
+    """The change of every state of a layer after every step, [*L, D, P or H], and of its final states."""
+
+    states: States
+    finals: States
+
+
+def push_forward(layer: Layer, states: States, changes: Changes) -> Pushed:
+    """Return what changes of its tensors do to a layer whose states after every step are `states`."""
+    padding = Padding(layer)
+    padded, states, dx = padding.pad_layer(layer), padding.pad_all(states), padding.pad(changes.x)
+    directions = range(len(layer.reverse))
+    return padding.join(
+        [push_direction(linearise(padded, states, d), padded, d, changes._replace(x=dx)) for d in directions]
+    )
+
+
+def push_direction(at: Linear, layer: Layer, d: int, changes: Changes) -> Pushed:
+    """Run the tangent recurrence of one direction of a padded layer: [T, B, P or H] and [B, P or H]."""
+    steps, finals = tangent(at, changes.x, initial_changes(layer, d, changes), changes.weights[d])
+    if not steps:
+        return Pushed(tuple(s.new_zeros(0, *s.shape) for s in finals), finals)
+    return Pushed(tuple(masked(torch.stack(parts), at.live) for parts in zip(*steps, strict=True)), finals)
+
+
+def initial_changes(layer: Layer, d: int, changes: Changes) -> States:
+    """Return the change of one direction's initial states."""
+    pairs = zip(layer.hx, changes.hx, strict=True)
+    return tuple(torch.zeros_like(s[d]) if change is None else change[d] for s, change in pairs)
+
+
+def bend(
+    layer: Layer,
+    states: States,
+    dstates: Sequence[Tensor | None],
+    dfinals: Sequence[Tensor | None],
+    changes: Changes,
+    backward: Callable[[States], Sequence[Tensor]],
+) -> tuple[list[Tensor], Pushed]:
+    """Differentiate a layer's gradients along `changes`, at fixed incoming gradients `dstates` and `dfinals`.
+
+    backward: the layer's own, from gradients by every state after every step to those by x, hx and the flat weights.
+
+    Returns the change of these gradients, and what `push_forward` returns. The Hessian being symmetric, these are also
+    the derivatives of <gradients, changes> by the layer's tensors, and by dstates and dfinals.
+    """
+    padding = Padding(layer)
+    padded, states, dstates = padding.pad_layer(layer), padding.pad_all(states), padding.pad_all(dstates)
+    changes = changes._replace(x=padding.pad(changes.x))
+    pushed, by_states, by_tensors = [], [], []
+    for d in range(len(layer.reverse)):
+        at = linearise(padded, states, d)
+        flows = adjoint(at, [pick(g, (..., d, slice(None))) for g in dstates], [pick(g, d) for g in dfinals])
+        pushed.append(push_direction(at, padded, d, changes))
+        initial = initial_changes(padded, d, changes)
+        entering = entering_states(pushed[-1].states, initial, layer.reverse[d], at.live, at.kept)
+        dx = None if changes.x is None else masked(changes.x, at.live)
+        x, by_entering, weights = bend_steps(layer.cell, at, flows, dx, entering, changes.weights[d])
+        pairs = [unshifted(masked(g, at.kept), layer.reverse[d], at.live) for g in by_entering]
+        by_states.append([states for states, _ in pairs])
+        by_tensors.append((x, [initial for _, initial in pairs], weights))
+    through_time = backward(tuple(padding.unpad(torch.stack(parts, 2)) for parts in zip(*by_states, strict=True)))
+    x = padding.unpad(sum(x for x, _, _ in by_tensors))
+    hx = [torch.stack(parts) for parts in zip(*(initial for _, initial, _ in by_tensors), strict=True)]
+    here = [x, *hx, *(w for _, _, weights in by_tensors for w in weights)]
+    return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(pushed)
+
+
+def bend_steps(cell: str, at: Linear, flows: States, dx: Tensor | None, dentering: States, dweights: Weights):
+    """Differentiate <flows, F(x, entering, w)> twice, all steps at once: by everything, and along the changes.
+
+    Returns what comes of it for x, the entering states and the weights that there are.
+    """
+    count = len(at.entering)
+
+    def step(x, *tensors):
+        weights = name_weights(tensors[count:])
+        return reference.step(cell, linear(x, weights.w_ih, weights.b_ih), tensors[:count], weights)
+
+    def gradient(*tensors):
+        gradients = torch.func.vjp(step, *tensors)[1](flows)
+        return tuple(gradients[n] for n in changed)
+
+    present = [(w, dw) for w, dw in zip(at.weights, dweights, strict=True) if w is not None]
+    tensors = (at.x, *at.entering, *(w for w, _ in present))
+    changes = (dx, *dentering, *(dw for _, dw in present))
+    changed = [n for n, change in enumerate(changes) if change is not None]
+    found = torch.func.vjp(gradient, *tensors)[1](tuple(changes[n] for n in changed))
+    return found[0], found[1 : 1 + count], found[1 + count :]
+
+
+def pick(tensor: Tensor | None, index) -> Tensor | None:
+    """Index what is there."""
+    return None if tensor is None else tensor[index]
+
+
+class Padding:
+    """Translates between a layer's row layout and the padded one, [T, B, *]."""
+
+    def __init__(self, layer: Layer):
+        self.packed = layer.x.dim() == 2
+        if self.packed:
+            sizes = layer.batch_sizes.to(layer.x.device)
+            self.shape = len(sizes), layer.hx[0].shape[1]
+            at_step = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+            starts = (sizes.cumsum(0) - sizes)[at_step]
+            self.index = at_step, torch.arange(len(at_step), device=sizes.device) - starts
+
+    def pad(self, rows: Tensor | None) -> Tensor | None:
+        """Lay rows out as [T, B, *]."""
+        if rows is None or not self.packed:
+            return rows
+        return rows.new_zeros(*self.shape, *rows.shape[1:]).index_put(self.index, rows)
+
+    def pad_all(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Lay several tensors out as [T, B, *]."""
+        return tuple(map(self.pad, tensors))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Undo `pad`."""
+        return padded[self.index] if self.packed else padded
+
+    def pad_layer(self, layer: Layer) -> Layer:
+        """Return the layer over the padded input."""
+        return replace(layer, x=self.pad(layer.x))
+
+    def join(self, directions: Sequence[Pushed]) -> Pushed:
+        """Stack the directions, in the layer's own row layout."""
+        states = zip(*(each.states for each in directions), strict=True)
+        finals = zip(*(each.finals for each in directions), strict=True)
+        return Pushed(tuple(self.unpad(torch.stack(parts, 2)) for parts in states), tuple(map(torch.stack, finals)))
