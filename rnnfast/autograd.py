@@ -18,7 +18,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from rnnfast import batching, ops, reference, second_order
 from rnnfast.second_order import Changes, Pushed
 
-
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 

@@ -175,10 +175,7 @@ def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tens
         parts = (at.by_recurrent[t] * torch.stack(hidden, 1)[:, :, None]).sum(1)  # [B, G+K, H]
         direct = list(parts[:, at.gates :].unbind(1))
         through_u = parts[:, : at.gates].flatten(1) @ at.weights.w_hh
-        if at.direct_from == 0:
-            previous = (through_u + direct[0], *direct[1:])
-        else:
-            previous = (through_u, *direct)
+        previous = (through_u + direct[0], *direct[1:]) if at.direct_from == 0 else (through_u, *direct)
         if at.kept is not None:
             previous = tuple(masked(s, at.kept[t]) for s in previous)
         state = previous if at.live is None else tuple(map(torch.where, [at.live[t]] * len(state), previous, state))
