@@ -1,0 +1,110 @@
+"""`RNNCell`, `LSTMCell` and `GRUCell`: one time step, as drop-in replacements for the modules in `torch.nn`.
+
+They are torch's modules with another `forward`: a step is a layer over a sequence of one step, on the same kernels.
+"""
+
+from torch import Tensor, nn
+
+from rnnfast.functional import Call, Options, run
+
+
+class Cell:
+    """What the three modules share: checks in torch's words, and the call."""
+
+    input_size: int
+    hidden_size: int
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    # The number of state tensors, and what torch calls each of them.
+    states = ("hidden",)
+
+    def cell(self) -> str:
+        """Return the cell's name in `rnnfast_kernels.cells`."""
+        raise NotImplementedError
+
+    def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Take one step: input [B, I] or [I], each state [B, H] or [H], zero if None."""
+        self.check_dims(input, hx)
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            hx = tuple(x.new_zeros(x.shape[0], self.hidden_size) for _ in self.states)
+        elif not batched:
+            hx = tuple(state.unsqueeze(0) for state in hx)
+        self.check_sizes(x, hx)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        states = tuple(state.unsqueeze(0) for state in hx)  # [1, B, H]
+        call = Call(Options(self.cell()), x.unsqueeze(0), states, [w for w in weights if w is not None])
+        finals = tuple(state.squeeze(0) for state in run(call).finals)
+        return finals if batched else tuple(state.squeeze(0) for state in finals)
+
+    def check_dims(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
+        """Refuse, as torch does, tensors of more than two dimensions or none."""
+        name = type(self).__name__
+        for what, tensor in (("input", input), *zip(self.states, hx or (), strict=False)):
+            if tensor.dim() not in (1, 2):
+                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
+
+    def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...]) -> None:
+        """Refuse, as torch does, sizes that do not fit together."""
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for n, state in enumerate(hx):
+            if state.shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{n} batch size {state.shape[0]}")
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
+                )
+
+
+class RNNCell(Cell, nn.RNNCell):
+    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell."""
+
+    def cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+
+        Raises:
+            ValueError, RuntimeError: what torch raises for the same mistake.
+        """
+        return self.step(input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(Cell, nn.LSTMCell):
+    """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell."""
+
+    states = ("hx[0]", "hx[1]")
+
+    def cell(self) -> str:
+        return "lstm"
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the new states (h, c), each [B, H], for an input [B, I] and states (h, c); or all without B.
+
+        Raises:
+            ValueError, RuntimeError: what torch raises for the same mistake.
+        """
+        h, c = self.step(input, None if hx is None else (hx[0], hx[1]))
+        return h, c
+
+
+class GRUCell(Cell, nn.GRUCell):
+    """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell."""
+
+    def cell(self) -> str:
+        return "gru"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+
+        Raises:
+            ValueError, RuntimeError: what torch raises for the same mistake.
+        """
+        return self.step(input, None if hx is None else (hx,))[0]

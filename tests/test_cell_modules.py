@@ -1,0 +1,70 @@
+"""`RNNCell`, `LSTMCell` and `GRUCell` behave as torch's."""
+
+import pytest
+import torch
+from closeness import assert_all_close
+from layers import as_tuple, weights_like
+from torch import nn
+from torch.testing._internal.common_modules import FunctionInput, module_db
+
+import rnnfast
+
+CELLS = {
+    "tanh": ("RNNCell", {}),
+    "relu": ("RNNCell", {"nonlinearity": "relu"}),
+    "lstm": ("LSTMCell", {}),
+    "gru": ("GRUCell", {}),
+}
+NAMES = ("RNNCell", "LSTMCell", "GRUCell")
+
+
+def rollout(cell: nn.Module, x, hx) -> dict[str, torch.Tensor]:
+    """Take one step per row of x and return the last states and all gradients."""
+    leaves = {"x": x, **{f"hx{n}": s for n, s in enumerate(as_tuple(hx))}, **dict(cell.named_parameters())}
+    for x_t in x:
+        hx = cell(x_t, hx)
+    results = {f"state{n}": s for n, s in enumerate(as_tuple(hx))}
+    loss = sum((s * weights_like(s)).sum() for s in results.values())
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return results | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_and_gradients_equal_torch(cell, bias, batched, backend):
+    name, options = CELLS[cell]
+    theirs = getattr(nn, name)(3, 5, bias=bias, **options).double()
+    ours = getattr(rnnfast, name)(3, 5, bias=bias, **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    batch = (4,) if batched else ()
+    x = torch.randn(6, *batch, 3, dtype=torch.float64, requires_grad=True)
+    states = [
+        torch.randn(*batch, 5, dtype=torch.float64, requires_grad=True) for _ in range(2 if cell == "lstm" else 1)
+    ]
+    hx = tuple(states) if cell == "lstm" else states[0]
+    assert_all_close(rollout(theirs, x, hx), rollout(ours, x, hx))
+    torch.testing.assert_close(ours(x[0]), theirs(x[0]))
+    assert isinstance(ours, type(theirs))
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_own_error_inputs(name, backend):
+    info = next(i for i in module_db if i.name.endswith(name))
+    samples = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    assert samples
+    for sample in samples:
+        given = sample.module_error_input
+        args, kwargs = given.constructor_input.args, given.constructor_input.kwargs
+        call = given.forward_input or FunctionInput()
+        with pytest.raises(sample.error_type, match=sample.error_regex):
+            getattr(rnnfast, name)(*args, **kwargs)(*call.args, **call.kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_compile_in_one_graph(name, backend):
+    cell = getattr(rnnfast, name)(3, 5)
+    torch._dynamo.reset()
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x), cell(x))

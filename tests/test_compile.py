@@ -1,0 +1,177 @@
+"""`torch.compile(fullgraph=True)`: whole graphs, right numbers, no recompilation for new lengths and batch sizes."""
+
+import pytest
+import torch
+from closeness import assert_all_close
+from layers import CELLS, pair, run
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+import rnnfast
+
+F64 = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def sample(cell: str, **options):
+    """Return a layer of ours and an input that wants a gradient."""
+    _, ours = pair(cell, 3, 7, **options)
+    return ours, torch.randn(5, 4, 3, dtype=options.get("dtype"), requires_grad=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiled_layers_equal_torch_forward_and_backward(cell, backend):
+    theirs, ours = pair(cell, 3, 7, 2, bidirectional=True, **F64)
+    x = torch.randn(5, 4, 3, **F64, requires_grad=True)
+    expected = run(theirs, x)
+    ours.forward = torch.compile(ours.forward, fullgraph=True, backend="aot_eager")
+    assert_all_close(expected, run(ours, x))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_inductor_compiles_forward_and_backward(cell, backend):
+    theirs, ours = pair(cell, 3, 7, **F64)
+    x = torch.randn(5, 4, 3, **F64, requires_grad=True)
+    expected = run(theirs, x)
+    ours.forward = torch.compile(ours.forward, fullgraph=True, backend="inductor")
+    assert_all_close(expected, run(ours, x))
+
+
+def test_options_compile_in_one_graph(backend):
+    layer, x = sample("lstm", **F64)
+    lengths, resets = torch.tensor([3, 0, 5, 1]), torch.rand(5, 4) < 0.3
+    hx = (torch.randn(1, 4, 7, **F64, requires_grad=True), torch.randn(1, 4, 7, **F64))
+    options = {"lengths": lengths, "resets": resets, "all_states": True}
+    expected = run(layer, x, hx, **options)
+    layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    assert_all_close(expected, run(layer, x, hx, **options))
+
+
+def test_without_gradients_the_graph_keeps_nothing_for_backward(backend):
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer, x = sample("lstm")
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend=look)(x)
+    (node,) = [n for n in graphs[0].graph.nodes if n.target is torch.ops.rnnfast.layer]
+    save = 3
+    assert node.args[save] is False
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["asked_for", "noticed"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "lengths"])
+def test_new_lengths_and_batch_sizes_do_not_recompile(ragged, dynamic, backend):
+    layer, _ = sample("gru")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=dynamic)
+    frames = []
+    for steps, batch in ((5, 4), (9, 6), (3, 2), (50, 7), (8, 8)):
+        x = torch.randn(steps, batch, 3, requires_grad=True)
+        lengths = torch.randint(0, steps + 1, (batch,)) if ragged else None
+        expected, got = layer(x, lengths=lengths)[0], compiled(x, lengths=lengths)[0]
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+        frames.append(counter.frame_count)
+    # Left to itself Dynamo takes the first sizes for constants and finds at the second call that they are not.
+    assert frames == ([1] * 5 if dynamic else [1, 2, 2, 2, 2])
+
+
+def test_marked_dimensions_stay_dynamic(backend):
+    layer, _ = sample("lstm")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for steps, batch in ((5, 4), (9, 6), (17, 3)):
+        x = torch.randn(steps, batch, 3)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1)
+        compiled(x)
+    assert counter.frame_count == 1
+
+
+def node_count(layer, x) -> int:
+    """Return the number of nodes in a layer's traced graph."""
+    torch._dynamo.reset()
+    counts = []
+
+    def count(graph, inputs):
+        counts.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.compile(layer, fullgraph=True, backend=count)(x)
+    return counts[0]
+
+
+def test_the_graph_does_not_grow_with_the_steps_and_by_a_constant_with_each_layer(backend):
+    one, two, three = (node_count(rnnfast.LSTM(3, 7, n), torch.randn(5, 4, 3)) for n in (1, 2, 3))
+    assert node_count(rnnfast.LSTM(3, 7), torch.randn(5000, 4, 3)) == one
+    # A layer brings its 4 weights, one call and what unpacks it.
+    assert three - two == two - one <= 16
+
+
+def test_dropout_between_layers_is_kept(backend):
+    layer = rnnfast.LSTM(3, 64, 2, dropout=0.5)
+    with torch.no_grad():
+        layer.weight_ih_l1.zero_()
+        layer.weight_ih_l1[128:192] = torch.eye(64)  # the second layer's g sees the first layer's output, one to one
+    x = torch.randn(5, 4, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+    torch.manual_seed(1)
+    expected = layer(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(x)[0], expected)
+    layer.eval()
+    assert torch.equal(compiled(x)[0], layer(x)[0])
+
+
+def test_a_model_around_the_layer_compiles_whole(backend):
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(10, 3)
+            self.layer = rnnfast.GRU(3, 7, batch_first=True, bidirectional=True)
+            self.head = torch.nn.Linear(14, 2)
+
+        def forward(self, tokens, lengths):
+            return self.head(self.layer(self.embedding(tokens), lengths=lengths)[0])
+
+    model, tokens, lengths = Tagger(), torch.randint(10, (4, 6)), torch.tensor([6, 2, 0, 5])
+    expected = model(tokens, lengths)
+    expected.sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, lengths)
+    got.sum().backward()
+    torch.testing.assert_close(got, expected)
+    assert_all_close(grads, {name: p.grad for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_passes_for_every_operator(cell, backend):
+    name = "lstm" if cell == "lstm_proj" else cell
+    layer, x = sample(cell, bidirectional=True, **F64)
+    weights = [w.detach().requires_grad_() for w in layer._flat_weights]
+    widths = [5 if cell == "lstm_proj" else 7, 7][: 2 if name == "lstm" else 1]
+    hx = [torch.randn(2, 4, width, **F64, requires_grad=True) for width in widths]
+    sizes, _, _ = torch.ops.rnnfast.sort_lengths(torch.tensor([5, 3, 3, 0]), 5)
+    for batch_sizes in (None, sizes):
+        for save in (False, True):
+            constants = (name, backend, [False, True], save, save)
+            opcheck(torch.ops.rnnfast.layer.default, (*constants, x, hx, weights, batch_sizes, None))
+        with torch.no_grad():
+            results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, None)
+        count = len(hx)
+        dstates = [torch.randn_like(r).requires_grad_() for r in results[:count]]
+        dfinals = [None, *(torch.randn_like(r) for r in results[count + 1 : 2 * count])]
+        needs = (True, True, True, 1)
+        given = (x, hx, weights, batch_sizes, None, results[:count], results[2 * count :], dstates, dfinals)
+        opcheck(torch.ops.rnnfast.layer_backward.default, (name, backend, [False, True], *needs, *given))
+    opcheck(torch.ops.rnnfast.sort_lengths.default, (torch.tensor([3, 1, 0, 5]), 5))
