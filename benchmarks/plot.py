@@ -165,9 +165,9 @@ def legend(figure: Figure, axes) -> None:
     for ax in axes:
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles) or 1), frameon=False
-    )
+    inches = 0.5 + 0.07 * max(map(len, handles), default=1)  # of one entry: its mark, then letters
+    columns = max(1, int(figure.get_figwidth() / inches))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def live_fraction(records: list[dict[str, Any]]) -> Figure:
@@ -220,7 +220,7 @@ def ratio_list(records: list[dict[str, Any]]) -> Figure:
     plain_numbers(ax.xaxis)
     ax.set_yticks(range(len(cases)), [short_name(case) for case in cases])
     ax.set_ylim(len(cases) - 0.5, -0.5)
-    ax.set_xlabel("times faster than torch.nn (line: 20th to 80th percentile)")
+    ax.set_xlabel("times faster than torch.nn\n(line: 20th to 80th percentile)")
     ax.grid(True, axis="x", color="#dddddd", linewidth=0.5)
     ax.spines[["top", "right"]].set_visible(False)
     legend(figure, [ax])
@@ -255,14 +255,20 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(svg, metadata={"Date": None})
     svg.write_text(compact(svg.read_text()))
     figure.savefig(png, dpi=100)
-    Image.open(png).convert("RGB").quantize(32).save(png, optimize=True)
+    Image.open(png).convert("RGB").quantize(48, Image.Quantize.MAXCOVERAGE).save(png, optimize=True)
 
 
 def compact(svg: str) -> str:
-    """The same picture in a third of the bytes: no metadata, the font named once, two decimals, no indentation."""
+    """The same picture in a quarter of the bytes: the font named once, one decimal, no groups without a meaning."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
     svg = svg.replace("*{", "*{font-family: 'DejaVu Sans', sans-serif;", 1)
     svg = re.sub(r' id="(line2d|text|patch|xtick|ytick)_\d+"', "", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
-    return re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").strip() + "\n"
+    # A tick's mark has its style where it is defined; a line's marker gets its colour where it is used.
+    svg = re.sub(r'(<use [^>]*) style="stroke: [^"]*"', r"\1", svg)
+    svg = re.sub(r"(\d+\.\d)\d+", r"\1", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").strip() + "\n"
+    groups = re.compile(r"<g>((?:(?!</?g\b).)*)</g>")
+    while groups.search(svg):
+        svg = groups.sub(r"\1", svg)
+    return svg

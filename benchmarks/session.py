@@ -75,6 +75,9 @@ def measure_all(worker, asked, arguments, settings: Settings, results: dict[str,
             progress.print("\n".join(tables.text_lines(tables.case_rows(record, results["machine"]))))
             progress.advance(weight(case, question, settings))
             store.save(path, results)
+        left_out = tables.skips(store.records_of(results, question.name))
+        if left_out:
+            progress.print(left_out)
     if not options.is_partial(arguments):
         progress.show("import and first call")
         results["startup"] = worker.ask("startup", CELLS, progress=progress, what="import and first call")

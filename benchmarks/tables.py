@@ -16,12 +16,17 @@ WIDTHS = (48, 16, 9, 17, 9, 8, 13, 6, 8, 8)
 
 
 def case_rows(record: dict[str, Any], machine: dict[str, Any]) -> list[list[str]]:
-    """The cells of one record's rows, in COLUMNS. A row without numbers says why in its third cell."""
+    """The cells of one record's rows, in COLUMNS. A row without numbers says why in its third cell.
+
+    Who cannot run the case has no row here; `skips` names it once for the whole question.
+    """
     case = store.case_of(record)
     floor = store.floor_ms(case, machine)
     name = " ".join(word for word in (case.label, case.cell, case.mode, case.sizes, case.extras) if word)
     lines = []
     for row in record["rows"]:
+        if row["status"] == "skipped":
+            continue
         head = [name if not lines else "", row["contender"]]
         if row["status"] != "ok":
             lines.append([*head, f"{row['status']}: {row['reason']}"])
@@ -36,6 +41,13 @@ def case_rows(record: dict[str, Any], machine: dict[str, Any]) -> list[list[str]
         step = number(1e3 * middle / case.T)
         lines.append([*head, number(middle), span((low, high)), step, *ratio, f"{row['error']:.0e}", limit])
     return lines
+
+
+def skips(records: list[dict[str, Any]]) -> str:
+    """Who left out some of these cases, and why, each reason once; empty where nobody did."""
+    rows = (row for record in records for row in record["rows"] if row["status"] == "skipped")
+    said = dict.fromkeys(f"{row['contender']} ({row['reason']})" for row in rows)
+    return f"left out some cases: {'; '.join(said)}" if said else ""
 
 
 def number(value: float) -> str:

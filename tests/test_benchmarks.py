@@ -405,6 +405,12 @@ def test_the_table_says_where_a_peer_wins_and_where_noise_decides():
     assert "even" in tables.case_rows(even, stored(1.1)["machine"])[1]
 
 
+def test_who_cannot_run_a_case_is_named_once():
+    records = [stored(2.0, status="skipped")["records"][0]] * 3
+    assert tables.skips(records) == "left out some cases: rnnfast (why)"
+    assert len(tables.case_rows(records[0], stored(1.0)["machine"])) == 1
+
+
 def test_the_floor_is_operations_or_bytes():
     machine = stored(1.0)["machine"]
     case = Case("lstm", T=100, B=64, I=512, H=512)
