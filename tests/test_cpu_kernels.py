@@ -1,5 +1,13 @@
 """The Numba kernels through the backend's contract, against float64 torch.nn: values, states and every gradient."""
 
+import concurrent.futures
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -25,10 +33,6 @@ def module_weights(module: torch.nn.RNNBase) -> tuple[Weights, ...]:
         return Weights(*(getattr(module, f"{name}_l0{suffix}", None) for name in names))
 
     return tuple(named(suffix) for suffix in ("", "_reverse")[: 1 + module.bidirectional])
-
-
-def poisoned(shape, dtype=torch.float64):
-    return torch.full(shape, float("nan"), dtype=dtype)
 
 
 class Case:
@@ -160,3 +164,256 @@ def test_projection(dtype, layout, hidden):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision(cell, dtype):
     Case(cell, 6, 4, 5, 20, dtype=dtype, bidirectional=True).check()
+
+
+def replaced(layer: Layer, **changes) -> Layer:
+    return dataclasses.replace(layer, **changes)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that differ in any bit."""
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@cells
+@pytest.mark.parametrize("all_states", [True, False])
+def test_results_without_saving_are_the_same(cell, all_states):
+    layer = Case(cell, 9, 5, 3, 18, bidirectional=True).layer()
+    states, finals, _ = cpu.forward(layer, save=True, all_states=True)
+    again, finals_again, saved = cpu.forward(layer, save=False, all_states=all_states)
+    assert saved == ()
+    assert torch.equal(states[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(finals, finals_again, strict=True))
+    assert all(
+        s.shape == a.shape if all_states else a.shape == (0,) for s, a in zip(states[1:], again[1:], strict=True)
+    )
+
+
+@cells
+def test_resets_match_separate_sequences(cell):
+    """A reset at step 3 of a row is a new sequence of that row with an initial state of zeros."""
+    case = Case(cell, 7, 4, 3, 18)
+    layer = case.layer()
+    resets = torch.zeros(7, 4, dtype=torch.bool)
+    resets[3, 1] = True
+    whole = case.run(replaced(layer, resets=resets))
+    case.dy = case.dy.clone()
+
+    fresh = [initial.clone() for initial in layer.hx]
+    for initial in fresh:
+        initial[:, 1] = 0
+    tail = replaced(layer, x=layer.x[3:], hx=tuple(fresh))
+    states, _finals, saved = cpu.forward(tail, save=True, all_states=False)
+    assert torch.equal(states[0][:, 1], whole["output"][3:, 1])
+    dstates = (case.dy[3:].float(),) + (None,) * (len(states) - 1)
+    gradients = cpu.backward(tail, states, saved, dstates, tuple(d.float() for d in case.dfinals), ALL)
+    assert torch.equal(gradients.x[:, 1], whole["dx"][3:, 1])
+    untouched = case.run(layer)
+    assert torch.equal(whole["dx"][:, 0], untouched["dx"][:, 0])
+    assert not torch.equal(whole["dhx0"][:, 1], untouched["dhx0"][:, 1])
+
+
+def test_resets_keep_nan_out():
+    case = Case("lstm", 5, 3, 3, 18)
+    layer = case.layer()
+    layer.hx[0][:, 1] = float("nan")
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    resets[0, 1] = True
+    found = case.run(replaced(layer, resets=resets))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert (found["dhx0"][:, 1] == 0).all()
+
+
+@cells
+def test_nan_stays_in_its_row(cell):
+    layer = Case(cell, 6, 5, 3, 18).layer()
+    clean, _, _ = cpu.forward(layer, save=False, all_states=False)
+    layer.x[2, 1, 0] = float("nan")
+    found, _, _ = cpu.forward(layer, save=False, all_states=False)
+    others = [0, 2, 3, 4]
+    assert torch.equal(found[0][:, others], clean[0][:, others])
+    assert found[0][2:, 1].isnan().all()
+
+
+@cells
+def test_saturated_gates_stay_finite(cell):
+    case = Case(cell, 6, 3, 3, 18)
+    layer = case.layer()
+    layer.x.mul_(1e3)
+    case.x = layer.x.double()
+    found = case.run(layer)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert relative(found["output"], case.expected()["output"]) < TOLERANCE[torch.float32]
+
+
+@cells
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (4, 0), (0, 0)])
+def test_empty(cell, steps, batch):
+    found = Case(cell, steps, batch, 3, 18, bidirectional=True)
+    layer = found.layer()
+    results = found.run(layer)
+    assert results["output"].shape == (steps, batch, 2, 18)
+    assert torch.equal(results["final0"], layer.hx[0])
+    assert all((tensor == 0).all() for name, tensor in results.items() if name.startswith(("dw", "db")))
+
+
+@cells
+@pytest.mark.parametrize("groups", [2, 5])
+def test_gradients_of_groups_add_up(cell, groups):
+    case = Case(cell, 6, 10, 3, 18, bidirectional=True)
+    layer = case.layer()
+    states, _, saved = cpu.forward(layer, save=True, all_states=False)
+    dstates = (case.dy.float(),) + (None,) * (len(states) - 1)
+    arguments = (layer, states, saved, dstates, (None,) * len(layer.hx), ALL)
+    whole = cpu.backward(*arguments).weights
+    parts = cpu.backward(*arguments, groups=groups).weights
+    for one, many in zip(whole, parts, strict=True):
+        for a, b in zip(one[:4], many[:4], strict=True):
+            assert b.shape == (groups, *a.shape)
+            assert relative(b.sum(0), a.double()) < 1e-6
+
+
+@cells
+def test_bits_do_not_depend_on_threads_or_on_other_rows(cell):
+    """Large enough that the plan uses several threads."""
+    case = Case(cell, 40, 33, 64, 130, bidirectional=True)
+    layer = case.layer()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        serial = case.run(layer)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert not same(serial, case.run(layer))
+    finally:
+        torch.set_num_threads(threads)
+    few = replaced(layer, x=layer.x[:, 7:10], hx=tuple(initial[:, 7:10] for initial in layer.hx))
+    assert torch.equal(cpu.forward(few, save=False, all_states=False).states[0], serial["output"][:, 7:10])
+
+
+@cells
+def test_a_sequence_may_be_cut_in_time(cell):
+    layer = Case(cell, 30, 3, 5, 40).layer()
+    whole, finals, _ = cpu.forward(layer, save=False, all_states=False)
+    hx, outputs = layer.hx, []
+    for start in range(0, 30, 7):
+        states, hx, _ = cpu.forward(replaced(layer, x=layer.x[start : start + 7], hx=hx), save=False, all_states=False)
+        outputs.append(states[0])
+    assert torch.equal(torch.cat(outputs), whole[0])
+    assert all(torch.equal(a, b) for a, b in zip(hx, finals, strict=True))
+
+
+@cells
+def test_strides_of_the_input(cell):
+    case = Case(cell, 6, 5, 4, 18)
+    layer = case.layer()
+    expected = case.run(layer)
+    batch_first = layer.x.transpose(0, 1).contiguous().transpose(0, 1)
+    features_first = layer.x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for x in (batch_first, features_first):
+        assert not x.is_contiguous()
+        assert not same(expected, case.run(replaced(layer, x=x)))
+    expanded = layer.x[:, :1].expand(6, 5, 4)
+    assert not same(case.run(replaced(layer, x=expanded.contiguous())), case.run(replaced(layer, x=expanded)))
+
+
+def test_many_threads_at_once():
+    case = Case("lstm", 30, 16, 32, 64)
+    layer = case.layer()
+    expected = case.run(layer)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for found in pool.map(lambda _: case.run(layer), range(64)):
+            assert not same(expected, found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_runs():
+    """The child compares bytes itself: torch's own parallel operators may hang after a fork."""
+    case = Case("lstm", 60, 32, 64, 64)
+    layer = case.layer()
+    dy = case.dy.float()
+
+    def run() -> list[bytes]:
+        states, finals, saved = cpu.forward(layer, save=True, all_states=False)
+        gradients = cpu.backward(layer, states, saved, (dy, None), (None, None), ALL)
+        tensors = (*states, *finals, gradients.x, *gradients.hx, *gradients.weights[0][:4])
+        return [tensor.numpy().tobytes() for tensor in tensors]
+
+    expected = run()
+    child = os.fork()
+    if child == 0:
+        os._exit(run() != expected)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+OTHER_PROCESSORS = {
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2"},
+    "sse": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+def test_other_vector_lengths(processor, cell):
+    code = f"""
+        import torch
+        from tests.test_cpu_kernels import Case
+        Case("{cell}", 9, 13, 7, 21, bidirectional=True).check()
+        Case("{cell}", 5, 3, 33, 34, lengths=[5, 5, 2], layout="packed").check()
+    """
+    done = run_python(code, **OTHER_PROCESSORS[processor])
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_cache_folder(tmp_path):
+    """Kernels are compiled for this process alone, with one warning."""
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    code = """
+        import warnings
+        from tests.test_cpu_kernels import Case
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Case("rnn_relu", 5, 3, 3, 18).check()
+        found = [str(w.message) for w in caught if "NUMBA_CACHE_DIR" in str(w.message)]
+        assert len(found) == 1, caught
+    """
+    done = run_python(code, NUMBA_CACHE_DIR=str(blocked))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_cache_file_is_compiled_again(tmp_path):
+    code = """
+        from tests.test_cpu_kernels import Case
+        Case("rnn_relu", 5, 3, 3, 18).check()
+    """
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).returncode == 0
+    (kept,) = (tmp_path / "rnnfast").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:1000])
+    done = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_saved_memory(cell, dtype):
+    """What `saved_like` promises is what is saved, and an LSTM keeps at most 7 tensors of the size of its output."""
+    layer = Case(cell, 4, 3, 5, 20, dtype=dtype).layer()
+    states, _, saved = cpu.forward(layer, save=True, all_states=False)
+    assert tuple((tuple(tensor.shape), tensor.dtype) for tensor in saved) == cpu.saved_like(layer)
+    assert sum(tensor.numel() for tensor in (*states, *saved)) <= 7 * states[0].numel()

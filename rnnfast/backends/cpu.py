@@ -7,6 +7,7 @@ What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order,
     states [*L, D, P or H]      every state in float32 (where the layer's dtype is a half precision)
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,6 +83,23 @@ def backward(
         groups,
     )
     return round_gradients(gradients, layer.x.dtype)
+
+
+def stepper(layers: Sequence[tuple[Layer, Tensor]]) -> Callable[[], None] | None:
+    """Return a function that runs one step of stacked layers in place, or None for dtypes that need conversion."""
+    if any(layer.x.dtype not in NATIVE for layer, _ in layers):
+        return None
+    from rnnfast.backends.cpu_steps import stepper
+
+    return stepper(layers)
+
+
+def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
+    from rnnfast_kernels.cpu.target import processor, target
+
+    computed = NATIVE.get(dtype, "float32")
+    return f"whole-layer {cell} kernel in {computed}, {target(computed).lanes} lanes on {processor().name}"
 
 
 def round_gradients(gradients: Gradients, dtype: torch.dtype) -> Gradients:

@@ -87,7 +87,7 @@ class Call:
     def run(self, recipe: Recipe, tensors: Mapping[str, Tensor | None]) -> None:
         """Run a recipe over these tensors and the layer's own."""
         scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
-        recipe.run(self.kernel, self.addresses(tensors) | {SCRATCH: scratch.data_ptr()})
+        recipe.run(self.kernel, recipe.fill(self.addresses(tensors) | {SCRATCH: scratch.data_ptr()}))
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:

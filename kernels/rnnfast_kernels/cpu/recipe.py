@@ -74,12 +74,15 @@ class Recipe:
         self.index = np.array(self.which, np.intp)
         return self
 
-    def run(self, kernel: Callable[[int, int], None], addresses: Mapping[str, int]) -> None:
-        """Fill in the addresses and run all phases. A base that is not given is 0, and so absent."""
+    def fill(self, addresses: Mapping[str, int]) -> np.ndarray:
+        """Return the records with these addresses filled in. A base that is not given is 0, and so absent."""
         records = np.empty_like(self.template)
-        start = records.__array_interface__["data"][0]
         bases = [addresses.get(name, 0) for name in self.bases]
-        bases[1] = start
-        np.add(self.template, np.array(bases, np.int64)[self.index], out=records)
+        bases[1] = records.__array_interface__["data"][0]
+        return np.add(self.template, np.array(bases, np.int64)[self.index], out=records)
+
+    def run(self, kernel: Callable[[int, int], None], records: np.ndarray) -> None:
+        """Run all phases over filled records."""
+        start = records.__array_interface__["data"][0]
         for task, offsets, threads in self.phases:
             pool.run(kernel, task, [start + offset for offset in offsets], threads)
