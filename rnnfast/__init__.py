@@ -7,6 +7,7 @@ from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.modules import GRU, LSTM, RNN
 from rnnfast.prepare import warmup
 from rnnfast.report import Explanation, explain
+from rnnfast.stream import Stream
 
 __all__ = [
     "GRU",
@@ -17,6 +18,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "accelerate",
     "explain",
     "functional",

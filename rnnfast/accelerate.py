@@ -132,7 +132,7 @@ def accelerated_class(original: type, keep_types: bool) -> type:
 
 @cache
 def both(original: type) -> type:
-    """Derive a class from torch's layer or a subclass of it; rnnfast's methods come before torch's and after its own."""
+    """Derive a class from torch's layer or a subclass of it: rnnfast's methods come after its own, before torch's."""
     theirs = next(base for base in COUNTERPARTS if issubclass(original, base))
     fast = type(original.__name__, (COUNTERPARTS[theirs], theirs), {"__reduce_ex__": reduce_both})
     return fast if original is theirs else type(original.__name__, (original, fast), {"__reduce_ex__": reduce_both})

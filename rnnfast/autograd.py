@@ -89,7 +89,7 @@ def backward_kernel(
 def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
     """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def is_differentiated(tensors) -> bool:
@@ -136,8 +136,7 @@ class LayerFunction(torch.autograd.Function):
         # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
         function = LayerBackward.apply if torch.is_grad_enabled() else LayerBackward.forward
         results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
-        grads = (g if need else None for g, need in zip(results, needs, strict=True))
-        return (None,) * 6 + tuple(grads)
+        return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     @staticmethod
     def jvp(ctx, *tangents):

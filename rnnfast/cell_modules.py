@@ -15,10 +15,10 @@ class Cell:
     hidden_size: int
     weight_ih: Tensor
     weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
+    bias_ih: Tensor
+    bias_hh: Tensor
     # The number of state tensors, and what torch calls each of them.
-    states = ("hidden",)
+    states: tuple[str, ...] = ("hidden",)
 
     def cell(self) -> str:
         """Return the cell's name in `rnnfast_kernels.cells`."""

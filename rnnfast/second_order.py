@@ -129,20 +129,20 @@ class Padding:
 
     def __init__(self, layer: Layer):
         self.packed = layer.x.dim() == 2
-        if self.packed:
+        if self.packed and layer.batch_sizes is not None:
             sizes = layer.batch_sizes.to(layer.x.device)
             self.shape = len(sizes), layer.hx[0].shape[1]
             at_step = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
             starts = (sizes.cumsum(0) - sizes)[at_step]
             self.index = at_step, torch.arange(len(at_step), device=sizes.device) - starts
 
-    def pad(self, rows: Tensor | None) -> Tensor | None:
-        """Lay rows out as [T, B, *]."""
+    def pad(self, rows):
+        """Lay rows out as [T, B, *]; None stays None."""
         if rows is None or not self.packed:
             return rows
         return rows.new_zeros(*self.shape, *rows.shape[1:]).index_put(self.index, rows)
 
-    def pad_all(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def pad_all(self, tensors):
         """Lay several tensors out as [T, B, *]."""
         return tuple(map(self.pad, tensors))
 

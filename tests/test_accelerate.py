@@ -198,6 +198,7 @@ def test_accelerated_layers_copy_and_pickle(keep_types, x, backend):
         assert types(rnnfast.restore(twin)) == [("0", nn.LSTM), ("1", Doubled), ("2", Named)]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_default_compiles_in_one_graph_and_kept_types_do_not(x, backend):
     compile_whole = {"fullgraph": True, "backend": "aot_eager"}
     torch._dynamo.reset()

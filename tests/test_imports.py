@@ -18,7 +18,7 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report"),
-    ("rnnfast.modules",),
+    ("rnnfast.modules", "rnnfast.cell_modules"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native"),
     ("rnnfast.autograd",),
