@@ -8,15 +8,9 @@ from torch import Tensor, nn
 from rnnfast.functional import Call, Options, run
 
 
-class Cell:
+class Cell(nn.RNNCellBase):
     """What the three modules share: checks in torch's words, and the call."""
 
-    input_size: int
-    hidden_size: int
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor
-    bias_hh: Tensor
     # The number of state tensors, and what torch calls each of them.
     states: tuple[str, ...] = ("hidden",)
 
