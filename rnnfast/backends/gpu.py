@@ -3,15 +3,18 @@
 Dimensions: T steps, B batch rows, I input width, H hidden units, P projection width, G gates, S states, D directions,
 R rows of all steps together (T * B where the input is not packed).
 
-A projection never enters the time loop. `W_hh (W_hr m)` is `(W_hh W_hr) m`, so the loop runs over the unprojected output
-m with the product of the two weights, and the projected states are one large matrix product behind it. The initial
-state, which is given in projected form, joins the input part of the gates at each row's first step.
+A projection never enters the time loop. `W_hh (W_hr m)` is `(W_hh W_hr) m`, so the loop runs over the unprojected
+output m with the product of the two weights, and the projected states are one large matrix product behind it. The
+initial state, which is given in projected form, joins the input part of the gates at each row's first step.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
+from rnnfast_kernels.gpu.streamed import ShiftTensors
 from torch import Tensor
 from triton import knobs
 
@@ -19,9 +22,6 @@ from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 from rnnfast.backends import gpu_projection as projection
 from rnnfast.backends.gpu_launch import matmul_precision, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_rows import Call, describe
-from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
-from rnnfast_kernels.gpu.streamed import ShiftTensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -1,4 +1,4 @@
-"""Run a time loop on a GPU: choose its plan, give it a workspace, launch it, or step through it with a library's products.
+"""Run a time loop on a GPU: choose its plan, give it a workspace, launch it, or step through it.
 
 Dimensions: T steps, B batch rows, H hidden units, G gates, S states, D directions.
 """
@@ -11,14 +11,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from rnnfast_kernels.cells import Cell
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
 from rnnfast_kernels.gpu.launch import Extent
 from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
+from torch import Tensor
 
 # One processor: the interpreter runs programs one after another, so none may wait for another.
 INTERPRETER = plan.Device("sm_90", 1, 232448)

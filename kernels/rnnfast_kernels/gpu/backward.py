@@ -23,6 +23,7 @@ from rnnfast_kernels.gpu.tiles import (
     select,
     store_gates,
     store_states,
+    widen,
     zero_product,
 )
 
@@ -44,23 +45,34 @@ def load_step(
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
     H: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
     """All that a step of backward reads: dstates, saved tiles, the states that entered it and those that left it."""
-    dstates = load_states(p.dstates, span, b, n, d, D, STATES, H, DTYPE)
-    new_state = load_states(p.states, span, b, n, d, D, STATES, H, DTYPE)
+    dstates = load_states(p.dstates, span, b, n, d, D, STATES, H)
+    new_state = load_states(p.states, span, b, n, d, D, STATES, H)
     saved = ()
     if SAVED > 0:
-        saved = load_gates(p.gates, span, b, n, d, D, GATES, H, DTYPE)
+        saved = load_gates(p.gates, span, b, n, d, D, GATES, H)
     if SAVED > GATES:
-        saved = saved + load_gates(p.extra, span, b, n, d, D, SAVED - GATES, H, DTYPE)
+        saved = saved + load_gates(p.extra, span, b, n, d, D, SAVED - GATES, H)
     # A row that did not run at the step before has entered with its initial state.
-    earlier = load_states(p.states, previous, b, n, d, D, STATES, H, DTYPE)
-    initial = load_states(p.initial, (d * B, span[1]), b, n, 0, 1, STATES, H, DTYPE)
+    earlier = load_states(p.states, previous, b, n, d, D, STATES, H)
+    initial = load_states(p.initial, (d * B, span[1]), b, n, 0, 1, STATES, H)
     state = select((b < previous[1])[:, None], earlier, initial, STATES)
     if p.resets is not None:
         state = clear(resets_of_step(p, k, reverse, b, span[1], T, B), state, STATES)
     return dstates, saved, state, new_state
+
+
+@triton.jit
+def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr):
+    """What `load_step` has loaded, in the compute type."""
+    dstates, saved, state, new_state = step
+    return (
+        widen(dstates, STATES, DTYPE),
+        widen(saved, SAVED, DTYPE),
+        widen(state, STATES, DTYPE),
+        widen(new_state, STATES, DTYPE),
+    )
 
 
 @triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
@@ -118,17 +130,15 @@ def backward_loop(
     span = rows_of_step(p, 0, reverse, T, B)
     next_span = rows_of_step(p, 1, reverse, T, B)
     after_next = rows_of_step(p, 2, reverse, T, B)
-    step = load_step(p, span, next_span, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, tl.float32)
-    dstate = load_states(p.dfinals, whole, b, n, 0, 1, STATES, H, tl.float32)
+    step = load_step(p, span, next_span, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
 
     for k in range(T):
-        next_step = load_step(
-            p, next_span, after_next, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, tl.float32
-        )
+        next_step = load_step(p, next_span, after_next, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
         third_span = rows_of_step(p, k + 3, reverse, T, B)
         if p.resets is not None:
             reset = resets_of_step(p, k, reverse, b, span[1], T, B)
-        dstates, saved, state, new_state = step
+        dstates, saved, state, new_state = widen_step(step, SAVED, STATES, tl.float32)
         dnew = ()
         for s in tl.static_range(STATES):
             dnew = dnew + (dstate[s] + dstates[s],)
@@ -157,10 +167,7 @@ def backward_loop(
                     a = operands[g * CHUNKS + j]
                 else:
                     a = load_operand(p_slot, g * CHUNKS + j, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K)
-                if j < KEPT:
-                    w = weights[g][j]
-                else:
-                    w = load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
+                w = weights[g][j] if j < KEPT else load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
                 product = add_product(a, w, product, PRECISION)
             dh += product
         dentering = (direct[0] + finish_product(dh, SPLIT),)

@@ -26,6 +26,7 @@ from rnnfast_kernels.gpu.tiles import (
     select,
     store_gates,
     store_states,
+    widen,
     zero_products,
 )
 
@@ -84,8 +85,8 @@ def forward_loop(
     # One step ahead throughout: nothing but h is waited for inside a step.
     span = rows_of_step(p, 0, reverse, T, B)
     next_span = rows_of_step(p, 1, reverse, T, B)
-    x = load_gates(p.gates, span, b, n, d, D, GATES, H, tl.float32)
-    state = load_states(p.initial, whole, b, n, 0, 1, STATES, H, tl.float32)
+    x = load_gates(p.gates, span, b, n, d, D, GATES, H)
+    state = widen(load_states(p.initial, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
     if p.resets is not None:
         state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
     if not RESIDENT:
@@ -105,27 +106,21 @@ def forward_loop(
             h = (state[0].to(p.w_hh.dtype.element_ty),)
         products = zero_products(GATES, BLOCK_B, BLOCK_N, SPLIT)
         for j in tl.static_range(CHUNKS):
-            if EAGER:
-                h_j = h[j]
-            else:
-                h_j = load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            h_j = h[j] if EAGER else load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
             sums = ()
             for g in tl.static_range(GATES):
-                if j < KEPT:
-                    w = weights[g][j]
-                else:
-                    w = load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
+                w = weights[g][j] if j < KEPT else load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
                 sums = sums + (add_product(h_j, w, products[g], PRECISION),)
             products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
-        next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H, tl.float32)
+        next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
         after_next = rows_of_step(p, k + 2, reverse, T, B)
         if p.resets is not None:
             next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
         u = ()
         for g in tl.static_range(GATES):
             u = u + (finish_product(products[g], SPLIT) + bias[g],)
-        new_state, saved = CELL(x, u, state)
+        new_state, saved = CELL(widen(x, GATES, tl.float32), u, state)
         if p.rows is not None:
             new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)
         else:

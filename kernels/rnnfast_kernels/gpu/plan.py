@@ -21,6 +21,10 @@ class Device:
     shared: int
     warp: int = 32
 
+    @property
+    def amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -99,7 +103,10 @@ RATES = {
     "sm_100": Rates(0.25, 0.8, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
     "gfx942": Rates(0.5, 1.5, 0.6, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
 }
-DEFAULT_RATES = {"sm": "sm_90", "gfx": "gfx942"}
+
+
+# Values of k in one warp's part of a chunk. Where longer chunks of TF32 or shorter ones of float32 spill, they are absent.
+CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32)}
 
 
 def next_power(n: int) -> int:
@@ -112,7 +119,7 @@ def cdiv(n: int, d: int) -> int:
 
 def registers(device: Device, warps: int) -> int:
     """All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake."""
-    return 0 if device.arch.startswith("gfx") else min(255, 65536 // (32 * warps))
+    return 0 if device.amd else min(255, 65536 // (32 * warps))
 
 
 def streamed(problem: Problem) -> Plan:
@@ -145,16 +152,23 @@ def cooperative(
     problem: Problem, block_b: int, block_n: int, block_k: int, split: int, warps: int, shared: int | None = None
 ) -> Plan:
     """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep."""
-    room = problem.device.shared if shared is None else shared
+    device = problem.device
+    room = device.shared if shared is None else shared
     members = cdiv(problem.H, block_n)
     chunks = cdiv(problem.H, split * block_k)
     operand = block_b * split * block_k * problem.itemsize  # one chunk
     whole = operand * chunks * (problem.gates if problem.backward else 1)
     # Half of a thread's registers may hold what is on its way.
-    eager = whole <= 512 * problem.device.warp * warps and 2 * whole <= room
+    eager = whole <= 512 * device.warp * warps and 2 * whole <= room
     staged = (whole if eager else operand) + split * block_b * block_n * 4
     weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
-    kept = max(0, min(chunks, (room - staged) // weights))
+    if device.amd:
+        # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
+        kept = min(chunks, 512 * device.warp * warps // weights)
+        used = operand + split * block_b * block_n * 4
+    else:
+        kept = max(0, min(chunks, (room - staged) // weights))
+        used = staged + kept * weights
     return Plan(
         loop="cooperative",
         block_b=block_b,
@@ -168,7 +182,7 @@ def cooperative(
         eager=eager,
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
-        shared=staged + kept * weights,
+        shared=used,
         registers=registers(problem.device, warps),
     )
 
@@ -180,8 +194,8 @@ def fits(problem: Problem, plan: Plan) -> bool:
 
 
 def rates(problem: Problem) -> Rates:
-    arch = problem.device.arch
-    return RATES.get(arch) or RATES[DEFAULT_RATES["gfx" if arch.startswith("gfx") else "sm"]]
+    device = problem.device
+    return RATES.get(device.arch) or RATES["gfx942" if device.amd else "sm_90"]
 
 
 def step_time(problem: Problem, plan: Plan) -> float:
@@ -211,12 +225,16 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             break
         if problem.H <= 256:
             yield resident(problem, block_b, 4 if problem.H <= 64 else 8)
-        for block_n in (8, 16, 32, 64):
-            # A warp's lanes each hold a unit: on fewer, the loads' layout would not prevail in the cell.
-            warps = 4 if block_b * block_n < 8 * 32 else 8
-            # Longer chunks of float32 make ptxas hold more of the weights than there are registers.
-            for block_k in (128, 64, 32, 16) if problem.itemsize == 2 else (32, 16):
-                yield cooperative(problem, block_b, block_n, block_k, warps, warps)
+        # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
+        for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
+            # At least an element for each thread, or the layout that spreads a tile over them does not prevail.
+            few = block_b * block_n < 8 * problem.device.warp
+            warps = 4 if few and not (problem.backward and problem.precision == "tf32") else 8
+            for block_k in CHUNK_SIZES["half" if problem.itemsize == 2 else problem.precision]:
+                plan = cooperative(problem, block_b, block_n, block_k, warps, warps)
+                # Unaligned rows of weights take a register per element to read: once, but not in every step.
+                if plan.kept == plan.chunks or problem.H * problem.itemsize % 16 == 0:
+                    yield plan
     yield streamed(problem)
 
 

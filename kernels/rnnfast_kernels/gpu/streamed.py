@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from rnnfast_kernels.gpu.backward import load_step
+from rnnfast_kernels.gpu.backward import load_step, widen_step
 from rnnfast_kernels.gpu.tiles import (
     clear,
     load_gates,
@@ -20,6 +20,7 @@ from rnnfast_kernels.gpu.tiles import (
     select,
     store_gates,
     store_states,
+    widen,
 )
 
 
@@ -73,9 +74,9 @@ def forward_step(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = (d * B, B)
     span = rows_of_step(p, k, reverse, T, B)
-    x = load_gates(p.gates, span, b, n, d, D, GATES, H, DTYPE)
-    products = load_gates(carry.u, whole, b, n, 0, 1, GATES, H, DTYPE)
-    kept = load_states(carry.state, whole, b, n, 0, 1, STATES, H, DTYPE)
+    x = widen(load_gates(p.gates, span, b, n, d, D, GATES, H), GATES, DTYPE)
+    products = load_gates(carry.u, whole, b, n, 0, 1, GATES, H)
+    kept = load_states(carry.state, whole, b, n, 0, 1, STATES, H)
     state = kept
     if p.resets is not None:
         reset = resets_of_step(p, k, reverse, b, span[1], T, B)
@@ -128,11 +129,10 @@ def backward_step(
     whole = (d * B, B)
     span = rows_of_step(p, k, reverse, T, B)
     previous = rows_of_step(p, k + 1, reverse, T, B)
-    dstates, saved, state, new_state = load_step(
-        p, span, previous, k, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H, DTYPE
-    )
-    recurrent = load_states((carry.dh,), whole, b, n, 0, 1, 1, H, DTYPE)
-    carried = load_states(carry.dstate, whole, b, n, 0, 1, STATES, H, DTYPE)
+    step = load_step(p, span, previous, k, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    dstates, saved, state, new_state = widen_step(step, SAVED, STATES, DTYPE)
+    recurrent = load_states((carry.dh,), whole, b, n, 0, 1, 1, H)
+    carried = load_states(carry.dstate, whole, b, n, 0, 1, STATES, H)
     dstate = (carried[0] + recurrent[0],)
     for s in tl.static_range(1, STATES):
         dstate = dstate + (carried[s],)
@@ -179,11 +179,10 @@ def shifted_rows(
     reverse = ((reversals >> d) & 1) != 0
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.program_id(2) // D * BLOCK_N + tl.arange(0, BLOCK_N)
-    DTYPE: tl.constexpr = result.dtype.element_ty
     first, count = rows_of_step(p, k, reverse, T, B)
     other = rows_of_step(p, k + TOWARDS, reverse, T, B)
-    shifted = load_states((p.source,), other, b, n, d, D, 1, WIDTH, DTYPE)
-    edge = load_states((p.edge,), (d * B, count), b, n, 0, 1, 1, WIDTH, DTYPE)
+    shifted = load_states((p.source,), other, b, n, d, D, 1, WIDTH)
+    edge = load_states((p.edge,), (d * B, count), b, n, 0, 1, 1, WIDTH)
     tile = select((b < other[1])[:, None], shifted, edge, 1)
     if p.resets is not None:
         if TOWARDS < 0:

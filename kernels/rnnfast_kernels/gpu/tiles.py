@@ -36,14 +36,14 @@ def resets_of_step(p, k, reverse, b, count, T, B):
 
 
 @triton.jit
-def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
     """COUNT tiles [BLOCK_B, BLOCK_N] of a tensor [R, D, COUNT, H], at one step's rows."""
     first, count = span
     offsets = ((first + b) * D + d)[:, None] * (COUNT * H) + n[None, :]
     mask = (b < count)[:, None] & (n < H)[None, :]
     tiles = ()
     for g in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(pointer + offsets + g * H, mask=mask, other=0.0).to(DTYPE),)
+        tiles = tiles + (tl.load(pointer + offsets + g * H, mask=mask, other=0.0),)
     return tiles
 
 
@@ -58,7 +58,7 @@ def store_gates(pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl
 
 
 @triton.jit
-def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
     """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros where a tensor is None."""
     first, count = span
     offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
@@ -66,9 +66,9 @@ def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr
     tiles = ()
     for s in tl.static_range(COUNT):
         if pointers[s] is None:
-            tiles = tiles + (tl.zeros(mask.shape, DTYPE),)
+            tiles = tiles + (tl.zeros(mask.shape, tl.float32),)
         else:
-            tiles = tiles + (tl.load(pointers[s] + offsets, mask=mask, other=0.0).to(DTYPE),)
+            tiles = tiles + (tl.load(pointers[s] + offsets, mask=mask, other=0.0),)
     return tiles
 
 
@@ -81,6 +81,15 @@ def store_states(pointers, tiles, span, b, n, d, D, COUNT: tl.constexpr, H: tl.c
     for s in tl.static_range(COUNT):
         if pointers[s] is not None:
             tl.store(pointers[s] + offsets, tiles[s].to(pointers[s].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def widen(tiles, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """Convert to the compute type. Apart from the load, because it waits for what is loaded."""
+    wide = ()
+    for s in tl.static_range(COUNT):
+        wide = wide + (tiles[s].to(DTYPE),)
+    return wide
 
 
 @triton.jit

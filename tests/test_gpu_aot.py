@@ -1,0 +1,61 @@
+"""The kernels compile for GPUs that are not here, and the report of what they take can be trusted."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from rnnfast_kernels.gpu import aot, plan
+
+
+def case(target, cell="gru", H=100, backward=True, ragged=True):
+    dtype, device = "bfloat16", aot.TARGETS[target][1]
+    return aot.Case(target, plan.Problem(cell, H, 16, 1, dtype, "ieee", backward, device), ragged)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_kernel_compiles_without_its_gpu(target):
+    usage = aot.compile_launch(target, aot.describe(case(target)))
+    assert 0 < usage.registers <= 512
+    assert usage.spilled == 0
+    assert 0 < usage.shared <= aot.TARGETS[target][1].shared
+
+
+def test_a_spill_is_reported():
+    with plan.override(lambda problem: replace(plan.resident(problem, 16, 4), registers=40)):
+        row, problem = aot.report(case("sm_90", "lstm", 64))
+    assert " 40 registers" in row
+    assert problem.endswith("it spills")
+
+
+def test_too_much_shared_memory_is_reported():
+    with plan.override(lambda problem: plan.resident(problem, 16, 8)):
+        _, problem = aot.report(case("sm_120", "lstm", 128))
+    assert problem.endswith("101376 bytes of shared memory at most")
+
+
+def test_a_kernel_that_does_not_compile_is_reported():
+    with plan.override(lambda problem: plan.Plan("resident", 16, 100, 4, "ieee", 100, 1, 1, 1, programs=1)):
+        _, problem = aot.report(case("sm_90"))
+    assert "Error" in problem
+
+
+def test_registers_are_read_from_amd_assembly():
+    assert aot.amd_usage(".vgpr_count: 84\n .vgpr_spill_count: 3") == (84, 12)
+    with pytest.raises(RuntimeError, match="vgpr_count"):
+        aot.amd_usage("nothing")
+
+
+def test_the_command_names_its_targets():
+    result = subprocess.run(
+        [sys.executable, "-m", "rnnfast_kernels.gpu.aot", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(target in result.stdout for target in aot.TARGETS)

@@ -1,0 +1,101 @@
+"""The planner: a pure function, so every promise it makes is checked over a grid of sizes and devices."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+pytest.importorskip("triton")
+
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu import plan
+
+H200 = plan.Device("sm_90", 132, 232448)
+DEVICES = {
+    "A100": plan.Device("sm_80", 108, 166912),
+    "H200": H200,
+    "slice of an H200": plan.Device("sm_90", 16, 232448),
+    "B200": plan.Device("sm_100", 148, 232448),
+    "RTX 5090": plan.Device("sm_120", 170, 101376),
+    "MI300X": plan.Device("gfx942", 304, 65536, 64),
+    "unheard of": plan.Device("sm_75", 40, 65536),
+}
+WIDTHS = (1, 7, 17, 33, 65, 100, 128, 130, 256, 512, 650, 768, 1000, 1024, 1900, 2048, 4096)
+BATCHES = (1, 3, 16, 33, 64, 130, 2048)
+
+
+def problem(cell="lstm", H=512, B=16, D=1, dtype="bfloat16", precision="ieee", backward=False, device=H200):
+    return plan.Problem(cell, H, B, D, dtype, precision, backward, device)
+
+
+def grid(device):
+    kinds = (("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"))
+    for cell, H, B, D, (dtype, precision), backward in product(CELLS, WIDTHS, BATCHES, (1, 2), kinds, (False, True)):
+        yield problem(cell, H, B, D, dtype, precision, backward, device)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_no_plan_can_deadlock_or_overrun(device):
+    for asked in grid(device):
+        chosen = plan.choose(asked)
+        assert chosen.shared <= device.shared, (asked, chosen)
+        if chosen.members > 1:
+            assert chosen.loop == "cooperative"
+            assert chosen.programs <= device.processors, (asked, chosen)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_every_plan_covers_the_layer(device):
+    for asked in grid(device):
+        chosen = plan.choose(asked)
+        if chosen.loop == "streamed":
+            continue
+        assert chosen.members * chosen.block_n >= asked.H
+        assert chosen.width >= asked.H
+        assert chosen.programs == chosen.members * asked.D * -(-asked.B // chosen.block_b)
+        assert 0 <= chosen.kept <= chosen.chunks
+        assert all(size & (size - 1) == 0 for size in (chosen.block_b, chosen.block_n, chosen.block_k, chosen.split))
+
+
+@pytest.mark.parametrize(
+    ("asked", "loop"),
+    [
+        (problem(H=64), "resident"),
+        (problem(H=64, backward=True), "resident"),
+        (problem("gru", H=128), "resident"),
+        (problem(H=1024), "cooperative"),
+        (problem(H=768, backward=True), "cooperative"),
+        (problem(H=1024, dtype="float32", precision="tf32"), "cooperative"),
+        (problem(H=8192), "streamed"),
+        (problem(H=1024, B=4096), "streamed"),
+        (problem(H=64, dtype="float64"), "streamed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.cell}-{value.H}x{value.B}-{value.dtype}",
+)
+def test_the_loop_of_some_layers(asked, loop):
+    assert plan.choose(asked).loop == loop
+
+
+def test_weights_stay_on_the_chip_where_they_fit():
+    assert plan.choose(problem(H=1024)).kept == plan.choose(problem(H=1024)).chunks
+    large = plan.choose(problem(H=2048))
+    assert 0 < large.kept < large.chunks
+
+
+def test_an_odd_width_costs_no_more_than_the_next_round_one():
+    for H, rounded in ((511, 512), (767, 768), (1001, 1024), (33, 64), (65, 128)):
+        odd, even = problem(H=H), problem(H=rounded)
+        assert plan.step_time(odd, plan.choose(odd)) <= plan.step_time(even, plan.choose(even)) * 1.05
+
+
+def test_one_processor_means_no_waiting():
+    alone = replace(H200, processors=1)
+    for asked in grid(alone):
+        assert plan.choose(asked).members == 1
+
+
+def test_an_override_holds_for_its_block():
+    ordinary = plan.choose(problem())
+    with plan.override(plan.streamed):
+        assert plan.choose(problem()).loop == "streamed"
+    assert plan.choose(problem()) == ordinary
