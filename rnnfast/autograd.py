@@ -19,6 +19,7 @@ from rnnfast import batching, ops, reference, second_order
 from rnnfast.second_order import Changes, Pushed
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Spec(NamedTuple):
@@ -46,7 +47,8 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
     elif not is_differentiated(tensors):
         with below_autograd():
-            results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
+            function = ops.layer if is_plain(tensors) else torch.ops.rnnfast.layer
+            results = function(*constants, x, hx, weights, batch_sizes, resets)
     elif forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     else:
@@ -103,6 +105,17 @@ def forward_nesting() -> int:
     """Count the `jvp` transforms around a call. A Function's own `jvp` sees the innermost alone."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms)
+
+
+def is_plain(tensors) -> bool:
+    """Say whether nothing would happen in torch's dispatcher, so that a small call can do without its microseconds."""
+    return (
+        all(type(t) in PLAIN for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+        and not torch.jit.is_tracing()
+    )
 
 
 class LayerFunction(torch.autograd.Function):

@@ -143,7 +143,7 @@ def run(call: Call) -> Outcome:
     x, finals, states = call.x, [], ()
     for n in range(options.num_layers):
         last = n == options.num_layers - 1
-        hx = tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
+        hx = call.hx if options.num_layers == 1 else tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
         weights = call.weights[n * count : (n + 1) * count]
         states, final = run_layer(call, backend, x, hx, weights, last and call.all_states)
         finals.append(final)

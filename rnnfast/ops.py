@@ -6,6 +6,7 @@ order w_ih, w_hh, b_ih, b_hh, w_hr with the absent ones left out.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -55,12 +56,18 @@ def make_layer(cell, reverse, x, hx, weights, batch_sizes, resets) -> Layer:
     return Layer(cell, x, tuple(hx), named, tuple(reverse), batch_sizes, resets)
 
 
+def as_given(x: Tensor) -> AbstractContextManager:
+    """Keep autocast, which has already had its say, from changing what a backend computes."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
     """Run one layer: the states, the final states and what backward wants, one after another.
 
     States beyond the first are empty tensors of shape [0] unless `save` or `all_states` asks for them.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
         result = load(backend).forward(described, save=save, all_states=all_states)
     return [*result.states, *result.finals, *result.saved]
@@ -99,7 +106,7 @@ def layer_backward(
     groups: with more than one, gradients of the weights have a leading dimension [groups], see `Backend.backward`.
     """
     needs = Needs(need_x, need_hx, need_weights)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
         grads = load(backend).backward(
             described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
