@@ -3,6 +3,7 @@
 The names are those of the fields and bases in `rnnfast_kernels.cpu.plan`, which lays out what is computed.
 """
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,46 @@ from torch import Tensor
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+# Names of the bases, direction by direction.
+WEIGHT_NAMES = [[f"{name}{direction}" for name in Weights._fields] for direction in range(2)]
+
+
+@functools.lru_cache(maxsize=4096)
+def shape_of(
+    cell: str,
+    dtype: torch.dtype,
+    x_shape: torch.Size,
+    x_strides: tuple[int, ...],
+    hx_shape: torch.Size,
+    gate_columns: int,
+    reverse: tuple[bool, ...],
+    projected: bool,
+    packed_steps: int | None,
+    threads: int,
+    cuts: tuple[int, ...] | None,
+) -> plan.Shape:
+    """One `plan.Shape` for equal sizes, so that plans are found by its identity."""
+    directions, batch, width = hx_shape
+    hidden = gate_columns // CELLS[cell].gates
+    rows = x_shape[:-1].numel()
+    work = rows * directions * plan.work_per_row(CELLS[cell], x_shape[-1], hidden, width)
+    slices = plan.slices_for(work, batch, directions, threads)
+    return plan.Shape(
+        cell=cell,
+        dtype=DTYPE_NAMES[dtype],
+        steps=x_shape[0] if packed_steps is None else packed_steps,
+        batch=batch,
+        rows=rows,
+        inputs=x_shape[-1],
+        hidden=hidden,
+        width=width,
+        reverse=reverse,
+        x_row=x_strides[-2] * dtype.itemsize,
+        x_step=x_strides[0] * dtype.itemsize,
+        projected=projected,
+        threads=threads,
+        cuts=cuts if cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
+    )
 
 
 class Call:
@@ -25,50 +66,41 @@ class Call:
         x = layer.x
         self.x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
         self.cell = CELLS[layer.cell]
-        self.hx = tuple(initial.contiguous() for initial in layer.hx)
-        self.weights = tuple(
-            Weights(*[each if each is None else each.contiguous() for each in weights]) for weights in layer.weights
-        )
+        self.hx = tuple([initial.contiguous() for initial in layer.hx])
+        self.weights = [[each if each is None else each.contiguous() for each in weights] for weights in layer.weights]
         self.sizes = None if layer.batch_sizes is None else layer.batch_sizes.contiguous()
         self.starts = None if self.sizes is None or x.dim() == 3 else self.sizes.cumsum(0) - self.sizes
         self.resets = None if layer.resets is None else layer.resets.contiguous()
-        self.projected = self.weights[0].w_hr is not None
-        self.biased = self.weights[0].b_ih is not None
+        first = layer.weights[0]
+        self.biased, self.projected = first.b_ih is not None, first.w_hr is not None
         self.shape = self.measure(layer)
         self.lead = (*x.shape[:-1], len(layer.reverse))
         self.kernel = kernel(layer.cell, self.shape.dtype)
 
     def measure(self, layer: Layer) -> plan.Shape:
         """Collect what a plan depends on."""
-        x, item = self.x, self.x.element_size()
-        directions, batch, width = self.hx[0].shape
-        hidden = self.weights[0].w_hh.shape[0] // self.cell.gates
-        steps = x.shape[0] if self.starts is None else self.starts.shape[0]
-        rows = x.shape[:-1].numel()
-        strides = x.stride()
+        x, sizes = self.x, self.sizes
         threads = torch.get_num_threads()
-        work = rows * directions * plan.work_per_row(self.cell, x.shape[-1], hidden, width)
-        return plan.Shape(
-            cell=layer.cell,
-            dtype=DTYPE_NAMES[x.dtype],
-            steps=steps,
-            batch=batch,
-            rows=rows,
-            inputs=x.shape[-1],
-            hidden=hidden,
-            width=width,
-            reverse=tuple(layer.reverse),
-            x_row=strides[-2] * item,
-            x_step=strides[0] * item,
-            projected=self.projected,
-            threads=threads,
-            cuts=self.row_cuts(batch, plan.slices_for(work, batch, directions, threads)),
+        cuts = None
+        if sizes is not None and threads > 1:
+            cuts = self.row_cuts(self.hx[0].shape[1], threads, len(layer.reverse))
+        return shape_of(
+            layer.cell,
+            x.dtype,
+            x.shape,
+            x.stride(),
+            self.hx[0].shape,
+            layer.weights[0].w_hh.shape[0],
+            layer.reverse,
+            self.projected,
+            None if self.starts is None else self.starts.shape[0],
+            threads,
+            cuts,
         )
 
-    def row_cuts(self, batch: int, slices: int) -> tuple[int, ...]:
+    def row_cuts(self, batch: int, threads: int, directions: int) -> tuple[int, ...]:
         """Bounds of slices of the batch with about as many valid rows each, over all steps."""
-        if self.sizes is None or slices == 1:
-            return plan.even_cuts(batch, slices)
+        slices = max(1, min(batch, -(-threads // directions)))
         lengths = (self.sizes.numpy()[:, None] > np.arange(batch)).sum(0)
         done = np.concatenate([[0], np.cumsum(lengths)])
         cuts = np.searchsorted(done, done[-1] * np.arange(1, slices) / slices)
@@ -79,15 +111,17 @@ class Call:
         named = {"x": self.x, "h_first": self.hx[0], "sizes": self.sizes, "starts": self.starts, "resets": self.resets}
         if len(self.hx) > 1:
             named["extra_first"] = self.hx[1]
-        for direction, weights in enumerate(self.weights):
-            for name, weight in zip(Weights._fields, weights, strict=True):
-                named[f"{name}{direction}"] = weight
-        return {name: each.data_ptr() for name, each in (named | dict(tensors)).items() if each is not None}
+        for names, weights in zip(WEIGHT_NAMES, self.weights, strict=False):
+            named.update(zip(names, weights, strict=True))
+        named.update(tensors)
+        return {name: each.data_ptr() for name, each in named.items() if each is not None}
 
     def run(self, recipe: Recipe, tensors: Mapping[str, Tensor | None]) -> None:
         """Run a recipe over these tensors and the layer's own."""
         scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
-        recipe.run(self.kernel, recipe.fill(self.addresses(tensors) | {SCRATCH: scratch.data_ptr()}))
+        addresses = self.addresses(tensors)
+        addresses[SCRATCH] = scratch.data_ptr()
+        recipe.run(self.kernel, recipe.fill(addresses))
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
@@ -136,7 +170,7 @@ def run_backward(
         work["dh_total"] = torch.empty_like(h)
     work["zeros"] = x.new_zeros(shape.target.padded(max(shape.hidden, shape.width)))
     dx = x.new_empty(x.shape) if needs.x else None
-    dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in call.weights)
+    dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
 
     tensors = {"h": h, **kept, **given, **work, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
     for direction, weights in enumerate(dweights):

@@ -24,9 +24,9 @@ OUTER_BLOCK = 256
 SERIAL_WORK = 1 << 21
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
-    """All that a plan depends on.
+    """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
 
     rows: of all steps together. cuts: bounds of the slices of the batch. x_row, x_step: strides in bytes.
     """
