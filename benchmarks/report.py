@@ -88,7 +88,7 @@ def section(results: dict[str, Any], question: str, folder: Path, pictures: list
     noise = sorted(record["noise"] for record in records if record["noise"] is not None)
     said = f"<p>Noise: median {noise[len(noise) // 2]:.1%}, largest {noise[-1]:.1%}.</p>" if noise else ""
     left_out = tables.skips(records)
-    said += f"<p>{html.escape(left_out.capitalize())}.</p>" if left_out else ""
+    said += f"<p>L{html.escape(left_out[1:])}.</p>" if left_out else ""
     table = f'<div class="wide">{html_table(tables.COLUMNS, rows)}</div>'
     folded = f"<details><summary>{len(records)} cases</summary>{table}</details>"
     return f"<h2>{html.escape(question.replace('-', ' ').capitalize())}</h2>{drawn}{said}{folded}"

@@ -1,6 +1,7 @@
 """One run of the suite: measure every case, keep the results as they come, then print, draw and write the report."""
 
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def run(asked: list[Question], arguments) -> int:
         "startup": [],
         "records": [],
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is kept like Ctrl-C's
     with driver.working(arguments.threads) as worker:
         formats = tuple(dict.fromkeys(case.dtype for question in asked for case in question.cases))
         results["machine"] = worker.ask("facts", arguments.device, formats)

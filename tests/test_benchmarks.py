@@ -447,12 +447,13 @@ def test_a_run_measures_stores_and_reports(tmp_path):
     assert {"report.html", "sizes.png", "sizes.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_an_interrupted_run_keeps_what_is_measured(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
+def test_an_interrupted_run_keeps_what_is_measured(stop, tmp_path):
     process = run_suite("--question", "sequence-length", "--backend", "reference", folder=tmp_path)
     end = time.monotonic() + 100
     while not (tmp_path / "results.json").exists() and time.monotonic() < end:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in out
