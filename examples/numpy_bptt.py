@@ -84,9 +84,9 @@ def compare_with_rnnfast(seed: int = 0) -> dict[str, float]:
 
 
 def train(iterations: int = 200, rate: float = 0.1, seed: int = 0) -> list[float]:
-    """Train by gradient descent on one batch of 1,000 sequences; return the loss of every iteration."""
+    """Train by gradient descent on one batch of 200 sequences; return the loss of every iteration."""
     torch.manual_seed(seed)
-    x, labels = (tensor.double().numpy() for tensor in make_data(1000))
+    x, labels = (tensor.double().numpy() for tensor in make_data(200))
     model = dict(SequenceClassifier(RNN).double().named_parameters())
     p = {name: model[path].detach().numpy().copy() for name, path in NAMES.items()}
     losses = []

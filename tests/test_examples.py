@@ -1,5 +1,6 @@
-"""The examples do what they say: they learn, and they give what torch.nn gives."""
+"""The examples do what they say: they learn, they give what torch.nn gives, and the README's code runs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,16 @@ import rnnfast
 from examples import language_model, numpy_bptt, sequence_classifier, shapes
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Small layers gain nothing from a second thread, and wait for it where other programs run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -47,10 +58,17 @@ def test_language_models_stay_together(monkeypatch):
     assert len(language_model.write_text(runs["rnnfast"].model, corpus, length=20)) == len("The ") + 20
 
 
-@pytest.mark.parametrize("example", ["sequence_classifier", "shapes", "numpy_bptt"])
+@pytest.mark.parametrize("example", ["sequence_classifier", "shapes", "numpy_bptt", "rollout"])
 def test_example_runs_by_itself(example):
     result = subprocess.run(
         [sys.executable, "-m", f"examples.{example}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout
     assert not result.stderr
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_code_in_the_readme_runs(number):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    exec(blocks[number], {})
