@@ -6,11 +6,11 @@ T steps, B batch rows, H hidden units, P projection width, G gates, D directions
 """
 
 import torch
+from rnnfast_kernels.gpu.streamed import ShiftTensors
 from torch import Tensor
 
 from rnnfast.backends.gpu_launch import shift_rows
 from rnnfast.backends.gpu_rows import Call
-from rnnfast_kernels.gpu.streamed import ShiftTensors
 
 
 def projection(call: Call, d: int) -> Tensor:

@@ -6,12 +6,12 @@ T steps, B batch rows, H hidden units, D directions, R rows of all steps togethe
 from dataclasses import dataclass
 
 import torch
+from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.gpu.launch import Extent
 from torch import Tensor
 
 from rnnfast.backends import Layer
 from rnnfast.backends.gpu_launch import Recurrence
-from rnnfast_kernels.cells import CELLS, Cell
-from rnnfast_kernels.gpu.launch import Extent
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ RATES = {
 }
 
 
-# Values of k in one warp's part of a chunk. Where longer chunks of TF32 or shorter ones of float32 spill, they are absent.
+# Values of k in one warp's part of a chunk; the longer ones of TF32 and the shorter ones of float32 spill.
 CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32)}
 
 
@@ -158,8 +158,8 @@ def cooperative(
     chunks = cdiv(problem.H, split * block_k)
     operand = block_b * split * block_k * problem.itemsize  # one chunk
     whole = operand * chunks * (problem.gates if problem.backward else 1)
-    # Half of a thread's registers may hold what is on its way.
-    eager = whole <= 512 * device.warp * warps and 2 * whole <= room
+    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
+    eager = whole <= 512 * device.warp * warps and whole <= 0.6 * room
     staged = (whole if eager else operand) + split * block_b * block_n * 4
     weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
     if device.amd:
@@ -227,9 +227,9 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             yield resident(problem, block_b, 4 if problem.H <= 64 else 8)
         # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
         for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
-            # At least an element for each thread, or the layout that spreads a tile over them does not prevail.
+            # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
-            warps = 4 if few and not (problem.backward and problem.precision == "tf32") else 8
+            warps = 4 if few and not problem.backward else 8
             for block_k in CHUNK_SIZES["half" if problem.itemsize == 2 else problem.precision]:
                 plan = cooperative(problem, block_b, block_n, block_k, warps, warps)
                 # Unaligned rows of weights take a register per element to read: once, but not in every step.
