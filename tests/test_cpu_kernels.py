@@ -417,3 +417,31 @@ def test_saved_memory(cell, dtype):
     states, _, saved = cpu.forward(layer, save=True, all_states=False)
     assert tuple((tuple(tensor.shape), tensor.dtype) for tensor in saved) == cpu.saved_like(layer)
     assert sum(tensor.numel() for tensor in (*states, *saved)) <= 7 * states[0].numel()
+
+
+def test_kept_code_runs_without_importing_numba():
+    """Once compiled, a kernel needs LLVM alone, so that a first call costs a fraction of a second."""
+    cpu.warmup("lstm", torch.float32)
+    code = """
+        import sys
+        from tests.test_cpu_kernels import Case
+        from rnnfast.backends import cpu
+        import torch
+        assert cpu.unsupported("lstm", torch.device("cpu"), torch.float32) is None
+        Case("lstm", 5, 3, 3, 18).check()
+        assert "numba" not in sys.modules
+    """
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cell", "device", "dtype", "word"),
+    [
+        ("lstm", "cuda", torch.float32, "cuda"),
+        ("gru", "cpu", torch.int64, "int64"),
+        ("peephole", "cpu", torch.float32, "peephole"),
+    ],
+)
+def test_unsupported_cases_are_named(cell, device, dtype, word):
+    assert word in cpu.unsupported(cell, torch.device(device), dtype)

@@ -7,8 +7,10 @@ What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order,
     states [*L, D, P or H]      every state in float32 (where the layer's dtype is a half precision)
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -28,11 +30,13 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend has no kernel for the cell {cell}"
     if dtype not in NATIVE and dtype not in HALF:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        return f"numba cannot be imported: {error}"
-    return None
+    return None if has_compiler() else "numba is not installed"
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether Numba is there; it is not imported, since kept machine code runs without it."""
+    return find_spec("numba") is not None
 
 
 def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
