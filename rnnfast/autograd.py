@@ -145,6 +145,8 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         count = ctx.spec.states
         needs = ctx.needs_input_grad[6:]
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         flags = (needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
         # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
         function = LayerBackward.apply if torch.is_grad_enabled() else LayerBackward.forward
