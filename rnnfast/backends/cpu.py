@@ -58,7 +58,7 @@ def forward_half(layer: Layer, *, save: bool, all_states: bool) -> Result:
 
 def convert(layer: Layer, dtype: torch.dtype) -> Layer:
     """Return the layer with all of its floating tensors in `dtype`."""
-    weights = tuple(Weights(*(each if each is None else each.to(dtype) for each in w)) for w in layer.weights)
+    weights = tuple(Weights._make(each if each is None else each.to(dtype) for each in w) for w in layer.weights)
     return replace(layer, x=layer.x.to(dtype), hx=tuple(each.to(dtype) for each in layer.hx), weights=weights)
 
 
@@ -110,7 +110,7 @@ def round_gradients(gradients: Gradients, dtype: torch.dtype) -> Gradients:
     def rounded(each: Tensor | None) -> Tensor | None:
         return each if each is None else each.to(dtype)
 
-    weights = tuple(Weights(*map(rounded, w)) for w in gradients.weights)
+    weights = tuple(Weights._make(map(rounded, w)) for w in gradients.weights)
     return Gradients(rounded(gradients.x), tuple(map(rounded, gradients.hx)), weights)
 
 

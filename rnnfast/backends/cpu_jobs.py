@@ -59,6 +59,15 @@ def shape_of(
     )
 
 
+def row_cuts(sizes: Tensor, batch: int, slices: int) -> tuple[int, ...]:
+    """Bounds of slices of the batch with about as many valid rows each, over all steps."""
+    slices = max(1, min(batch, slices))
+    lengths = (sizes.numpy()[:, None] > np.arange(batch)).sum(0)
+    done = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = np.searchsorted(done, done[-1] * np.arange(1, slices) / slices)
+    return (0, *cuts.tolist(), batch)
+
+
 class Call:
     """A layer's tensors, contiguous where kernels want them so, and its `plan.Shape`."""
 
@@ -83,7 +92,7 @@ class Call:
         threads = torch.get_num_threads()
         cuts = None
         if sizes is not None and threads > 1:
-            cuts = self.row_cuts(self.hx[0].shape[1], threads, len(layer.reverse))
+            cuts = row_cuts(sizes, self.hx[0].shape[1], -(-threads // len(layer.reverse)))
         return shape_of(
             layer.cell,
             x.dtype,
@@ -97,14 +106,6 @@ class Call:
             threads,
             cuts,
         )
-
-    def row_cuts(self, batch: int, threads: int, directions: int) -> tuple[int, ...]:
-        """Bounds of slices of the batch with about as many valid rows each, over all steps."""
-        slices = max(1, min(batch, -(-threads // directions)))
-        lengths = (self.sizes.numpy()[:, None] > np.arange(batch)).sum(0)
-        done = np.concatenate([[0], np.cumsum(lengths)])
-        cuts = np.searchsorted(done, done[-1] * np.arange(1, slices) / slices)
-        return (0, *cuts.tolist(), batch)
 
     def addresses(self, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
         """Addresses of these tensors and of the layer's own, by name."""
@@ -177,16 +178,17 @@ def run_backward(
         tensors |= {f"d{name}{direction}": weight for name, weight in weights._asdict().items()}
     recipe = plan.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
     call.run(recipe, tensors)
-    if needs.weights and call.biased and call.cell.one_gradient:
+    if call.cell.one_gradient:
         for weights in dweights:
-            weights.b_hh.copy_(weights.b_ih)
+            if weights.b_hh is not None and weights.b_ih is not None:
+                weights.b_hh.copy_(weights.b_ih)
     return Gradients(dx, dhx if needs.hx else (None,) * len(dhx), dweights)
 
 
-NO_WEIGHTS = Weights(None, None, None, None, None)
+NO_WEIGHTS = Weights._make([None] * len(Weights._fields))
 
 
 def empty_weights(call: Call, weights: Weights, groups: int) -> Weights:
     """Room for the gradients of one direction's weights, for every group if there are several."""
     lead = (groups,) if groups > 1 else ()
-    return Weights(*(each if each is None else call.x.new_empty(*lead, *each.shape) for each in weights))
+    return Weights._make(each if each is None else call.x.new_empty(*lead, *each.shape) for each in weights)
