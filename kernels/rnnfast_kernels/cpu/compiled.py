@@ -28,7 +28,7 @@ engines: list[binding.ExecutionEngine] = []
 ENTRY = "rnnfast_entry"
 DIGEST_BYTES = 32
 # Files of this folder that decide when kernels run, not what they are.
-NOT_COMPILED = ("plan.py", "pool.py", "recipe.py")
+NOT_COMPILED = ("__init__.py", "plan.py", "pool.py", "recipe.py")
 
 
 @functools.cache
