@@ -13,6 +13,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
 
 from rnnfast import autograd, checks, native, ops, reference
 from rnnfast.backends import Layer
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     batch_first: bool = False
     dropout: float = 0.0
     training: bool = False
+    recompute: bool = False
 
     @property
     def directions(self) -> int:
@@ -160,8 +162,10 @@ def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_stat
     if backend == "reference":
         named = ops.pack_weights(weights, len(reverse))
         return reference.run(Layer(cell, x, hx, named, reverse, call.batch_sizes, call.resets))
-    spec = autograd.Spec(cell, backend, reverse, all_states)
-    return autograd.layer(spec, x, hx, weights, call.batch_sizes, call.resets)
+    layer = partial(autograd.layer, autograd.Spec(cell, backend, reverse, all_states))
+    if call.options.recompute and torch.is_grad_enabled():
+        layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+    return layer(x, hx, weights, call.batch_sizes, call.resets)
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:
@@ -215,11 +219,12 @@ def _public(cell: str, name: str, equation: str):
         batch_first: bool = False,
         dropout: float = 0.0,
         training: bool = False,
+        recompute: bool = False,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         all_states: bool = False,
     ):
-        options = Options(cell, num_layers, bidirectional, batch_first, dropout, training)
+        options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute)
         return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
 
     function.__name__ = function.__qualname__ = cell
@@ -231,6 +236,8 @@ def _public(cell: str, name: str, equation: str):
             w_hh [G*H, P], then b_ih and b_hh [G*H] or neither, then w_hr [P, H] with a projection (LSTM only).
         hx: the initial state [layers*D, B, P], for an LSTM the pair with the cell state [layers*D, B, H]; zero if None.
         num_layers, bidirectional, batch_first, dropout, training: as in `torch.nn.LSTM`.
+        recompute: whether backward runs each layer again rather than keep its gates and states: a fraction of the
+            memory, for one more forward pass.
         lengths: int tensor [B], any order, zeros allowed. What stands past a row's end reaches nothing; the output
             there is 0, the final state is that of the last valid step, the reverse direction starts there.
         resets: bool tensor [T, B] ([B, T] with batch_first); where true, the state entering the step is zeroed first.

@@ -15,7 +15,13 @@ CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", 
 
 
 class Recurrent(nn.RNNBase):
-    """What the three modules share: the call, and weights that are read when they are used."""
+    """What the three modules share: the call, and weights that are read when they are used.
+
+    recompute: set it to True to have backward run each layer again rather than keep its gates and states. That keeps
+        the layer's input alone, for the time of one more forward pass. Default False.
+    """
+
+    recompute: bool = False
 
     def forward(self, input, hx=None, *, lengths=None, resets=None, all_states=False):
         """Run the layers over `input`, as the torch module of the same name does.
@@ -51,6 +57,7 @@ class Recurrent(nn.RNNBase):
             self.batch_first,
             self.dropout,
             self.training,
+            self.recompute,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import CELLS, pair, random_hx
+from layers import CELLS, pair, random_hx, run
 from torch.autograd import gradcheck, gradgradcheck
 
 from rnnfast import use_backend
@@ -106,3 +106,39 @@ def test_backward_twice_through_one_graph(cell, backend):
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, x)
+
+
+def saved_bytes(layer, x) -> int:
+    """Return the bytes that a call keeps for backward, beside its parameters and input."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    others = {p.data_ptr() for p in (x, *layer.parameters())}
+    return sum(size for address, size in kept.items() if address not in others)
+
+
+@cells
+def test_recomputing_gives_the_same_gradients_for_less_memory(cell, backend):
+    _, ours = pair(cell, 3, 17, 2, bidirectional=True)
+    x = torch.randn(20, 4, 3, requires_grad=True)
+    hx = random_hx(ours, 4)
+    expected, kept = run(ours, x, hx), saved_bytes(ours, x)
+    ours.recompute = True
+    got = run(ours, x, hx)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+    assert not saved_bytes(ours, x) > kept / 2
+
+
+@pytest.mark.parametrize(("cell", "units"), [("rnn_tanh", 1), ("lstm", 6), ("gru", 5)])
+def test_bytes_saved_for_backward(cell, units, backend):
+    _, ours = pair(cell, 64, 64)
+    x = torch.randn(200, 8, 64, requires_grad=True)
+    one = 200 * 8 * 64 * 4
+    assert saved_bytes(ours, x) <= (units + 0.1) * one
