@@ -1,5 +1,8 @@
 """Sequences as they come: ragged, reset, every state. Each is compared with plain loops over single sequences."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
@@ -240,3 +243,22 @@ def test_any_chunks_equal_one_call(data, cell, steps, batch):
     assert torch.equal(torch.cat(parts), whole)
     for a, b in zip(as_tuple(state), as_tuple(final), strict=True):
         assert torch.equal(a, b)
+
+
+LONG = """
+import resource, time, torch, rnnfast
+layer, x = rnnfast.LSTM(1, 32), torch.randn(1_000_000, 1, 1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with torch.no_grad():
+    layer(x[:1000])
+    before = peak()
+    output, (h, c) = layer(x)
+    assert peak() - before < 32 * 4 + 40, peak() - before
+    state = layer(x[:999_990])[1]
+    assert torch.equal(layer(x[999_990:], state)[0], output[999_990:])
+"""
+
+
+def test_a_million_steps_need_no_more_memory_than_their_output():
+    run = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
