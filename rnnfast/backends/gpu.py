@@ -187,7 +187,7 @@ def input_gradient(call: Call, dx: Tensor) -> Tensor:
 
 
 def no_weights(layer: Layer) -> tuple[Weights, ...]:
-    return (Weights(None, None, None, None, None),) * len(layer.reverse)
+    return (Weights(None, None, None, None, None),) * len(layer.reverse)  # type: ignore[arg-type]
 
 
 def weight_gradients(

@@ -41,15 +41,14 @@ def device_properties(device: torch.device) -> plan.Device:
     if torch.version.hip:
         arch = found.gcnArchName.split(":")[0]
         return plan.Device(arch, found.multi_processor_count, 65536, found.warp_size)
-    return plan.Device(
-        f"sm_{found.major}{found.minor}", found.multi_processor_count, found.shared_memory_per_block_optin
-    )
+    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return plan.Device(f"sm_{found.major}{found.minor}", found.multi_processor_count, shared)
 
 
 def tf32_wanted() -> bool:
     """Whether torch lets its own recurrent layers round float32 products to TF32."""
     if hasattr(torch.backends.cudnn, "rnn"):
-        return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+        return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return torch.backends.cudnn.allow_tf32
 
 

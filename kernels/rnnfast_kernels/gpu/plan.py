@@ -167,7 +167,11 @@ def cooperative(
         kept = min(chunks, 512 * device.warp * warps // weights)
         used = operand + split * block_b * block_n * 4
     else:
-        kept = max(0, min(chunks, (room - staged) // weights))
+        kept = min(chunks, max(0, room - staged) // weights)
+        if kept < chunks:
+            # What is read again passes through shared memory too.
+            staged += weights
+            kept = max(0, room - staged) // weights
         used = staged + kept * weights
     return Plan(
         loop="cooperative",
