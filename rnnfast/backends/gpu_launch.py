@@ -18,6 +18,7 @@ from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
 from rnnfast_kernels.gpu.launch import Extent
 from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 # One processor: the interpreter runs programs one after another, so none may wait for another.
 INTERPRETER = plan.Device("sm_90", 1, 232448)
@@ -104,7 +105,7 @@ def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward:
         return True
     try:
         described.run()
-    except RuntimeError as error:
+    except (RuntimeError, OutOfResources) as error:
         warn_refused(str(error))
         return False
     return True
