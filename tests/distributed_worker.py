@@ -1,0 +1,43 @@
+"""One of the processes of `test_distributed`: trains a model replicated, then sharded, and saves what came of it."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+import rnnfast
+from examples.distributed import spread, train
+from examples.language_model import LanguageModel
+
+LAYERS = {"LSTM": rnnfast.LSTM, "GRU": rnnfast.GRU}
+
+
+def model_and_batches(name: str):
+    """Return a small model and its batches, the same in every process."""
+    torch.manual_seed(0)
+    model = LanguageModel(LAYERS[name], 20)
+    return model, list(torch.randint(20, (3, 2, 8, 4)).unbind())
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters in full, without DistributedDataParallel's prefix."""
+    full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return {name.removeprefix("module."): p.detach().cpu() for name, p in full.items()}
+
+
+def main(path: str) -> None:
+    dist.init_process_group("gloo")
+    results = {}
+    for name in LAYERS:
+        for shard in (False, True):
+            model, batches = model_and_batches(name)
+            model = spread(model, torch.device("cpu"), shard)
+            losses = train(model, batches, torch.device("cpu"))
+            results[name, shard] = losses, whole(model)
+    if dist.get_rank() == 0:
+        torch.save(results, path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
