@@ -106,7 +106,7 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
     hx = checks.hidden(options, hx, None)
     checks.sizes(options, data, batch, hx, weights)
     resets = checks.resets(options, resets, len(batch_sizes), batch)
-    hx = initial_states(options, permuted(hx, order), data, batch, weights)
+    hx = permuted(initial_states(options, hx, data, batch, weights), order)
     resets = None if resets is None or order is None else resets.index_select(1, order)
     outcome = run(Call(options, data, hx, weights, batch_sizes, resets, all_states))
     finals = single(permuted(outcome.finals, inverse))
@@ -142,7 +142,8 @@ def run(call: Call) -> Outcome:
         return Outcome(*native.run(call), ())
     options, directions = call.options, call.options.directions
     count = len(call.weights) // options.num_layers
-    x, finals, states = call.x, [], ()
+    x, finals = call.x, []
+    states: States = ()
     for n in range(options.num_layers):
         last = n == options.num_layers - 1
         hx = call.hx if options.num_layers == 1 else tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
@@ -182,11 +183,9 @@ def n_states(options: Options) -> int:
     return len(CELLS[options.cell].states)
 
 
-def permuted(states: States | None, order: Tensor | None) -> States | None:
+def permuted(states: States, order: Tensor | None) -> States:
     """Reorder the batch dimension of each [*, B, *] tensor."""
-    if states is None or order is None:
-        return states
-    return tuple(s.index_select(1, order) for s in states)
+    return states if order is None else tuple(s.index_select(1, order) for s in states)
 
 
 def single(states: States) -> Tensor | States:

@@ -61,7 +61,7 @@ class Recurrent(nn.RNNBase):
         )
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self):
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter

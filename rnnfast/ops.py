@@ -40,9 +40,9 @@ def pack_weights(weights: Sequence[Tensor], directions: int) -> tuple[Weights, .
 
 def name_weights(present: Sequence[Tensor]) -> Weights:
     """Name one direction's weights: two matrices, then two biases or none, then a projection or none."""
-    biases = present[2:4] if len(present) >= 4 else (None, None)
+    b_ih, b_hh = present[2:4] if len(present) >= 4 else (None, None)
     projection = present[-1] if len(present) % 2 else None
-    return Weights(present[0], present[1], *biases, projection)
+    return Weights(present[0], present[1], b_ih, b_hh, projection)
 
 
 def flat_weights(weights: Sequence[Weights]) -> Iterator[Tensor]:
@@ -177,8 +177,8 @@ def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def sort_lengths_fake(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of `sort_lengths`; `len` would fix the batch size in the graph, `shape` does not."""
-    batch = lengths.shape[0]
-    return tuple(lengths.new_empty(size, dtype=torch.int64) for size in (steps, batch, batch))
+    order = lengths.new_empty(lengths.shape[0], dtype=torch.int64)
+    return lengths.new_empty(steps, dtype=torch.int64), order, torch.empty_like(order)
 
 
 for name, implementation, fake in (

@@ -66,7 +66,8 @@ def reset(state: States, where: Tensor) -> States:
 
 def step_count(layer: Layer) -> int:
     """Return T."""
-    return layer.x.shape[0] if layer.x.dim() == 3 else len(layer.batch_sizes)
+    sizes = layer.batch_sizes
+    return layer.x.shape[0] if sizes is None or layer.x.dim() == 3 else len(sizes)
 
 
 def row_spans(layer: Layer) -> list[slice]:

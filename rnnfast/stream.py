@@ -47,9 +47,8 @@ class Stream:
         options = self.module.options()
         self.weights = [w.detach() for w in self.module._flat_weights]
         self.backend = backend_of(options.cell, self.input.device, self.input.dtype, False)
-        self.step = self.lay_out() if self.backend == "numba" else None
-        if self.step is None:
-            self.step = self.call_module
+        prepared = self.lay_out() if self.backend == "numba" else None
+        self.step: Callable[[], None] = prepared or self.call_module
 
     def lay_out(self) -> Callable[[], None] | None:
         """Give every layer its buffers, each reading the one before, and have the backend prepare its step."""

@@ -17,7 +17,7 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 # From what a user imports down to the equations. A module imports from its own layer and those below, never upwards.
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
-    ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report"),
+    ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
     ("rnnfast.modules", "rnnfast.cell_modules"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native"),
