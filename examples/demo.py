@@ -6,6 +6,7 @@ float64 before it is timed. The loss curves and the ratios end up in a picture.
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
 
@@ -19,7 +20,9 @@ from benchmarks.progress import Progress
 from benchmarks.run import Settings, run_case
 from examples.language_model import BATCH, HIDDEN, STEPS, Corpus, Run, train, write_text
 
-BATCHES, REPORT_EVERY = 250, 25
+# Training ends after so many batches, or on a slow or busy machine at the first batch after so many seconds.
+BATCHES, SECONDS = 250, 100
+REPORT_EVERY = 25
 AGREEMENT = 1e-4  # relative, of the two losses at every batch
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 MODES = ("inference", "training")
@@ -54,15 +57,27 @@ def compare_models() -> dict[str, Run]:
         progress.advance(1)
         progress.show("training both models")
 
-    runs = train({BASELINE: torch.nn.LSTM, OURS: rnnfast.LSTM}, corpus, BATCHES, watch=watch)
+    layers = {BASELINE: torch.nn.LSTM, OURS: rnnfast.LSTM}
+    runs = train(layers, len(corpus.characters), until_late(corpus.batches(BATCHES)), watch=watch)
     progress.clear()
     seconds = {name: sum(run.seconds) for name, run in runs.items()}
     verdict = "agree" if apart(runs) <= AGREEMENT else "DISAGREE"
     print(f"losses {verdict}: at most {apart(runs):.1e} apart, relative; {AGREEMENT:.0e} is allowed")
     print(f"training took {seconds[BASELINE]:.1f} s with torch.nn.LSTM, {seconds[OURS]:.1f} s with rnnfast.LSTM: "
           f"{seconds[BASELINE] / seconds[OURS]:.2f} times as fast")  # fmt: skip
-    print(f"what it writes after {BATCHES} batches: {write_text(runs[OURS].model, corpus, length=120)!r}")
+    print(
+        f"what it writes after {len(runs[OURS].losses)} batches: {write_text(runs[OURS].model, corpus, length=120)!r}"
+    )
     return runs
+
+
+def until_late(batches: Iterable) -> Iterator:
+    """Pass batches on while there is time."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield batch
+        if time.perf_counter() - start > SECONDS:
+            return
 
 
 def apart(runs: dict[str, Run]) -> float:

@@ -5,7 +5,7 @@ models start from the same seed and see the same batches, turn by turn, so that 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
@@ -25,7 +25,7 @@ class Corpus:
         number = {character: i for i, character in enumerate(self.characters)}
         self.data = torch.tensor([number[character] for character in text])
 
-    def batches(self, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `count` random windows and the same windows one character later, [T, B] each."""
         generator = torch.Generator().manual_seed(seed)
         window = torch.arange(STEPS + 1)[:, None]
@@ -72,21 +72,22 @@ class Run:
 
 def train(
     layers: Mapping[str, type[nn.RNNBase]],
-    corpus: Corpus,
-    batches: int,
+    characters: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
     seed: int = 0,
     watch: Callable[[int, dict[str, Run]], None] = lambda done, runs: None,
 ) -> dict[str, Run]:
     """Train one model per entry of `layers`, all from the same seed, in turns on the same batches.
 
+    characters: how many different ones there are. batches: pairs of inputs and targets, as `Corpus.batches` gives them.
     watch: called after every batch with the number of batches done and the runs.
     """
     runs = {}
     for name, recurrent in layers.items():
         torch.manual_seed(seed)
-        model = LanguageModel(recurrent, len(corpus.characters))
+        model = LanguageModel(recurrent, characters)
         runs[name] = Run(model, torch.optim.Adam(model.parameters(), lr=2e-3))
-    for done, (inputs, targets) in enumerate(corpus.batches(batches, seed), start=1):
+    for done, (inputs, targets) in enumerate(batches, start=1):
         for run in runs.values():
             run.learn(inputs, targets)
         watch(done, runs)

@@ -15,7 +15,7 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from rnnfast import batching, ops, reference, second_order
+from rnnfast import batching, onnx_export, ops, reference, second_order
 from rnnfast.second_order import Changes, Pushed
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -44,6 +44,8 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     tensors = (x, *hx, *weights)
     constants = (spec.cell, spec.backend, spec.reverse, False, spec.all_states)
     if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
     elif not is_differentiated(tensors):
         with below_autograd():
@@ -96,7 +98,7 @@ def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
 
 def is_differentiated(tensors) -> bool:
     """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
     return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
 

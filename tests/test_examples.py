@@ -52,7 +52,8 @@ def test_numpy_network_learns():
 def test_language_models_stay_together(monkeypatch):
     monkeypatch.setattr(language_model, "STEPS", 24)
     corpus = language_model.Corpus()
-    runs = language_model.train({"torch": torch.nn.LSTM, "rnnfast": rnnfast.LSTM}, corpus, batches=10)
+    layers = {"torch": torch.nn.LSTM, "rnnfast": rnnfast.LSTM}
+    runs = language_model.train(layers, len(corpus.characters), corpus.batches(10))
     assert runs["rnnfast"].losses == pytest.approx(runs["torch"].losses, rel=1e-4)
     assert runs["rnnfast"].losses[-1] < runs["rnnfast"].losses[0]
     assert len(language_model.write_text(runs["rnnfast"].model, corpus, length=20)) == len("The ") + 20
