@@ -44,7 +44,7 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     tensors = (x, *hx, *weights)
     constants = (spec.cell, spec.backend, spec.reverse, False, spec.all_states)
     if torch.compiler.is_compiling():
-        if torch.onnx.is_in_onnx_export():
+        if ops.in_onnx_export():
             return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
     elif not is_differentiated(tensors):

@@ -118,7 +118,7 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
 
 def run_ragged(call: Call, lengths: Tensor) -> Outcome:
     """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
-    batch_sizes, order, inverse = torch.ops.rnnfast.sort_lengths(lengths.to(call.x.device), call.x.shape[0])
+    batch_sizes, order, inverse = ops.sort_rows(lengths.to(call.x.device), call.x.shape[0])
     outcome = run(
         replace(
             call,

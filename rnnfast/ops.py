@@ -157,6 +157,24 @@ def layer_backward_vmap(
     return list(results), list(dims)
 
 
+def in_onnx_export() -> bool:
+    """Say whether a model is being exported to ONNX."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result sets: a traced graph belongs to one export.
+in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def sort_rows(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator `sort_lengths`, or do its work in operators that ONNX knows."""
+    if not (torch.compiler.is_compiling() and in_onnx_export()):
+        return torch.ops.rnnfast.sort_lengths(lengths, steps)
+    order = torch.sort(lengths, descending=True).indices
+    at_step = torch.arange(steps, device=lengths.device)
+    return (lengths > at_step[:, None]).sum(1), order, torch.sort(order).indices
+
+
 def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the lengths of B rows into `batch_sizes` [T], the order of falling length [B], and its inverse [B].
 

@@ -18,11 +18,11 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
-    ("rnnfast.modules", "rnnfast.cell_modules"),
+    ("rnnfast.cell_modules", "rnnfast.modules"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native"),
     ("rnnfast.autograd",),
-    ("rnnfast.second_order",),
+    ("rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference"),
     ("rnnfast.backends",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
