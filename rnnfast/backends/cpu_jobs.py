@@ -17,8 +17,10 @@ from torch import Tensor
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
-# Names of the bases, direction by direction.
-WEIGHT_NAMES = [[f"{name}{direction}" for name in Weights._fields] for direction in range(2)]
+@functools.cache
+def weight_names(direction: int) -> tuple[str, ...]:
+    """Names of the bases that are a direction's weights."""
+    return tuple(f"{name}{direction}" for name in Weights._fields)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,8 +114,8 @@ class Call:
         named = {"x": self.x, "h_first": self.hx[0], "sizes": self.sizes, "starts": self.starts, "resets": self.resets}
         if len(self.hx) > 1:
             named["extra_first"] = self.hx[1]
-        for names, weights in zip(WEIGHT_NAMES, self.weights, strict=False):
-            named.update(zip(names, weights, strict=True))
+        for direction, weights in enumerate(self.weights):
+            named.update(zip(weight_names(direction), weights, strict=True))
         named.update(tensors)
         return {name: each.data_ptr() for name, each in named.items() if each is not None}
 
