@@ -15,6 +15,7 @@ pointwise operations. All of this is torch, in a time-major padded layout, and c
 import builtins
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.bind import bind
@@ -39,13 +40,35 @@ PULLBACKS = {
 BACKWARD = {name: bind(cell.backward, PULLBACKS) for name, cell in CELLS.items()}
 
 
+class Tangent(NamedTuple):
+    """How a direction changes: its states after every step, its final states, and at every step the parts of the gates.
+
+    states: one [T, B, P or H] each; finals [B, P or H]; x_gates [T, B, G*H] or None for no change; u_gates [T, B, G*H];
+    hidden: h before its projection, [T, B, H], where there is one.
+    """
+
+    states: States
+    finals: States
+    x_gates: Tensor | None
+    u_gates: Tensor
+    hidden: Tensor | None
+
+
+class Adjoint(NamedTuple):
+    """The whole gradient of a loss by every state, [T, B, P or H] each, and by the recurrent parts, [T, B, G*H]."""
+
+    states: States
+    u_gates: Tensor
+
+
 @dataclass(frozen=True)
 class Linear:
     """One direction of a layer around its states, all steps at once.
 
     x: the input, and entering: the states that enter each step, both [T, B, *] and 0 where no step is taken.
     order: the steps as they are taken. live, kept: bool [T, B, 1] or None; whether a row takes the step, and whether
-    its state enters rather than being reset. hidden: h before its projection. by_x [T, B, S, G, H] and
+    its state enters rather than being reset. x_gates, u_gates: the parts of the gates' pre-activations, [T, B, G*H].
+    hidden: h before its projection, [T, B, H]. by_x [T, B, S, G, H] and
     by_recurrent [T, B, S, G+K, H]: derivative of each new state by the gates' input parts, and by their recurrent parts
     and those K entering states that act directly, from number `direct_from` on.
     """
@@ -56,6 +79,8 @@ class Linear:
     order: Sequence[int]
     live: Tensor | None
     kept: Tensor | None
+    x_gates: Tensor
+    u_gates: Tensor
     hidden: Tensor
     by_x: Tensor
     by_recurrent: Tensor
@@ -83,7 +108,7 @@ def linearise(layer: Layer, states: States, d: int) -> Linear:
     new, saved = reference.FORWARD[layer.cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), entering)
     by_x, by_recurrent, direct_from = jacobian(layer.cell, saved, entering, new)
     order = range(steps)[::-1] if reverse else range(steps)
-    return Linear(weights, x, entering, order, live, kept, new[0], by_x, by_recurrent, direct_from)
+    return Linear(weights, x, entering, order, live, kept, x_gates, u_gates, new[0], by_x, by_recurrent, direct_from)
 
 
 def jacobian(cell: str, saved: States, entering: States, new: States) -> tuple[Tensor, Tensor, int]:
@@ -132,18 +157,17 @@ def unshifted(entering: Tensor, reverse: bool, live: Tensor | None) -> tuple[Ten
     return by_states, masked(entering, ~running).sum(0)
 
 
-def tangent(at: Linear, dx: Tensor | None, initial: States, dweights: Weights) -> tuple[list[States], States]:
-    """Run the tangent recurrence. Returns the change of every state after every step, and of the final states."""
-    steps: list[States] = [()] * len(at.order)
-    driven = total(
+def tangent(at: Linear, dx: Tensor | None, initial: States, dweights: Weights) -> Tangent:
+    """Run the tangent recurrence along a change of the input, [T, B, I], the initial states and the weights."""
+    x_gates = total(
         None if dx is None else linear(masked(dx, at.live), at.weights.w_ih),
         None if dweights.w_ih is None else linear(at.x, dweights.w_ih),
-        dweights.b_ih,
+        None if dweights.b_ih is None else dweights.b_ih.expand_as(at.x_gates),
     )
-    driven = at.by_x.new_zeros(()) if driven is None else (at.by_x * split_gates(driven, at.gates)).sum(-2)
-    driven = driven.expand(*at.x.shape[:-1], *at.by_x.shape[-3::2])  # [T, B, S, H]
+    driven = None if x_gates is None else (at.by_x * split_gates(x_gates, at.gates)).sum(-2)  # [T, B, S, H]
     recurrent = total(None if dweights.w_hh is None else linear(at.entering[0], dweights.w_hh), dweights.b_hh)
     projected = None if dweights.w_hr is None else linear(at.hidden, dweights.w_hr)
+    steps: list = [None] * len(at.order)
     state = initial
     for t in at.order:
         entering = state if at.kept is None else tuple(masked(s, at.kept[t]) for s in state)
@@ -151,35 +175,44 @@ def tangent(at: Linear, dx: Tensor | None, initial: States, dweights: Weights) -
         if recurrent is not None:
             u = u + (recurrent if recurrent.dim() == 1 else recurrent[t])
         parts = torch.cat((split_gates(u, at.gates)[:, 0], *(s[:, None] for s in entering[at.direct_from :])), 1)
-        new = list((driven[t] + (at.by_recurrent[t] * parts[:, None]).sum(-2)).unbind(1))
+        hidden = (at.by_recurrent[t] * parts[:, None]).sum(-2)  # [B, S, H]
+        new = list((hidden if driven is None else hidden + driven[t]).unbind(1))
+        unprojected = new[0]
         if at.weights.w_hr is not None:
             new[0] = linear(new[0], at.weights.w_hr)
             new[0] = new[0] if projected is None else new[0] + projected[t]
         state = tuple(new if at.live is None else map(torch.where, [at.live[t]] * len(new), new, state))
-        steps[t] = state
-    return steps, state
+        steps[t] = (*state, u, unprojected)
+    if not steps:
+        return Tangent(tuple(s.new_zeros(0, *s.shape) for s in state), state, x_gates, at.u_gates, at.hidden)
+    *states, u_gates, hidden = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    return Tangent(tuple(masked(s, at.live) for s in states), state, x_gates, u_gates, hidden)
 
 
-def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tensor | None]) -> States:
-    """Run the adjoint recurrence. Returns the whole gradient of the loss by every state, each [T, B, P or H].
+def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tensor | None]) -> Adjoint:
+    """Run the adjoint recurrence.
 
-    dstates, dfinals: what of it comes from outside, [T, B, P or H] and [B, P or H] each, None for zero.
+    dstates, dfinals: what of the gradient comes from outside, [T, B, P or H] and [B, P or H] each, None for zero.
     """
-    steps: list[States] = [()] * len(at.order)
+    steps: list = [None] * len(at.order)
     state = tuple(s.new_zeros(s.shape[1:]) if g is None else g for s, g in zip(at.entering, dfinals, strict=True))
     dstates = [None if g is None else masked(g, at.live) for g in dstates]
     for t in reversed(at.order):
         state = tuple(s if g is None else s + g[t] for s, g in zip(state, dstates, strict=True))
-        steps[t] = state
         hidden = state if at.weights.w_hr is None else (state[0] @ at.weights.w_hr, *state[1:])
         parts = (at.by_recurrent[t] * torch.stack(hidden, 1)[:, :, None]).sum(1)  # [B, G+K, H]
+        u = parts[:, : at.gates].flatten(1)
+        steps[t] = (*state, u)
         direct = list(parts[:, at.gates :].unbind(1))
-        through_u = parts[:, : at.gates].flatten(1) @ at.weights.w_hh
+        through_u = u @ at.weights.w_hh
         previous = (through_u + direct[0], *direct[1:]) if at.direct_from == 0 else (through_u, *direct)
         if at.kept is not None:
             previous = tuple(masked(s, at.kept[t]) for s in previous)
         state = previous if at.live is None else tuple(map(torch.where, [at.live[t]] * len(state), previous, state))
-    return tuple(masked(torch.stack(parts), at.live) for parts in zip(*steps, strict=True))
+    if not steps:
+        return Adjoint(at.entering, at.u_gates)
+    *states, u_gates = (masked(torch.stack(parts), at.live) for parts in zip(*steps, strict=True))
+    return Adjoint(tuple(states), u_gates)
 
 
 def split_gates(tensor: Tensor, gates: int) -> Tensor:

@@ -8,16 +8,27 @@ time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor
-from torch.nn.functional import linear
 
 from rnnfast import reference
 from rnnfast.backends import Layer, Weights
-from rnnfast.linearised import Linear, States, adjoint, entering_states, linearise, masked, tangent, unshifted
-from rnnfast.ops import name_weights
+from rnnfast.linearised import (
+    Adjoint,
+    Linear,
+    States,
+    Tangent,
+    adjoint,
+    entering_states,
+    linearise,
+    masked,
+    tangent,
+    total,
+    unshifted,
+)
 
 
 class Changes(NamedTuple):
@@ -45,12 +56,9 @@ def push_forward(layer: Layer, states: States, changes: Changes) -> Pushed:
     )
 
 
-def push_direction(at: Linear, layer: Layer, d: int, changes: Changes) -> Pushed:
-    """Run the tangent recurrence of one direction of a padded layer: [T, B, P or H] and [B, P or H]."""
-    steps, finals = tangent(at, changes.x, initial_changes(layer, d, changes), changes.weights[d])
-    if not steps:
-        return Pushed(tuple(s.new_zeros(0, *s.shape) for s in finals), finals)
-    return Pushed(tuple(masked(torch.stack(parts), at.live) for parts in zip(*steps, strict=True)), finals)
+def push_direction(at: Linear, layer: Layer, d: int, changes: Changes) -> Tangent:
+    """Run the tangent recurrence of one direction of a padded layer."""
+    return tangent(at, changes.x, initial_changes(layer, d, changes), changes.weights[d])
 
 
 def initial_changes(layer: Layer, d: int, changes: Changes) -> States:
@@ -85,38 +93,79 @@ def bend(
         initial = initial_changes(padded, d, changes)
         entering = entering_states(pushed[-1].states, initial, layer.reverse[d], at.live, at.kept)
         dx = None if changes.x is None else masked(changes.x, at.live)
-        x, by_entering, weights = bend_steps(layer.cell, at, flows, dx, entering, changes.weights[d])
+        x, by_entering, weights = bend_steps(layer.cell, at, flows, pushed[-1], dx, entering, changes.weights[d])
         pairs = [unshifted(masked(g, at.kept), layer.reverse[d], at.live) for g in by_entering]
         by_states.append([states for states, _ in pairs])
         by_tensors.append((x, [initial for _, initial in pairs], weights))
     through_time = backward(tuple(padding.unpad(torch.stack(parts, 2)) for parts in zip(*by_states, strict=True)))
-    x = padding.unpad(sum(x for x, _, _ in by_tensors))
+    x = padding.unpad(torch.stack([x for x, _, _ in by_tensors]).sum(0))
     hx = [torch.stack(parts) for parts in zip(*(initial for _, initial, _ in by_tensors), strict=True)]
     here = [x, *hx, *(w for _, _, weights in by_tensors for w in weights)]
     return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(pushed)
 
 
-def bend_steps(cell: str, at: Linear, flows: States, dx: Tensor | None, dentering: States, dweights: Weights):
+def bend_steps(
+    cell: str, at: Linear, flows: Adjoint, along: Tangent, dx: Tensor | None, dentering: States, dweights: Weights
+) -> tuple[Any, list[Any], list[Any]]:
     """Differentiate <flows, F(x, entering, w)> twice, all steps at once: by everything, and along the changes.
 
     Returns what comes of it for x, the entering states and the weights that there are.
     """
-    count = len(at.entering)
+    by_u = flows.u_gates
+    by_x = by_u if CELLS[cell].one_gradient else gradient_by_x(at, flows)
+    bent_x, bent_u, bent_direct = bend_gates(cell, at, flows, along, dentering, dweights)
+    x = total(bent_x @ at.weights.w_ih, product(by_x, dweights.w_ih))
+    entering = [torch.zeros_like(s) for s in at.entering[1 : at.direct_from]] + bent_direct
+    through_u = total(bent_u @ at.weights.w_hh, product(by_u, dweights.w_hh))
+    entering = [through_u, *entering] if at.direct_from else [through_u + entering[0], *entering[1:]]
+    weights = [
+        total(outer(bent_x, at.x), outer(by_x, dx)),
+        total(outer(bent_u, at.entering[0]), outer(by_u, dentering[0])),
+    ]
+    if at.weights.b_ih is not None:
+        weights += [bent_x.flatten(0, 1).sum(0), bent_u.flatten(0, 1).sum(0)]
+    if at.weights.w_hr is not None:
+        weights.append(outer(flows.states[0], along.hidden))
+    return x, entering, weights
 
-    def step(x, *tensors):
-        weights = name_weights(tensors[count:])
-        return reference.step(cell, linear(x, weights.w_ih, weights.b_ih), tensors[:count], weights)
 
-    def gradient(*tensors):
-        gradients = torch.func.vjp(step, *tensors)[1](flows)
-        return tuple(gradients[n] for n in changed)
+def bend_gates(cell: str, at: Linear, flows: Adjoint, along: Tangent, dentering: States, dweights: Weights):
+    """Take the pointwise part of `bend_steps`: by the input parts, the recurrent parts and the direct states."""
+    gates, first = at.gates, at.direct_from
 
-    present = [(w, dw) for w, dw in zip(at.weights, dweights, strict=True) if w is not None]
-    tensors = (at.x, *at.entering, *(w for w, _ in present))
-    changes = (dx, *dentering, *(dw for _, dw in present))
-    changed = [n for n, change in enumerate(changes) if change is not None]
-    found = torch.func.vjp(gradient, *tensors)[1](tuple(changes[n] for n in changed))
-    return found[0], found[1 : 1 + count], found[1 + count :]
+    def step(x_gates, u_gates, *direct):
+        state = (*at.entering[:first], *direct)
+        return reference.FORWARD[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)[0]
+
+    def gradient(*points):
+        return torch.func.vjp(step, *points)[1](hidden)
+
+    points = (at.x_gates, at.u_gates, *at.entering[first:])
+    hidden = flows.states
+    if at.weights.w_hr is not None:
+        hidden = (hidden[0] @ at.weights.w_hr, *hidden[1:])
+    dx_gates = torch.zeros_like(at.x_gates) if along.x_gates is None else along.x_gates
+    found = torch.func.vjp(gradient, *points)[1]((dx_gates, along.u_gates, *dentering[first:]))
+    if dweights.w_hr is not None:
+        turned = (flows.states[0] @ dweights.w_hr, *(torch.zeros_like(s) for s in hidden[1:]))
+        more = torch.func.vjp(step, *points)[1](turned)
+        found = [a + b for a, b in zip(found, more, strict=True)]
+    return found[0], found[1], list(found[2:])
+
+
+def gradient_by_x(at: Linear, flows: Adjoint) -> Tensor:
+    """Return the gradient by the input parts of the gates, [T, B, G*H], where it is not that by the recurrent parts."""
+    return (at.by_x * torch.stack(flows.states, -2).unsqueeze(-2)).sum(-3).flatten(-2)
+
+
+def product(gates: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Multiply by a weight that may not change."""
+    return None if weight is None else gates @ weight
+
+
+def outer(gates: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """Sum the outer products of all rows, [T, B, M] and [T, B, N] to [M, N]."""
+    return None if tensor is None else gates.flatten(0, 1).T @ tensor.flatten(0, 1)
 
 
 def pick(tensor: Tensor | None, index) -> Tensor | None:
@@ -154,7 +203,7 @@ class Padding:
         """Return the layer over the padded input."""
         return replace(layer, x=self.pad(layer.x))
 
-    def join(self, directions: Sequence[Pushed]) -> Pushed:
+    def join(self, directions: Sequence[Tangent]) -> Pushed:
         """Stack the directions, in the layer's own row layout."""
         states = zip(*(each.states for each in directions), strict=True)
         finals = zip(*(each.finals for each in directions), strict=True)
