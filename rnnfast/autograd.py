@@ -98,7 +98,7 @@ def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
 
 def is_differentiated(tensors) -> bool:
     """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
 
