@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check lint bench aot gpu clean
+.PHONY: help setup demo test test-models check lint bench aot gpu clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -15,6 +15,7 @@ help:
 	@echo "make demo    train the same language model with torch.nn and rnnfast, compare them, save a plot"
 	@echo "make test    run all tests, the formatter, the linter and the type checker among them"
 	@echo "make check   what continuous integration runs: make test"
+	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
 	@echo "make lint    the formatter, the linter and the type checker alone"
 	@echo "make bench   time rnnfast beside its peers"
 	@echo "make aot     compile the GPU kernels for every target; needs no GPU"
@@ -43,6 +44,10 @@ demo: $(INSTALLED)
 
 test check: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-models: $(INSTALLED)
+	$(PIP) transformers sb3-contrib 'gluonts[torch]'
+	$(BIN)/python -m pytest tests/models -s
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_style.py
