@@ -12,15 +12,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 INSTALLED := .venv/installed
 
 help:
-	@echo "make demo    train the same language model with torch.nn and rnnfast, compare them, save a plot"
-	@echo "make test    run all tests, the formatter, the linter and the type checker among them"
-	@echo "make check   what continuous integration runs: make test"
+	@echo "make demo         train the same language model with torch.nn and rnnfast, compare them, save a plot"
+	@echo "make test         run all tests, the formatter, the linter and the type checker among them"
+	@echo "make check        what continuous integration runs: make test"
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
-	@echo "make lint    the formatter, the linter and the type checker alone"
-	@echo "make bench   time rnnfast beside its peers"
-	@echo "make aot     compile the GPU kernels for every target; needs no GPU"
-	@echo "make gpu     run the tests and the benchmarks on a GPU"
-	@echo "make clean   remove caches and built files"
+	@echo "make lint         the formatter, the linter and the type checker alone"
+	@echo "make bench        time rnnfast beside its peers"
+	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
+	@echo "make gpu          check and measure on a machine with a GPU"
+	@echo "make clean        remove caches and built files"
 
 setup: $(INSTALLED)
 

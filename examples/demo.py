@@ -4,6 +4,7 @@ Both models start from the same seed. Their losses must agree, and every row of 
 float64 before it is timed. The loss curves and the ratios end up in a picture.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,8 @@ PICTURE = Path("demo.png")
 def main() -> int:
     start = time.perf_counter()
     print(f"torch {torch.__version__}, rnnfast {rnnfast.__version__}, {torch.get_num_threads()} threads")
+    if os.getloadavg()[0] > torch.get_num_threads():
+        print("other programs keep this machine busy: the times below say little")
     print("loading the kernels, which compiles them on the first run ...", flush=True)
     rnnfast.warmup()
     print(f"ready after {time.perf_counter() - start:.1f} s")
