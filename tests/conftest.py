@@ -1,9 +1,16 @@
-"""What all tests share: the backends under test and the device of each."""
+"""What all tests share: the backends under test, the device of each, and a compiler cache of their own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
+
+# Inductor keeps compiled graphs by their operators' names; one that another version of ours left behind would be found.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rnnfast-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -130,13 +130,15 @@ class Call:
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     call = Call(layer)
     shape, x = call.shape, call.x
+    # The kernels leave what they save of padding as it is; zeros keep the results of equal calls equal.
+    make = x.new_zeros if call.sizes is not None and call.starts is None else x.new_empty
     kept = {}
     if shape.extra and keep_extra:
         kept["extra"] = x.new_empty(*call.lead, shape.hidden)
     if save and call.cell.saved:
-        kept["gates"] = x.new_empty(*call.lead, call.cell.saved * shape.hidden)
+        kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden)
     if save and call.projected:
-        kept["full"] = x.new_empty(*call.lead, shape.hidden)
+        kept["full"] = make(*call.lead, shape.hidden)
     h = x.new_empty(*call.lead, shape.width)
     finals = tuple(torch.empty_like(initial) for initial in call.hx)
     outputs = {"h": h, **kept, **dict(zip(("h_final", "extra_final"), finals, strict=False))}
