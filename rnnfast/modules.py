@@ -7,7 +7,7 @@ Weights are read by name at every call, so parametrizations, `torch.func.functio
 tensor set in a parameter's place all work.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from rnnfast.functional import Options, recurrent
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+
+
 @functools.cache
 def weight_names(direction: int) -> tuple[str, ...]:
     """Names of the bases that are a direction's weights."""
