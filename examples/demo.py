@@ -14,11 +14,13 @@ from statistics import mean, median
 import torch
 
 import rnnfast
+from benchmarks import oracle, workload
 from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import BASELINE, OURS, PEERS, by_backend
-from benchmarks.measure import Effort
+from benchmarks.measure import Effort, alternate, cpu_clock
+from benchmarks.measure import ratios as times_faster
 from benchmarks.progress import Progress
-from benchmarks.run import Settings, run_case
+from benchmarks.run import check
 from examples.language_model import BATCH, HIDDEN, STEPS, Corpus, Run, train, write_text
 
 # Training ends after so many batches, or on a slow or busy machine at the first batch after so many seconds.
@@ -101,9 +103,9 @@ def compare_lengths() -> dict[tuple[str, str], list[float]]:
         errors = []
         for cell, mode in ratios:
             progress.show(f"timing {cell.upper()} {mode}, T={T}")
-            row = measure(Case(cell, T, B=16, I=128, H=128, mode=mode))
-            ratios[cell, mode].append(row["ratio"][0])
-            errors.append(row["error"])
+            ratio, error = measure(Case(cell, T, B=16, I=128, H=128, mode=mode))
+            ratios[cell, mode].append(ratio)
+            errors.append(error)
             progress.advance(T / len(ratios))
         progress.print(
             f"{T:6d}" + "".join(f"{values[-1]:15.2f}x" for values in ratios.values()) + f"{max(errors):10.1e}"
@@ -115,15 +117,22 @@ def compare_lengths() -> dict[tuple[str, str], list[float]]:
     return ratios
 
 
-def measure(case: Case) -> dict:
-    """Check a case against float64 and time it beside torch.nn; return our row. Raises RuntimeError if it is wrong."""
-    settings = Settings(effort=Effort(seconds=0.2, fewest=3, most=20))
-    record = run_case(case, [PEERS[BASELINE], by_backend("auto")], settings, entering=lambda name: None)
-    rows = {row["contender"]: row for row in record["rows"]}
-    for row in rows.values():
-        if row["status"] != "ok":
-            raise RuntimeError(f"{row['contender']}, {case.id}: {row['status']}, {row['reason']}")
-    return rows[OURS]
+def measure(case: Case) -> tuple[float, float]:
+    """Check a case against float64, time it in turns with torch.nn, and return the ratio and the largest error.
+
+    Raises RuntimeError if a result is wrong, with the tensor and its error.
+    """
+    work = workload.draw(case, "cpu", seed=0)
+    reference = oracle.expected(work)
+    calls, error = {}, 0.0
+    for contender in (PEERS[BASELINE], by_backend("auto")):
+        row, call = check(contender, work, reference)
+        if call is None:
+            raise RuntimeError(f"{contender.name}, {case.id}: {row['status']}, {row['reason']}")
+        calls[contender.name], error = call, row["error"]
+    effort = Effort(seconds=0.1, fewest=3, most=20)
+    samples = alternate(calls, cpu_clock, effort, entering=lambda name: None)
+    return median(times_faster(samples[BASELINE], samples[OURS])), error
 
 
 def draw(runs: dict[str, Run], ratios: dict[tuple[str, str], list[float]]) -> None:
