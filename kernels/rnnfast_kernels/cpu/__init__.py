@@ -1,17 +1,17 @@
 """Numba kernels: a whole recurrent layer, input product included, for one direction and a slice of the batch.
 
-    target       the processor, its vectors, and the size of the register tile
-    vector       a Numba type for one vector register
-    activations  sigmoid, tanh, relu over vectors
-    tile         the register-tiled product, as LLVM IR
-    products     packing of panels, products of rows with panels
-    loops        the two time loops, over any cell
-    gradients    the products that follow the backward loop
-    tasks        the one entry point, and what it can be asked to do
-    build        from equations to LLVM IR
-    compiled     machine code, kept on disk and loaded without Numba
-    job          the record that carries a kernel's arguments
-    plan         how a layer is cut into jobs
-    recipe       a call laid out once and run many times
-    pool         threads that run jobs side by side
+target       the processor, its vectors, and the size of the register tile
+vector       a Numba type for one vector register
+activations  sigmoid, tanh, relu over vectors
+tile         the register-tiled product, as LLVM IR
+products     packing of panels, products of rows with panels
+loops        the two time loops, over any cell
+gradients    the products that follow the backward loop
+tasks        the one entry point, and what it can be asked to do
+build        from equations to LLVM IR
+compiled     machine code, kept on disk and loaded without Numba
+job          the record that carries a kernel's arguments
+plan         how a layer is cut into jobs
+recipe       a call laid out once and run many times
+pool         threads that run jobs side by side
 """
