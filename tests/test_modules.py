@@ -15,7 +15,7 @@ from torch.testing._internal.common_modules import FunctionInput, module_db
 import rnnfast
 
 # The import of torch's own test data forbids setting backend flags, for the whole process.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 F64 = {"dtype": torch.float64}
 NAMES = ("RNN", "LSTM", "GRU")
