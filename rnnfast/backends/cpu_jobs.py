@@ -126,7 +126,7 @@ class Call:
         scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
         addresses = self.addresses(tensors)
         addresses[SCRATCH] = scratch.data_ptr()
-        recipe.run(self.kernel, recipe.fill(addresses))
+        recipe.run(self.kernel, recipe.fill(addresses), recipe.whole)
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from rnnfast_kernels.cpu import plan, tasks
+from rnnfast_kernels.cpu import plan
 from rnnfast_kernels.cpu.recipe import SCRATCH
 
 from rnnfast.backends import Layer
@@ -18,26 +18,26 @@ class LayerSteps:
 
     def __init__(self, layer: Layer, output: torch.Tensor):
         self.call = call = Call(layer)
-        recipe = plan.forward(call.shape, call.biased, ())
+        self.recipe = recipe = plan.forward(call.shape, call.biased, ())
         self.scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
         states = dict(zip(("h_final", "extra_final"), call.hx, strict=False))
         addresses = call.addresses({"h": output, **states}) | {SCRATCH: self.scratch.data_ptr()}
         self.records = recipe.fill(addresses)
-        start = self.records.__array_interface__["data"][0]
-        jobs = [(phase.task, start + offset) for phase in recipe.phases for offset in phase.records]
-        for task, address in jobs:
-            if task == tasks.PACK_WEIGHT:
-                call.kernel(task, address)
-        self.jobs = [(call.kernel, task, address) for task, address in jobs if task != tasks.PACK_WEIGHT]
+        recipe.run(call.kernel, self.records, recipe.preparation)
+
+    def step(self) -> None:
+        """Run one step."""
+        self.recipe.run(self.call.kernel, self.records, self.recipe.repeated)
 
 
 def stepper(layers: Sequence[tuple[Layer, torch.Tensor]]) -> Callable[[], None]:
     """Return a function that runs one step of layers stacked on one another's buffers."""
     steps = [LayerSteps(layer, output) for layer, output in layers]
-    jobs = [job for each in steps for job in each.jobs]
+    if len(steps) == 1:
+        return steps[0].step
 
-    def step(_kept=steps) -> None:
-        for kernel, task, address in jobs:
-            kernel(task, address)
+    def step() -> None:
+        for each in steps:
+            each.step()
 
     return step

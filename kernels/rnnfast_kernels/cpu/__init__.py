@@ -13,5 +13,6 @@ compiled     machine code, kept on disk and loaded without Numba
 job          the record that carries a kernel's arguments
 plan         how a layer is cut into jobs
 recipe       a call laid out once and run many times
-pool         threads that run jobs side by side
+schedule     how the phases of a call run, as LLVM IR
+pool         the threads that share a phase
 """

@@ -10,7 +10,7 @@ from numba import cfunc, njit
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import Cell
-from rnnfast_kernels.cpu import activations, gradients, loops, products, tasks, tile, vector
+from rnnfast_kernels.cpu import activations, gradients, loops, products, schedule, tasks, tile, vector
 from rnnfast_kernels.cpu.target import Target, widest_panel
 
 HELPERS = (
@@ -122,7 +122,7 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
 
 
 def llvm_ir(cell: Cell, target: Target) -> tuple[list[str], str]:
-    """Compile the entry point: LLVM modules, to be linked, and the name of the entry point in them."""
+    """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
     salt = f"{cell.name} {target}"
     library = tile.library(target, {1, cell.gates})
     for function in library.functions:
@@ -130,4 +130,4 @@ def llvm_ir(cell: Cell, target: Target) -> tuple[list[str], str]:
         binding.add_symbol(function.name, 1)
     entry = bind(tasks.run_job, assemble(cell, target, salt), salt)
     compiled = cfunc("void(int64, int64)", error_model="numpy")(entry)
-    return [compiled.inspect_llvm(), str(library)], compiled.native_name
+    return [compiled.inspect_llvm(), str(library), str(schedule.module())], compiled.native_name

@@ -15,25 +15,33 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import llvmlite
 from llvmlite import binding
 
 from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.cpu.job import JOB, RUN, SHARE
 from rnnfast_kernels.cpu.target import Target, processor, target
 
 lock = threading.RLock()
 engines: list[binding.ExecutionEngine] = []
 
-ENTRY = "rnnfast_entry"
 DIGEST_BYTES = 32
 # Files of this folder that decide when kernels run, not what they are.
 NOT_COMPILED = ("__init__.py", "plan.py", "pool.py", "recipe.py")
 
 
+class Kernel(NamedTuple):
+    """The entry points of a cell and a dtype, which release the interpreter's lock; they take a record's address."""
+
+    run: Callable[[int], None]
+    share: Callable[[int], None]
+
+
 @functools.cache
-def kernel(cell_name: str, dtype: str) -> Callable[[int, int], None]:
-    """The entry point of a cell and a dtype: `tasks.run_job`, which releases the interpreter's lock."""
+def kernel(cell_name: str, dtype: str) -> Kernel:
+    """The machine code of a cell and a dtype."""
     with lock:
         cell, chosen = CELLS[cell_name], target(dtype)
         name = f"{cell_name}-{dtype}-{key(cell, chosen)}.bin"
@@ -133,20 +141,21 @@ def target_machine() -> binding.TargetMachine:
 
 
 def compile_code(cell: Cell, chosen: Target) -> bytes:
-    """Compile a cell's kernels to an object file, whose entry point is `ENTRY`."""
+    """Compile a cell's kernels to an object file, whose entry points are `RUN` and `SHARE`."""
     from rnnfast_kernels.cpu.build import llvm_ir
 
     (main, *others), entry = llvm_ir(cell, chosen)
-    module = binding.parse_assembly(main.replace(f"@{entry}(", f"@{ENTRY}("))
+    module = binding.parse_assembly(main.replace(f"@{entry}(", f"@{JOB}("))
     for other in others:
         module.link_in(binding.parse_assembly(other))
     return target_machine().emit_object(module)
 
 
-def load(code: bytes) -> Callable[[int, int], None]:
-    """Place an object file in memory, for as long as the process lives, and return its entry point."""
+def load(code: bytes) -> Kernel:
+    """Place an object file in memory, for as long as the process lives, and return its entry points."""
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     engines.append(engine)
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(ENTRY))
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+    return Kernel(*(kind(engine.get_function_address(name)) for name in (RUN, SHARE)))

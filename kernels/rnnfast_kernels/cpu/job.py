@@ -6,6 +6,9 @@ A record keeps the cost of a call at that of one argument, and lets a call's rec
 from collections.abc import Mapping
 from typing import Any
 
+# Names in machine code: a whole call, the sharing of one phase, one job.
+RUN, SHARE, JOB = "rnnfast_run", "rnnfast_share", "rnnfast_job"
+
 
 class Record:
     """A list of field names."""
@@ -36,3 +39,10 @@ class Record:
             return kind(types.int64), lower
 
         return record_at
+
+
+# A phase of a call: the task, whether it is shared by a team, the next job, and how many there are; the jobs'
+# addresses follow.
+PHASE = Record("task", "shared", "next", "count")
+# A call: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
+PROGRAM = Record("team", "threads", "count")

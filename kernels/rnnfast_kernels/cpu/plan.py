@@ -138,7 +138,8 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
 def pack_all(recipe: Recipe, shape: Shape, weights: Sequence[tuple]) -> list[Ref]:
     """Add the phase that packs weights, and return the places of their panels."""
     packed = [pack(recipe, shape, *weight) for weight in weights]
-    recipe.phase(tasks.PACK_WEIGHT, [record for records, _ in packed for record in records], shape.threads)
+    jobs = [record for records, _ in packed for record in records]
+    recipe.phase(tasks.PACK_WEIGHT, jobs, shared=True, prepares=True)
     return [panels for _, panels in packed]
 
 
@@ -221,7 +222,7 @@ def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str])
 @functools.lru_cache(maxsize=1024)
 def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
     """The forward pass."""
-    recipe = Recipe()
+    recipe = Recipe(shape.threads)
     weights = []
     for d in range(shape.directions):
         bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
@@ -242,7 +243,7 @@ def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, last - first, chunk)
             jobs.append(recipe.record(loops.LAYER, **fields, chunk=chunk))
-    recipe.phase(tasks.FORWARD, jobs, threads_for(shape.work, shape.threads))
+    recipe.phase(tasks.FORWARD, jobs, shared=True)
     return recipe.finish()
 
 
@@ -257,7 +258,7 @@ def backward(
     biased: bool,
 ) -> Recipe:
     """The backward pass. `given` names the gradients that are not zero."""
-    recipe = Recipe()
+    recipe = Recipe(shape.threads)
     weights = []
     for d in range(shape.directions):
         weights.append((products.PLAIN_ROWS, Ref(f"w_hh{d}"), shape.width, shape.gate_columns))
@@ -277,7 +278,7 @@ def backward(
             fields |= {name: places[name] for name in finals}
             fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
             jobs.append(recipe.record(loops.LAYER, **fields))
-    recipe.phase(tasks.BACKWARD, jobs, threads_for(shape.work, shape.threads))
+    recipe.phase(tasks.BACKWARD, jobs, shared=True)
     if need_x:
         input_gradient(recipe, shape)
     if need_weights:
@@ -336,7 +337,7 @@ def input_gradient(recipe: Recipe, shape: Shape) -> None:
         )
         for first, last in pairwise(even_cuts(shape.rows, threads))
     ]
-    recipe.phase(tasks.ROWS_PRODUCT, jobs, threads)
+    recipe.phase(tasks.ROWS_PRODUCT, jobs, shared=True)
 
 
 def weight_gradients(recipe: Recipe, shape: Shape, whole: Sequence[Ref], groups: int, biased: bool) -> None:
@@ -354,7 +355,7 @@ def weight_gradients(recipe: Recipe, shape: Shape, whole: Sequence[Ref], groups:
             jobs += outer(
                 recipe, shape, d, layer, groups, gradients.GIVEN, "dh_total", shape.width, shape.hidden, f"dw_hr{d}", ""
             )
-    recipe.phase(tasks.OUTER_PRODUCT, jobs, threads_for(shape.work, shape.threads))
+    recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)
 
 
 def outer(

@@ -1,18 +1,38 @@
-"""Threads that run kernels side by side.
+"""Threads that share the jobs of a phase.
 
-Kernels release the interpreter's lock, so that plain Python threads run them in parallel. The calling thread takes its
-share and waits for the rest. Unlike a parallel layer of Numba's, this can be entered by several threads at once and
-survives a fork (a child makes its own threads at first use), and loads no second OpenMP runtime beside torch's.
+The team is that of the OpenMP runtime which torch has loaded, started through its entry point `GOMP_parallel`: torch's
+operators and ours use the same threads, and one that has just worked for torch waits, awake, for us. It would keep
+threads of our own off its core for milliseconds.
+
+Where there is no such runtime, and in a forked child, which has none of its parent's OpenMP threads and would wait for
+them for ever, plain Python threads share the jobs; kernels release the interpreter's lock.
 """
 
+import ctypes
+import functools
 import os
 import queue
 import threading
 from collections.abc import Callable
 
+from rnnfast_kernels.cpu.job import PHASE
+
 tasks: queue.SimpleQueue = queue.SimpleQueue()
 workers: list[threading.Thread] = []
 growing = threading.Lock()
+forked = False
+
+
+@functools.cache
+def team() -> int:
+    """The address of GOMP_parallel, or 0 if there is none to use."""
+    if forked:
+        return 0
+    try:
+        start = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return 0
+    return ctypes.cast(start, ctypes.c_void_p).value or 0
 
 
 class Countdown:
@@ -23,12 +43,10 @@ class Countdown:
         self.lock = threading.Lock()
         self.done = threading.Lock()
         self.done.acquire()
-        self.error: BaseException | None = None
 
-    def finish(self, error: BaseException | None) -> None:
+    def finish(self) -> None:
         with self.lock:
             self.count -= 1
-            self.error = self.error or error
             if self.count == 0:
                 self.done.release()
 
@@ -37,12 +55,8 @@ def work() -> None:
     """Run tasks for ever."""
     while True:
         task, countdown = tasks.get()
-        try:
-            task()
-        except BaseException as error:  # handed to the thread that waits
-            countdown.finish(error)
-        else:
-            countdown.finish(None)
+        task()
+        countdown.finish()
 
 
 def grow(count: int) -> None:
@@ -54,40 +68,29 @@ def grow(count: int) -> None:
             workers.append(worker)
 
 
-def run(kernel: Callable[[int, int], None], task: int, records: list[int], threads: int) -> None:
-    """Call `kernel(task, record)` for every record, on up to `threads` threads, this one among them."""
-    helpers = min(threads, len(records)) - 1
+def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
+    """Have Python threads, this one among them, call `kernel(phase)`, and wait for all of them."""
+    ctypes.c_int64.from_address(phase + 8 * PHASE.names.index("next")).value = 0
+    helpers = threads - 1
     if helpers < 1:
-        for record in records:
-            kernel(task, record)
+        kernel(phase)
         return
-
-    def drain() -> None:
-        while True:
-            try:
-                record = records.pop()
-            except IndexError:
-                return
-            kernel(task, record)
-
     grow(helpers)
     countdown = Countdown(helpers)
     for _ in range(helpers):
-        tasks.put((drain, countdown))
-    try:
-        drain()
-    finally:
-        countdown.done.acquire()
-    if countdown.error:
-        raise countdown.error
+        tasks.put((functools.partial(kernel, phase), countdown))
+    kernel(phase)
+    countdown.done.acquire()
 
 
 def forget() -> None:
-    """Start afresh in a forked child, which has none of its parent's threads."""
-    global tasks, growing
+    """Start afresh in a forked child."""
+    global tasks, growing, forked
     tasks = queue.SimpleQueue()
     growing = threading.Lock()
     workers.clear()
+    forked = True
+    team.cache_clear()
 
 
 os.register_at_fork(after_in_child=forget)

@@ -4,13 +4,14 @@ While a recipe is written, an address is a `Ref`: a named base and an offset. Ru
 of all records in one step, so that a call with sizes that were seen before costs microseconds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from rnnfast_kernels.cpu import pool
-from rnnfast_kernels.cpu.job import Record
+from rnnfast_kernels.cpu.compiled import Kernel
+from rnnfast_kernels.cpu.job import PHASE, PROGRAM, Record
 
 
 class Ref(NamedTuple):
@@ -24,24 +25,36 @@ class Ref(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Jobs that may run side by side, after those of the phases before."""
+    """Jobs that may run side by side, after those of the phases before: where their record is, who runs them, when."""
 
-    task: int
-    records: tuple[int, ...]
-    threads: int
+    place: Ref
+    shared: bool
+    prepares: bool
 
 
-NOWHERE = Ref("nowhere")
-RECORDS, SCRATCH = "records", "scratch"
+class Program(NamedTuple):
+    """Phases in order, and where the record that lists them is."""
+
+    place: Ref
+    phases: tuple[Phase, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether one thread runs all of it."""
+        return not any(phase.shared for phase in self.phases)
+
+
+NOWHERE, RECORDS, SCRATCH, TEAM = "nowhere", "records", "scratch", "team"
 # Scratch buffers start at cache lines, and are followed by room for a vector that overruns.
 LINE, MARGIN = 64, 64
 
 
 class Recipe:
-    """Phases over one template of records."""
+    """Phases over one template of records, and the program that runs them."""
 
-    def __init__(self) -> None:
-        self.bases = ["nowhere", RECORDS, SCRATCH]
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.bases = [NOWHERE, RECORDS, TEAM, SCRATCH]
         self.values: list[int] = []
         self.which: list[int] = []
         self.phases: list[Phase] = []
@@ -53,36 +66,51 @@ class Recipe:
         self.scratch += -(-(size + MARGIN) // LINE) * LINE
         return Ref(SCRATCH, offset)
 
-    def record(self, layout: Record, /, **fields: "int | Ref") -> Ref:
-        """Add a record, and return where it will be."""
+    def record(self, layout: Record, /, *following: Ref, **fields: "int | Ref") -> Ref:
+        """Add a record, and whatever is to follow it; return where it will be."""
         position = len(self.values)
-        for value in layout.order(fields):
-            base, offset = value if isinstance(value, Ref) else Ref("nowhere", value)
+        for value in (*layout.order(fields), *following):
+            base, offset = value if isinstance(value, Ref) else Ref(NOWHERE, value)
             if base not in self.bases:
                 self.bases.append(base)
             self.values.append(offset)
             self.which.append(self.bases.index(base))
         return Ref(RECORDS, 8 * position)
 
-    def phase(self, task: int, records: Sequence[Ref], threads: int) -> None:
-        """Have a task done for every record, on so many threads."""
-        if records:
-            self.phases.append(Phase(task, tuple(record.offset for record in records), threads))
+    def phase(self, task: int, jobs: Sequence[Ref], *, shared: bool, prepares: bool = False) -> None:
+        """Have a task done for every job, by a team if `shared`; `prepares`: its results hold while the weights do."""
+        if jobs:
+            shared = shared and len(jobs) > 1 and self.threads > 1
+            place = self.record(PHASE, *jobs, task=task, shared=int(shared), count=len(jobs))
+            self.phases.append(Phase(place, shared, prepares))
 
     def finish(self) -> "Recipe":
+        """Write the programs: of all phases, of those that prepare, and of the others."""
+        self.whole = self.program(self.phases)
+        self.preparation = self.program([phase for phase in self.phases if phase.prepares])
+        self.repeated = self.program([phase for phase in self.phases if not phase.prepares])
         self.template = np.array(self.values, np.int64)
         self.index = np.array(self.which, np.intp)
         return self
+
+    def program(self, phases: Sequence[Phase]) -> Program:
+        """Write a program."""
+        places = [phase.place for phase in phases]
+        record = self.record(PROGRAM, *places, team=Ref(TEAM), threads=self.threads, count=len(places))
+        return Program(record, tuple(phases))
 
     def fill(self, addresses: Mapping[str, int]) -> np.ndarray:
         """Return the records with these addresses filled in. A base that is not given is 0, and so absent."""
         records = np.empty_like(self.template)
         bases = [addresses.get(name, 0) for name in self.bases]
-        bases[1] = records.__array_interface__["data"][0]
+        bases[1:3] = records.__array_interface__["data"][0], pool.team()
         return np.add(self.template, np.array(bases, np.int64)[self.index], out=records)
 
-    def run(self, kernel: Callable[[int, int], None], records: np.ndarray) -> None:
-        """Run all phases over filled records."""
+    def run(self, kernel: Kernel, records: np.ndarray, program: Program) -> None:
+        """Run a program over filled records."""
         start = records.__array_interface__["data"][0]
-        for task, offsets, threads in self.phases:
-            pool.run(kernel, task, [start + offset for offset in offsets], threads)
+        if program.alone or pool.team():
+            kernel.run(start + program.place.offset)
+        else:
+            for phase in program.phases:
+                pool.share(kernel.share, start + phase.place.offset, self.threads if phase.shared else 1)

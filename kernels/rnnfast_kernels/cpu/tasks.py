@@ -9,7 +9,7 @@ PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT = range(5)
 
 
 def run_job(task, address):
-    """The one entry point: a task and the address of its record. (One, because what tasks share then compiles once.)"""
+    """Do a task; `address` is that of its record."""
     if task == PACK_WEIGHT:
         pack(address)
     elif task == FORWARD:
