@@ -7,19 +7,20 @@ Functions take flat positional arguments: first the constants that describe the 
 (x, the initial states, the weights), in the order of the operators.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
 from rnnfast import batching, onnx_export, ops, reference, second_order
 from rnnfast.second_order import Changes, Pushed
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Spec(NamedTuple):
@@ -48,13 +49,11 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
             return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
     elif not is_differentiated(tensors):
-        with below_autograd():
-            function = ops.layer if is_plain(tensors) else torch.ops.rnnfast.layer
-            results = function(*constants, x, hx, weights, batch_sizes, resets)
+        results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
     elif forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     else:
-        results = LayerFunction.apply(*spec, batch_sizes, resets, *tensors)
+        results = apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
     return tuple(results[: spec.states]), tuple(results[spec.states : 2 * spec.states])
 
 
@@ -70,7 +69,7 @@ def layer_kernel(cell, backend, reverse, save, all_states, x, hx, weights, batch
             "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
             "call them outside of torch.compile, or nest jacfwd over jacrev as torch.func.hessian does"
         )
-    results = apply(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
+    results = apply_here(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
     count = len(hx)
     hidden = () if save or all_states else results[1:count]
     shown = results if save else results[: 2 * count]
@@ -86,11 +85,18 @@ def backward_kernel(
     constants = (cell, backend, reverse, need_x, need_hx, need_weights, groups, *counts)
     tensors = (batch_sizes, resets, x, *hx, *weights, *states, *saved, *dstates, *dfinals)
     if is_differentiated(tensors):
-        return list(apply(LayerBackward, *constants, *tensors))
+        return list(apply_here(LayerBackward, *constants, *tensors))
     return list(LayerBackward.forward(*constants, *tensors))
 
 
 def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
+    """Apply a Function as its own `apply` does, but for a look at its signature that takes longer than small layers."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+def apply_here(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
     """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
     with enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
@@ -109,14 +115,22 @@ def forward_nesting() -> int:
     return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms)
 
 
-def is_plain(tensors) -> bool:
-    """Say whether nothing would happen in torch's dispatcher, so that a small call can do without its microseconds."""
+def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
+    """Call an operator below autograd: through torch's dispatcher, unless nothing would happen there."""
+    if is_plain(tensors):
+        return getattr(ops, name)(*args)
+    with below_autograd():
+        return getattr(torch.ops.rnnfast, name)(*args)
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Say whether nothing would happen to these in torch's dispatcher; small calls do well without its microseconds."""
     return (
-        all(type(t) in PLAIN for t in tensors)
+        PLAIN.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd._profiler_enabled()
-        and not torch.jit.is_tracing()
+        and not torch._C._autograd._profiler_enabled()
+        and not torch._C._is_tracing()
     )
 
 
@@ -126,10 +140,10 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(cell, backend, reverse, all_states, batch_sizes, resets, x, *tensors):
         count = len(CELLS[cell].states)
-        with below_autograd():
-            results = torch.ops.rnnfast.layer(
-                cell, backend, reverse, True, all_states, x, tensors[:count], tensors[count:], batch_sizes, resets
-            )
+        hx, weights = tensors[:count], tensors[count:]
+        results = call_below(
+            "layer", (x, *tensors), cell, backend, reverse, True, all_states, x, hx, weights, batch_sizes, resets
+        )
         return tuple(results)
 
     @staticmethod
@@ -151,7 +165,7 @@ class LayerFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         flags = (needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
         # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
-        function = LayerBackward.apply if torch.is_grad_enabled() else LayerBackward.forward
+        function = partial(apply, LayerBackward) if torch.is_grad_enabled() else LayerBackward.forward
         results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
@@ -183,11 +197,11 @@ class LayerBackward(torch.autograd.Function):
     def forward(cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count, *args):
         layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
         x, hx, weights, batch_sizes, resets = layer_args
-        with below_autograd():
-            results = torch.ops.rnnfast.layer_backward(
-                cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-                states, saved, dstates, dfinals,
-            )  # fmt: skip
+        results = call_below(
+            "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
+            cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+            states, saved, dstates, dfinals,
+        )  # fmt: skip
         return tuple(results)
 
     @staticmethod

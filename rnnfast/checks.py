@@ -121,6 +121,8 @@ def resets(options, given: Tensor | None, steps: int, batch: int, batched: bool 
 
 def cast_for_autocast(call):
     """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do."""
+    if not torch._C._is_any_autocast_enabled():
+        return call
     device = call.x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return call

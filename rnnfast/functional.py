@@ -44,7 +44,7 @@ class Options(NamedTuple):
         return (False, True)[: self.directions]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A validated call in the layout of `rnnfast.backends`.
 
@@ -150,7 +150,7 @@ def run(call: Call) -> Outcome:
         weights = call.weights[n * count : (n + 1) * count]
         states, final = run_layer(call, backend, x, hx, weights, last and call.all_states)
         finals.append(final)
-        x = states[0].flatten(-2)  # [*L, D*P]
+        x = states[0].squeeze(-2) if directions == 1 else states[0].flatten(-2)  # [*L, D*P]
         if options.dropout > 0 and options.training and not last:
             x = torch.nn.functional.dropout(x, options.dropout)
     joined = finals[0] if len(finals) == 1 else tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
@@ -163,10 +163,11 @@ def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_stat
     if backend == "reference":
         named = ops.pack_weights(weights, len(reverse))
         return reference.run(Layer(cell, x, hx, named, reverse, call.batch_sizes, call.resets))
-    layer = partial(autograd.layer, autograd.Spec(cell, backend, reverse, all_states))
+    spec = autograd.Spec(cell, backend, reverse, all_states)
+    args = (spec, x, hx, weights, call.batch_sizes, call.resets)
     if call.options.recompute and torch.is_grad_enabled():
-        layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-    return layer(x, hx, weights, call.batch_sizes, call.resets)
+        return checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
+    return autograd.layer(*args)
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:
@@ -174,8 +175,11 @@ def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, w
     if hx is not None:
         return hx
     rows = options.num_layers * options.directions
-    widths = [weights[1].shape[1]] + [weights[1].shape[0] // CELLS[options.cell].gates] * (n_states(options) - 1)
-    return tuple(x.new_zeros(rows, batch, width) for width in widths)
+    h = x.new_zeros(rows, batch, weights[1].shape[1])
+    if n_states(options) == 1:
+        return (h,)
+    hidden = weights[1].shape[0] // CELLS[options.cell].gates
+    return h, h if hidden == h.shape[2] else x.new_zeros(rows, batch, hidden)
 
 
 def n_states(options: Options) -> int:

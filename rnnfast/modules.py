@@ -62,7 +62,8 @@ class Recurrent(nn.RNNBase):
 
     @property
     def _flat_weights(self):
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        own = self._parameters  # without the detour over __getattr__ where the name is there, as it almost always is
+        return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights) -> None:

@@ -27,6 +27,8 @@ BACKWARD_SCHEMA = (
 )
 SORT_SCHEMA = "sort_lengths(Tensor lengths, SymInt steps) -> (Tensor, Tensor, Tensor)"
 
+UNCHANGED = nullcontext()
+
 library = torch.library.Library("rnnfast", "DEF")
 for schema in (LAYER_SCHEMA, BACKWARD_SCHEMA, SORT_SCHEMA):
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -58,8 +60,9 @@ def make_layer(cell, reverse, x, hx, weights, batch_sizes, resets) -> Layer:
 
 def as_given(x: Tensor) -> AbstractContextManager:
     """Keep autocast, which has already had its say, from changing what a backend computes."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if not torch._C._is_any_autocast_enabled():
+        return UNCHANGED
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:

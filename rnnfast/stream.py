@@ -38,7 +38,8 @@ class Stream:
         self.module = module
         weights = module._flat_weights
         self.input = weights[0].new_empty(1, batch, module.input_size)
-        self.states = initial_states(module.options(), None, self.input, batch, weights)  # [layers, B, P or H] each
+        states = initial_states(module.options(), None, self.input, batch, weights)
+        self.states = tuple(s.clone() for s in states)  # [layers, B, P or H] each
         self.refresh()
 
     @torch.no_grad()

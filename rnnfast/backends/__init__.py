@@ -31,7 +31,7 @@ class Weights(NamedTuple):
     w_hr: Tensor | None  # [P, H], with `proj_size`
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Layer:
     """One call of a layer, as backends receive it.
 

@@ -16,7 +16,8 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
+from rnnfast.backends import Gradients, Layer, Needs, Result, Weights, cpu_steps
+from rnnfast.backends.cpu_jobs import run_backward, run_forward
 
 NATIVE = {torch.float32: "float32", torch.float64: "float64"}
 HALF = (torch.bfloat16, torch.float16)
@@ -43,8 +44,6 @@ def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
     """Run the layer. `save` asks for everything that `backward` needs, `all_states` for every entry of `states`."""
     if layer.x.dtype in HALF:
         return forward_half(layer, save=save, all_states=all_states)
-    from rnnfast.backends.cpu_jobs import run_forward
-
     return run_forward(layer, save=save, keep_extra=save or all_states)
 
 
@@ -72,8 +71,6 @@ def backward(
     groups: int = 1,
 ) -> Gradients:
     """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
-    from rnnfast.backends.cpu_jobs import run_backward
-
     if layer.x.dtype not in HALF:
         return run_backward(layer, states, saved, dstates, dfinals, needs, groups)
     exact = len(layer.hx)
@@ -93,9 +90,7 @@ def stepper(layers: Sequence[tuple[Layer, Tensor]]) -> Callable[[], None] | None
     """Return a function that runs one step of stacked layers in place, or None for dtypes that need conversion."""
     if any(layer.x.dtype not in NATIVE for layer, _ in layers):
         return None
-    from rnnfast.backends.cpu_steps import stepper
-
-    return stepper(layers)
+    return cpu_steps.stepper(layers)
 
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -19,10 +19,9 @@ from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-@functools.cache
-def weight_names(direction: int) -> tuple[str, ...]:
-    """Names of the bases that are a direction's weights."""
-    return tuple(f"{name}{direction}" for name in Weights._fields)
+# Names of the bases that are a direction's weights, and their gradients.
+WEIGHT_NAMES = tuple(tuple(f"{name}{direction}" for name in Weights._fields) for direction in range(2))
+GRADIENT_NAMES = tuple(tuple(f"d{name}" for name in names) for names in WEIGHT_NAMES)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,17 +72,24 @@ def row_cuts(sizes: Tensor, batch: int, slices: int) -> tuple[int, ...]:
 
 
 class Call:
-    """A layer's tensors, contiguous where kernels want them so, and its `plan.Shape`."""
+    """A layer's tensors, contiguous where kernels want them so, by the names of their bases; and its `plan.Shape`."""
 
     def __init__(self, layer: Layer):
         x = layer.x
-        self.x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+        self.x = x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
         self.cell = CELLS[layer.cell]
-        self.hx = tuple([initial.contiguous() for initial in layer.hx])
-        self.weights = [[each if each is None else each.contiguous() for each in weights] for weights in layer.weights]
-        self.sizes = None if layer.batch_sizes is None else layer.batch_sizes.contiguous()
-        self.starts = None if self.sizes is None or x.dim() == 3 else self.sizes.cumsum(0) - self.sizes
-        self.resets = None if layer.resets is None else layer.resets.contiguous()
+        self.hx = [initial.contiguous() for initial in layer.hx]
+        self.sizes = self.starts = None
+        self.tensors: dict[str, Tensor | None] = dict(zip(("x", "h_first", "extra_first"), (x, *self.hx), strict=False))
+        for names, weights in zip(WEIGHT_NAMES, layer.weights, strict=False):
+            for name, weight in zip(names, weights, strict=True):
+                self.tensors[name] = None if weight is None else weight.contiguous()
+        if layer.batch_sizes is not None:
+            self.sizes = layer.batch_sizes.contiguous()
+            self.starts = None if x.dim() == 3 else self.sizes.cumsum(0) - self.sizes
+            self.tensors |= {"sizes": self.sizes, "starts": self.starts}
+        if layer.resets is not None:
+            self.tensors["resets"] = layer.resets.contiguous()
         first = layer.weights[0]
         self.biased, self.projected = first.b_ih is not None, first.w_hr is not None
         self.shape = self.measure(layer)
@@ -111,22 +117,16 @@ class Call:
             cuts,
         )
 
-    def addresses(self, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-        """Addresses of these tensors and of the layer's own, by name."""
-        named = {"x": self.x, "h_first": self.hx[0], "sizes": self.sizes, "starts": self.starts, "resets": self.resets}
-        if len(self.hx) > 1:
-            named["extra_first"] = self.hx[1]
-        for direction, weights in enumerate(self.weights):
-            named.update(zip(weight_names(direction), weights, strict=True))
-        named.update(tensors)
-        return {name: each.data_ptr() for name, each in named.items() if each is not None}
-
-    def run(self, recipe: Recipe, tensors: Mapping[str, Tensor | None]) -> None:
-        """Run a recipe over these tensors and the layer's own."""
+    def lay_out(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> tuple[int, Tensor]:
+        """Fill in a recipe's records: their address, and the scratch memory that must outlive their use."""
         scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
-        addresses = self.addresses(tensors)
-        addresses[SCRATCH] = scratch.data_ptr()
-        recipe.run(self.kernel, recipe.fill(addresses), recipe.whole)
+        tensors = {**self.tensors, **results, SCRATCH: scratch}
+        return recipe.fill(self.kernel, tensors), scratch
+
+    def run(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> None:
+        """Run a recipe over the layer's tensors and these."""
+        records, _scratch = self.lay_out(recipe, results)
+        recipe.run(self.kernel, records, recipe.whole)
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
@@ -170,24 +170,14 @@ def run_backward(
     h = states[0].contiguous()
 
     dhx = tuple(torch.empty_like(initial) for initial in call.hx)
-    work = {"dx_gates": x.new_empty(*call.lead, shape.gate_columns)}
-    if not call.cell.one_gradient:
-        work["du_gates"] = x.new_empty(*call.lead, shape.gate_columns)
-    if call.projected:
-        work["dh_total"] = torch.empty_like(h)
-    work["zeros"] = x.new_zeros(shape.target.padded(max(shape.hidden, shape.width)))
     dx = x.new_empty(x.shape) if needs.x else None
     dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
 
-    tensors = {"h": h, **kept, **given, **work, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
-    for direction, weights in enumerate(dweights):
-        tensors |= {f"d{name}{direction}": weight for name, weight in weights._asdict().items()}
+    tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
+    for names, weights in zip(GRADIENT_NAMES, dweights, strict=False):
+        tensors.update(zip(names, weights, strict=True))
     recipe = plan.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
     call.run(recipe, tensors)
-    if call.cell.one_gradient:
-        for weights in dweights:
-            if weights.b_hh is not None and weights.b_ih is not None:
-                weights.b_hh.copy_(weights.b_ih)
     return Gradients(dx, dhx if needs.hx else (None,) * len(dhx), dweights)
 
 

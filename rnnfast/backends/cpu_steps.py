@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rnnfast_kernels.cpu import plan
-from rnnfast_kernels.cpu.recipe import SCRATCH
 
 from rnnfast.backends import Layer
 from rnnfast.backends.cpu_jobs import Call
@@ -18,12 +17,10 @@ class LayerSteps:
 
     def __init__(self, layer: Layer, output: torch.Tensor):
         self.call = call = Call(layer)
-        self.recipe = recipe = plan.forward(call.shape, call.biased, ())
-        self.scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
+        self.recipe = plan.forward(call.shape, call.biased, ())
         states = dict(zip(("h_final", "extra_final"), call.hx, strict=False))
-        addresses = call.addresses({"h": output, **states}) | {SCRATCH: self.scratch.data_ptr()}
-        self.records = recipe.fill(addresses)
-        recipe.run(call.kernel, self.records, recipe.preparation)
+        self.records, self.scratch = call.lay_out(self.recipe, {"h": output, **states})
+        self.recipe.run(call.kernel, self.records, self.recipe.preparation)
 
     def step(self) -> None:
         """Run one step."""

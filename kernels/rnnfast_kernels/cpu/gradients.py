@@ -15,12 +15,13 @@ PRODUCT = Record(
     "tile", "places", "goals", "chunk",
 )  # fmt: skip
 
-# out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], bias = sum of left, for the
-# columns first to last. `layer` is a record of the whole batch, `right` tells which of its rows are meant.
+# out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], for the columns first to last;
+# bias, and second_bias where there is one, is the sum of left. `layer` is a record of the whole batch, `right` tells
+# which of its rows are meant.
 OUTER = Record(
     "layer", "right", "group", "groups",
     "left", "left_row", "columns", "first", "last", "units", "right_base", "right_row",
-    "out", "bias", "block",
+    "out", "bias", "second_bias", "block",
     "tile", "places", "left_places", "right_places", "panels", "strip",
 )  # fmt: skip
 
@@ -69,7 +70,10 @@ def add_block(job, depth, accumulate):
         total = pack_strip(job, column, depth)
         if job.bias:
             spot = job.bias + column * ITEM
-            store(spot, total + load(spot, lanes) if accumulate else total, lanes)
+            total = total + load(spot, lanes) if accumulate else total
+            store(spot, total, lanes)
+            if job.second_bias:
+                store(job.second_bias + column * ITEM, total, lanes)
         fill_places(job.places, job.strip, ITEM, lanes)
         out_row = job.units * ITEM
         goals = job.places + 8 * lanes

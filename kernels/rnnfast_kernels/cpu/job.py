@@ -6,8 +6,8 @@ A record keeps the cost of a call at that of one argument, and lets a call's rec
 from collections.abc import Mapping
 from typing import Any
 
-# Names in machine code: a whole call, the sharing of one phase, one job.
-RUN, SHARE, JOB = "rnnfast_run", "rnnfast_share", "rnnfast_job"
+# Names in machine code: the records of a call, their run, the sharing of one phase, one job.
+FILL, RUN, SHARE, JOB = "rnnfast_fill", "rnnfast_run", "rnnfast_share", "rnnfast_job"
 
 
 class Record:
@@ -41,6 +41,8 @@ class Record:
         return record_at
 
 
+# How records are filled in: each value is that of `values` plus the base that `which` names; int64 all.
+TEMPLATE = Record("values", "which", "count")
 # A phase of a call: the task, whether it is shared by a team, the next job, and how many there are; the jobs'
 # addresses follow.
 PHASE = Record("task", "shared", "next", "count")

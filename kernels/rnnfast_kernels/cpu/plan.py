@@ -7,6 +7,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
 
 from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu import gradients, loops, products, tasks
@@ -20,6 +23,7 @@ CHUNK_ROWS = 64
 PRODUCT_BYTES = 1 << 19
 # Rows whose outer products are summed before the sum is added to the gradient of a weight.
 OUTER_BLOCK = 256
+ZEROS: list[np.ndarray] = []
 # Multiplications below which another thread costs more than it brings.
 SERIAL_WORK = 1 << 21
 
@@ -96,6 +100,13 @@ def even_cuts(count: int, parts: int) -> tuple[int, ...]:
 def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
     """Slices of the batch; each slice of each direction is one job."""
     return max(1, min(batch, -(-threads_for(work, threads) // directions)))
+
+
+@functools.cache
+def zeros(size: int) -> int:
+    """The address of so many zero bytes, which stay for as long as the process lives."""
+    ZEROS.append(np.zeros(size, np.uint8))
+    return ZEROS[-1].__array_interface__["data"][0]
 
 
 def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
@@ -266,9 +277,10 @@ def backward(
             weights.append((products.PLAIN_ROWS, Ref(f"w_hr{d}"), shape.hidden, shape.width))
     panels = pack_all(recipe, shape, weights)
     each = len(panels) // shape.directions
+    work = gradient_work(recipe, shape)
     jobs, whole = [], []
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given)
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work)
         shared |= zip(("w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
@@ -280,42 +292,57 @@ def backward(
             jobs.append(recipe.record(loops.LAYER, **fields))
     recipe.phase(tasks.BACKWARD, jobs, shared=True)
     if need_x:
-        input_gradient(recipe, shape)
+        input_gradient(recipe, shape, work)
     if need_weights:
-        weight_gradients(recipe, shape, whole, groups, biased)
+        weight_gradients(recipe, shape, work, whole, groups, biased)
     return recipe.finish()
 
 
-def gradient_fields(shape: Shape, direction: int, given: Sequence[str]) -> dict[str, int | Ref]:
+class GradientWork(NamedTuple):
+    """Scratch for gradients with a row for every step: [rows, D, G*H] by the gates, [rows, D, P] by a projected h."""
+
+    dx_gates: Ref
+    du_gates: Ref
+    dh_total: Ref | int
+
+
+def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
+    """Reserve it."""
+    row = shape.rows * shape.directions * shape.item
+    dx_gates = recipe.buffer(row * shape.gate_columns)
+    du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.gate_columns)
+    return GradientWork(dx_gates, du_gates, recipe.buffer(row * shape.width) if shape.projected else 0)
+
+
+def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
     """Fields for the gradients of what has a row for every step."""
     width, hidden = shape.width * shape.item, shape.hidden * shape.item
     gates = shape.row.gates * hidden
     fields = {
-        "dx_gates": Ref("dx_gates", direction * gates),
-        "du_gates": Ref("dx_gates" if shape.row.one_gradient else "du_gates", direction * gates),
+        "dx_gates": work.dx_gates.at(direction * gates),
+        "du_gates": work.du_gates.at(direction * gates),
         "dgates_row": shape.directions * gates,
         "dh_row": shape.directions * width,
         "dextra_row": shape.directions * hidden,
         "dh_total_row": shape.directions * width,
-        "zeros": Ref("zeros"),
+        "zeros": zeros(max(width, hidden) + shape.target.vector),
     }
     if "dh" in given:
         fields["dh"] = Ref("dh", direction * width)
     if "dextra" in given:
         fields["dextra"] = Ref("dextra", direction * hidden)
-    if shape.projected:
-        fields["dh_total"] = Ref("dh_total", direction * width)
+    if isinstance(work.dh_total, Ref):
+        fields["dh_total"] = work.dh_total.at(direction * width)
     return fields
 
 
-def input_gradient(recipe: Recipe, shape: Shape) -> None:
+def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
     """dx = the sum over directions of dx_gates W_ih."""
     depth, item = shape.gate_columns, shape.item
     weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
     panels = pack_all(recipe, shape, weights)
     chunk = max(2 * shape.target.accumulators, min(1024, PRODUCT_BYTES // (depth * item)))
-    work = shape.rows * depth * shape.inputs * shape.directions
-    threads = threads_for(work, shape.threads)
+    threads = threads_for(shape.rows * depth * shape.inputs * shape.directions, shape.threads)
     jobs = [
         recipe.record(
             gradients.PRODUCT,
@@ -323,7 +350,7 @@ def input_gradient(recipe: Recipe, shape: Shape) -> None:
             depth=depth,
             units=shape.inputs,
             parts=shape.directions,
-            left=Ref("dx_gates", first * shape.directions * depth * item),
+            left=work.dx_gates.at(first * shape.directions * depth * item),
             left_row=shape.directions * depth * item,
             left_part=depth * item,
             panels=panels[0],
@@ -340,21 +367,25 @@ def input_gradient(recipe: Recipe, shape: Shape) -> None:
     recipe.phase(tasks.ROWS_PRODUCT, jobs, shared=True)
 
 
-def weight_gradients(recipe: Recipe, shape: Shape, whole: Sequence[Ref], groups: int, biased: bool) -> None:
+def weight_gradients(
+    recipe: Recipe, shape: Shape, work: GradientWork, whole: Sequence[Ref], groups: int, biased: bool
+) -> None:
     """Sums of outer products over all rows, group by group."""
-    columns = shape.gate_columns
+    columns, item = shape.gate_columns, shape.item
     jobs = []
     for d, layer in enumerate(whole):
-        du_gates = "dx_gates" if shape.row.one_gradient else "du_gates"
-        inputs = (gradients.INPUTS, "dx_gates", columns, shape.inputs, f"dw_ih{d}", f"db_ih{d}" if biased else "")
-        second = biased and not shape.row.one_gradient
-        entering = (gradients.ENTERING, du_gates, columns, shape.width, f"dw_hh{d}", f"db_hh{d}" if second else "")
-        for weight in (inputs, entering):
-            jobs += outer(recipe, shape, d, layer, groups, *weight)
-        if shape.projected:
-            jobs += outer(
-                recipe, shape, d, layer, groups, gradients.GIVEN, "dh_total", shape.width, shape.hidden, f"dw_hr{d}", ""
-            )
+        dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * columns * item)
+        biases = (f"db_ih{d}", f"db_hh{d}") if biased else ()
+        first, second = (biases, ()) if shape.row.one_gradient else (biases[:1], biases[1:])
+        parts = [
+            (gradients.INPUTS, dx_gates, columns, shape.inputs, f"dw_ih{d}", first),
+            (gradients.ENTERING, du_gates, columns, shape.width, f"dw_hh{d}", second),
+        ]
+        if isinstance(work.dh_total, Ref):
+            total = work.dh_total.at(d * shape.width * item)
+            parts.append((gradients.GIVEN, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
+        for part in parts:
+            jobs += outer(recipe, shape, d, layer, groups, *part)
     recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)
 
 
@@ -365,11 +396,11 @@ def outer(
     layer: Ref,
     groups: int,
     right: int,
-    left: str,
+    left: Ref,
     columns: int,
     units: int,
     out: str,
-    bias: str,
+    biases: Sequence[str],
 ) -> list[Ref]:
     """The jobs of one weight's gradient."""
     chosen, item = shape.target, shape.item
@@ -384,14 +415,14 @@ def outer(
                 "right": right,
                 "group": group,
                 "groups": groups,
-                "left": Ref(left, direction * columns * item),
+                "left": left,
                 "left_row": shape.directions * columns * item,
                 "columns": columns,
                 "first": first * chosen.lanes,
                 "last": min(last * chosen.lanes, columns),
                 "units": units,
                 "out": Ref(out, group * columns * units * item),
-                "bias": Ref(bias, group * columns * item) if bias else 0,
+                **dict(zip(("bias", "second_bias"), (Ref(b, group * columns * item) for b in biases), strict=False)),
                 "block": OUTER_BLOCK,
                 "tile": recipe.buffer(chosen.accumulators * chosen.vector),
                 "places": recipe.buffer(16 * chosen.lanes),

@@ -1,13 +1,12 @@
 """A call laid out once and run many times: records whose addresses are filled in when the tensors are known.
 
 While a recipe is written, an address is a `Ref`: a named base and an offset. Running it adds the bases to a template
-of all records in one step, so that a call with sizes that were seen before costs microseconds.
+of all records, in machine code, so that a call with sizes that were seen before costs microseconds.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from rnnfast_kernels.cpu import pool
 from rnnfast_kernels.cpu.compiled import Kernel
@@ -33,15 +32,11 @@ class Phase(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Phases in order, and where the record that lists them is."""
+    """Phases in order, where the record that lists them is, and whether one thread runs all of them."""
 
     place: Ref
     phases: tuple[Phase, ...]
-
-    @property
-    def alone(self) -> bool:
-        """Whether one thread runs all of it."""
-        return not any(phase.shared for phase in self.phases)
+    alone: bool
 
 
 NOWHERE, RECORDS, SCRATCH, TEAM = "nowhere", "records", "scratch", "team"
@@ -89,28 +84,32 @@ class Recipe:
         self.whole = self.program(self.phases)
         self.preparation = self.program([phase for phase in self.phases if phase.prepares])
         self.repeated = self.program([phase for phase in self.phases if not phase.prepares])
-        self.template = np.array(self.values, np.int64)
-        self.index = np.array(self.which, np.intp)
+        self.records = self.buffer(8 * len(self.values)).offset
+        self.kept = values, which = array("q", self.values), array("q", self.which)
+        self.template = array("q", (values.buffer_info()[0], which.buffer_info()[0], len(values)))
         return self
 
     def program(self, phases: Sequence[Phase]) -> Program:
         """Write a program."""
         places = [phase.place for phase in phases]
         record = self.record(PROGRAM, *places, team=Ref(TEAM), threads=self.threads, count=len(places))
-        return Program(record, tuple(phases))
+        return Program(record, tuple(phases), not any(phase.shared for phase in phases))
 
-    def fill(self, addresses: Mapping[str, int]) -> np.ndarray:
-        """Return the records with these addresses filled in. A base that is not given is 0, and so absent."""
-        records = np.empty_like(self.template)
-        bases = [addresses.get(name, 0) for name in self.bases]
-        bases[1:3] = records.__array_interface__["data"][0], pool.team()
-        return np.add(self.template, np.array(bases, np.int64)[self.index], out=records)
+    def fill(self, kernel: Kernel, tensors: Mapping[str, Any]) -> int:
+        """Write the records into the scratch memory, which is one of the tensors, and return their address.
 
-    def run(self, kernel: Kernel, records: np.ndarray, program: Program) -> None:
+        tensors: what bases name; each has a `data_ptr()`. One that is None or not given is absent: its address is 0.
+        """
+        bases = array("q", [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.bases])
+        records = bases[self.bases.index(SCRATCH)] + self.records
+        bases[1:3] = array("q", (records, pool.team()))
+        kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
+        return records
+
+    def run(self, kernel: Kernel, records: int, program: Program) -> None:
         """Run a program over filled records."""
-        start = records.__array_interface__["data"][0]
         if program.alone or pool.team():
-            kernel.run(start + program.place.offset)
+            kernel.run(records + program.place.offset)
         else:
             for phase in program.phases:
-                pool.share(kernel.share, start + phase.place.offset, self.threads if phase.shared else 1)
+                pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)

@@ -1,52 +1,91 @@
-"""How the phases of a call run, as LLVM IR: one call from Python, and from there on no interpreter.
+"""How a call runs, as LLVM IR: from a few addresses to the last job without the interpreter.
 
-A phase is a list of jobs that may run side by side. `share` runs them, taking the next one until none is left; any
-number of threads may call it at once, and a late one finds nothing to do. `run` walks the phases and has each shared by
-the threads of an OpenMP team (see `pool`) or runs it alone.
+`fill` makes a call's records from a template (see `recipe`). `run` walks the phases of a program; each is shared by an
+OpenMP team (see `pool`) or run alone. `share` runs the jobs of a phase, taking the next one until none is left: any
+number of threads may call it at once, and a late one finds nothing to do.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu.job import JOB, PHASE, PROGRAM, RUN, SHARE, Record
+from rnnfast_kernels.cpu.job import FILL, JOB, PHASE, PROGRAM, RUN, SHARE, TEMPLATE, Record
 
 VOID, INT32, INT64 = ir.VoidType(), ir.IntType(32), ir.IntType(64)
 ENTRY = ir.FunctionType(VOID, [INT64])
 
 
-def place(builder: ir.IRBuilder, address: ir.Value, record: Record, field: str) -> ir.Value:
+def word(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> ir.Value:
+    """Pointer to an integer of an array."""
+    return builder.inttoptr(builder.add(address, builder.shl(index, INT64(3))), INT64.as_pointer())
+
+
+def field(builder: ir.IRBuilder, address: ir.Value, record: Record, name: str) -> ir.Value:
     """Pointer to a field of a record."""
-    offset = INT64(8 * record.names.index(field))
-    return builder.inttoptr(builder.add(address, offset), INT64.as_pointer())
+    return word(builder, address, INT64(record.names.index(name)))
 
 
-def element(builder: ir.IRBuilder, address: ir.Value, record: Record, index: ir.Value) -> ir.Value:
+def fields(builder: ir.IRBuilder, address: ir.Value, record: Record) -> list[ir.Value]:
+    """Load all fields of a record."""
+    return [builder.load(field(builder, address, record, name)) for name in record.names]
+
+
+def following(builder: ir.IRBuilder, address: ir.Value, record: Record, index: ir.Value) -> ir.Value:
     """Load one of the integers that follow a record."""
-    offset = builder.add(builder.mul(index, INT64(8)), INT64(8 * len(record.names)))
-    return builder.load(builder.inttoptr(builder.add(address, offset), INT64.as_pointer()))
+    return builder.load(word(builder, address, builder.add(index, INT64(len(record.names)))))
+
+
+@contextmanager
+def counted(builder: ir.IRBuilder, count: ir.Value) -> Iterator[ir.Value]:
+    """A loop over 0 to count."""
+    before = builder.block
+    head, body, done = (builder.append_basic_block(label) for label in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(INT64)
+    index.add_incoming(INT64(0), before)
+    builder.cbranch(builder.icmp_signed("<", index, count), body, done)
+    builder.position_at_end(body)
+    yield index
+    index.add_incoming(builder.add(index, INT64(1)), builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
 
 
 def module() -> ir.Module:
-    """`run(program)` and `share(phase)`; `JOB`, which they call, is defined elsewhere."""
+    """`fill(template, bases, records)`, `run(program)` and `share(phase)`; `JOB` is defined elsewhere."""
     module = ir.Module("rnnfast_schedule")
-    job = ir.Function(module, ir.FunctionType(VOID, [INT64, INT64]), JOB)
+    job = ir.Function(module, ir.FunctionType(VOID, [INT64] * 2), JOB)
     share = ir.Function(module, ENTRY, SHARE)
     define_share(share, job)
     define_run(ir.Function(module, ENTRY, RUN), share)
+    define_fill(ir.Function(module, ir.FunctionType(VOID, [INT64] * 3), FILL))
     return module
+
+
+def define_fill(function: ir.Function) -> None:
+    template, bases, records = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    values, which, count = fields(builder, template, TEMPLATE)
+    with counted(builder, count) as index:
+        base = builder.load(word(builder, bases, builder.load(word(builder, which, index))))
+        value = builder.load(word(builder, values, index))
+        builder.store(builder.add(base, value), word(builder, records, index))
+    builder.ret_void()
 
 
 def define_share(function: ir.Function, job: ir.Function) -> None:
     phase = function.args[0]
-    entry, head, body, done = (function.append_basic_block(label) for label in ("entry", "head", "body", "done"))
-    builder = ir.IRBuilder(entry)
-    task, count = (builder.load(place(builder, phase, PHASE, field)) for field in ("task", "count"))
-    following = place(builder, phase, PHASE, "next")
+    builder = ir.IRBuilder(function.append_basic_block())
+    task, _, _, count = fields(builder, phase, PHASE)
+    head, body, done = (builder.append_basic_block(label) for label in ("head", "body", "done"))
     builder.branch(head)
     builder.position_at_end(head)
-    index = builder.atomic_rmw("add", following, INT64(1), "monotonic")
+    index = builder.atomic_rmw("add", field(builder, phase, PHASE, "next"), INT64(1), "monotonic")
     builder.cbranch(builder.icmp_signed("<", index, count), body, done)
     builder.position_at_end(body)
-    builder.call(job, [task, element(builder, phase, PHASE, index)])
+    builder.call(job, [task, following(builder, phase, PHASE, index)])
     builder.branch(head)
     builder.position_at_end(done)
     builder.ret_void()
@@ -54,27 +93,18 @@ def define_share(function: ir.Function, job: ir.Function) -> None:
 
 def define_run(function: ir.Function, share: ir.Function) -> None:
     program = function.args[0]
-    entry, head, body, done = (function.append_basic_block(label) for label in ("entry", "head", "body", "done"))
-    builder = ir.IRBuilder(entry)
-    team, threads, count = (builder.load(place(builder, program, PROGRAM, name)) for name in PROGRAM.names)
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(INT64)
-    index.add_incoming(INT64(0), entry)
-    builder.cbranch(builder.icmp_signed("<", index, count), body, done)
-    builder.position_at_end(body)
-    phase = element(builder, program, PROGRAM, index)
-    builder.store(INT64(0), place(builder, phase, PHASE, "next"))
-    shared = builder.load(place(builder, phase, PHASE, "shared"))
-    with builder.if_else(builder.icmp_signed("!=", builder.mul(shared, team), INT64(0))) as (several, alone):
-        with several:
-            # void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags)
-            kind = ir.FunctionType(VOID, [ENTRY.as_pointer(), INT64, INT32, INT32])
-            start = builder.inttoptr(team, kind.as_pointer())
-            builder.call(start, [share, phase, builder.trunc(threads, INT32), INT32(0)])
-        with alone:
-            builder.call(share, [phase])
-    index.add_incoming(builder.add(index, INT64(1)), builder.block)
-    builder.branch(head)
-    builder.position_at_end(done)
+    builder = ir.IRBuilder(function.append_basic_block())
+    team, threads, count = fields(builder, program, PROGRAM)
+    with counted(builder, count) as index:
+        phase = following(builder, program, PROGRAM, index)
+        builder.store(INT64(0), field(builder, phase, PHASE, "next"))
+        shared = builder.load(field(builder, phase, PHASE, "shared"))
+        with builder.if_else(builder.icmp_signed("!=", builder.mul(shared, team), INT64(0))) as (several, alone):
+            with several:
+                # void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags)
+                kind = ir.FunctionType(VOID, [ENTRY.as_pointer(), INT64, INT32, INT32])
+                start = builder.inttoptr(team, kind.as_pointer())
+                builder.call(start, [share, phase, builder.trunc(threads, INT32), INT32(0)])
+            with alone:
+                builder.call(share, [phase])
     builder.ret_void()
