@@ -1,6 +1,7 @@
 """The Numba kernels through the backend's contract, against float64 torch.nn: values, states and every gradient."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import platform
@@ -11,8 +12,9 @@ import textwrap
 import pytest
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu import pool
 
-from rnnfast.backends import Layer, Needs, Weights, cpu
+from rnnfast.backends import Layer, Needs, Weights, cpu, cpu_jobs
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 ALL = Needs(x=True, hx=True, weights=True)
@@ -273,22 +275,74 @@ def test_gradients_of_groups_add_up(cell, groups):
             assert relative(b.sum(0), a.double()) < 1e-6
 
 
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @cells
 def test_bits_do_not_depend_on_threads_or_on_other_rows(cell):
     """Large enough that the plan uses several threads."""
     case = Case(cell, 40, 33, 64, 130, bidirectional=True)
     layer = case.layer()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         serial = case.run(layer)
-        for count in (2, 3, 5):
-            torch.set_num_threads(count)
+    for count in (2, 3, 5):
+        with threads(count):
             assert not same(serial, case.run(layer))
-    finally:
-        torch.set_num_threads(threads)
     few = replaced(layer, x=layer.x[:, 7:10], hx=tuple(initial[:, 7:10] for initial in layer.hx))
     assert torch.equal(cpu.forward(few, save=False, all_states=False).states[0], serial["output"][:, 7:10])
+
+
+FEW_ROWS = {"one": (30, 1, 300, False), "both": (20, 3, 300, True), "odd": (50, 2, 213, False)}
+
+
+@cells
+@pytest.mark.parametrize("size", FEW_ROWS)
+def test_threads_may_share_hidden_units(cell, size):
+    """Too few rows to share: the threads compute parts of every step and meet."""
+    steps, batch, hidden, bidirectional = FEW_ROWS[size]
+    case = Case(cell, steps, batch, 30, hidden, bidirectional=bidirectional)
+    layer = case.layer()
+    with threads(1):
+        serial = case.run(layer)
+    for count in (2, 3, 5):
+        with threads(count):
+            assert (cpu_jobs.Call(layer).shape.workers > 1) == (count // len(layer.reverse) > 1)
+            for _ in range(5):
+                assert not same(serial, case.run(layer))
+
+
+TEAMS = {"none": pool.NO_TEAM, "too small": pool.team()._replace(size=0)}
+
+
+@cells
+@pytest.mark.parametrize("team", TEAMS)
+def test_threads_that_meet_need_a_team(monkeypatch, team, cell):
+    """Without OpenMP, or with fewer of its threads than were asked for, one thread does the work of all."""
+    case = Case(cell, 20, 2, 30, 300)
+    layer = case.layer()
+    with threads(1):
+        serial = case.run(layer)
+    monkeypatch.setattr(pool, "team", lambda: TEAMS[team])
+    with threads(2):
+        assert not same(serial, case.run(layer))
+
+
+@cells
+def test_python_threads_share_rows(monkeypatch, cell):
+    case = Case(cell, 40, 33, 64, 130)
+    layer = case.layer()
+    with threads(1):
+        serial = case.run(layer)
+    monkeypatch.setattr(pool, "team", lambda: pool.NO_TEAM)
+    with threads(3):
+        assert not same(serial, case.run(layer))
 
 
 @cells
@@ -321,8 +375,8 @@ def test_many_threads_at_once():
     case = Case("lstm", 30, 16, 32, 64)
     layer = case.layer()
     expected = case.run(layer)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        for found in pool.map(lambda _: case.run(layer), range(64)):
+    with concurrent.futures.ThreadPoolExecutor(16) as executor:
+        for found in executor.map(lambda _: case.run(layer), range(64)):
             assert not same(expected, found)
 
 
@@ -345,6 +399,18 @@ def test_a_forked_child_runs():
     if child == 0:
         os._exit(run() != expected)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_limit_on_openmp_threads():
+    code = """
+        import torch
+        from tests.test_cpu_kernels import Case
+        torch.set_num_threads(2)
+        Case("lstm", 20, 2, 30, 300).check()
+        Case("gru", 40, 33, 64, 130).check()
+    """
+    done = run_python(code, OMP_THREAD_LIMIT="1")
+    assert done.returncode == 0, done.stderr
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -34,6 +34,7 @@ def shape_of(
     gate_columns: int,
     reverse: tuple[bool, ...],
     projected: bool,
+    plain: bool,
     packed_steps: int | None,
     threads: int,
     cuts: tuple[int, ...] | None,
@@ -43,7 +44,9 @@ def shape_of(
     hidden = gate_columns // CELLS[cell].gates
     rows = x_shape[:-1].numel()
     work = rows * directions * plan.work_per_row(CELLS[cell], x_shape[-1], hidden, width)
-    slices = plan.slices_for(work, batch, directions, threads)
+    step_work = batch * plan.work_per_row(CELLS[cell], 0, hidden, width)
+    workers = plan.workers_for(batch, work, step_work, directions, threads) if plain and not projected else 1
+    slices = 1 if workers > 1 else plan.slices_for(work, batch, directions, threads)
     return plan.Shape(
         cell=cell,
         dtype=DTYPE_NAMES[dtype],
@@ -59,6 +62,7 @@ def shape_of(
         projected=projected,
         threads=threads,
         cuts=cuts if cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
+        workers=workers,
     )
 
 
@@ -74,7 +78,7 @@ def row_cuts(sizes: Tensor, batch: int, slices: int) -> tuple[int, ...]:
 class Call:
     """A layer's tensors, contiguous where kernels want them so, by the names of their bases; and its `plan.Shape`."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, threads: int | None = None):
         x = layer.x
         self.x = x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
         self.cell = CELLS[layer.cell]
@@ -92,14 +96,13 @@ class Call:
             self.tensors["resets"] = layer.resets.contiguous()
         first = layer.weights[0]
         self.biased, self.projected = first.b_ih is not None, first.w_hr is not None
-        self.shape = self.measure(layer)
+        self.shape = self.measure(layer, threads or torch.get_num_threads())
         self.lead = (*x.shape[:-1], len(layer.reverse))
         self.kernel = kernel(layer.cell, self.shape.dtype)
 
-    def measure(self, layer: Layer) -> plan.Shape:
+    def measure(self, layer: Layer, threads: int) -> plan.Shape:
         """Collect what a plan depends on."""
         x, sizes = self.x, self.sizes
-        threads = torch.get_num_threads()
         cuts = None
         if sizes is not None and threads > 1:
             cuts = row_cuts(sizes, self.hx[0].shape[1], -(-threads // len(layer.reverse)))
@@ -112,6 +115,7 @@ class Call:
             layer.weights[0].w_hh.shape[0],
             layer.reverse,
             self.projected,
+            sizes is None and layer.resets is None,
             None if self.starts is None else self.starts.shape[0],
             threads,
             cuts,

@@ -16,7 +16,7 @@ class LayerSteps:
     """
 
     def __init__(self, layer: Layer, output: torch.Tensor):
-        self.call = call = Call(layer)
+        self.call = call = Call(layer, threads=1)
         self.recipe = plan.forward(call.shape, call.biased, ())
         states = dict(zip(("h_final", "extra_final"), call.hx, strict=False))
         self.records, self.scratch = call.lay_out(self.recipe, {"h": output, **states})

@@ -20,6 +20,7 @@ HELPERS = (
     loops.is_reset,
     loops.step_at,
     loops.gates_address,
+    loops.meet,
     loops.project_inputs,
     loops.start_states,
     loops.apply_resets,
@@ -28,6 +29,8 @@ HELPERS = (
     loops.project_output,
     loops.start_gradients,
     loops.end_gradients,
+    loops.last_unit,
+    loops.last_width_block,
     loops.add_gradients,
     loops.entering_states,
     loops.differentiate_cell,
@@ -81,7 +84,7 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
     }
     for function in (products.panel_blocks, products.tile_rows):
         inline(function, over, forceinline=True)
-    for function in (products.pack_columns, products.pack_rows, products.project):
+    for function in (products.pack_columns, products.pack_rows, products.project_blocks, products.project):
         inline(function, over)
     return over
 
@@ -99,9 +102,10 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "multiply": gated["multiply"],
         "gate_blocks": gated["panel_blocks"],
         "gate_rows": gated["tile_rows"],
-        "project_gates": gated["project"],
+        "project_gate_blocks": gated["project_blocks"],
         "pack_gate_columns": gated["pack_columns"],
         "project_plain": plain["project"],
+        "project_plain_blocks": plain["project_blocks"],
         "pack_plain_columns": plain["pack_columns"],
         "pack_rows": plain["pack_rows"],
         "load_gates": base["tuple_loader"](cell.gates),
@@ -112,7 +116,7 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "outer_at": gradients.OUTER.reader(),
         "pack_at": products.PACK.reader(),
     }
-    for module in (products, gradients, tasks):
+    for module in (products, gradients, loops, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
     for name, equations in (("cell_forward", cell.forward), ("cell_backward", cell.backward)):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, error_model="numpy")

@@ -43,8 +43,9 @@ class Record:
 
 # How records are filled in: each value is that of `values` plus the base that `which` names; int64 all.
 TEMPLATE = Record("values", "which", "count")
-# A phase of a call: the task, whether it is shared by a team, the next job, and how many there are; the jobs'
-# addresses follow.
-PHASE = Record("task", "shared", "next", "count")
+# A phase of a call: the task, whether a team shares it, the next job, and how many there are; the jobs' addresses
+# follow. With `spare`, all jobs must run at the same time; `team_size` is the address of omp_get_num_threads, and where
+# that says that the team is too small, the `spare` jobs that follow the others do their work instead.
+PHASE = Record("task", "shared", "next", "count", "spare", "team_size")
 # A call: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
 PROGRAM = Record("team", "threads", "count")

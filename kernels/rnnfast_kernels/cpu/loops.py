@@ -28,7 +28,13 @@ LAYER = Record(
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row",
     # Scratch of this job; `zeros` is a row of zeros.
     "tile", "places", "goals", "h_work", "extra_work", "full_work", "zeros",
+    # Blocks of hidden units that this job computes. If these are not all, others do the rest at the same time; they
+    # share the slice's work space, and `met` counts how often they have met. `sched_yield` is that function.
+    "first_block", "last_block", "workers", "met", "sched_yield",
 )  # fmt: skip
+
+# Looks at a counter before the core is offered to another thread.
+PATIENCE = 10000
 
 
 def live_rows(job, step):
@@ -67,6 +73,19 @@ def gates_address(job, order, step):
     return job.gates + (order % job.chunk) * job.rows * job.gates_row
 
 
+def meet(job, times):
+    """Wait until all workers of the slice have come here for so many times."""
+    if job.workers > 1:
+        arrive(job.met)
+        goal = times * job.workers
+        looks = 0
+        while count_of(job.met) < goal:
+            pause()
+            looks += 1
+            if looks > PATIENCE:
+                call_address(job.sched_yield)
+
+
 def project_inputs(job, first, last):
     """Input part of the gates for the steps at places first to last, as one product."""
     count = 0
@@ -76,7 +95,10 @@ def project_inputs(job, first, last):
         fill_places(job.places + 8 * count, x_address(job, step), job.x_row, live)
         fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
-    project_gates(count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, job.goals, job.gate_step, job.tile, False)
+    project_gate_blocks(
+        count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+        job.goals, job.gate_step, job.tile, False,
+    )  # fmt: skip
 
 
 def start_states(job, h_stride, extra_stride):
@@ -117,10 +139,9 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     index = first_index(job, step)
     cell_out = job.full_work if job.w_hr else h_next
     cell_stride = extra_stride if job.w_hr else h_stride
-    last_block = (job.hidden + LANES - 1) // LANES
-    block = 0
-    while block < last_block:
-        blocks = gate_blocks(last_block - block)
+    block = job.first_block
+    while block < job.last_block:
+        blocks = gate_blocks(job.last_block - block)
         panel = job.w_hh + block * (1 + job.width) * GATES * VECTOR
         first = 0
         while first < live:
@@ -168,7 +189,9 @@ def layer_forward(address):
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
     h_now, h_next = job.h_work, job.h_work + job.rows * h_stride
-    start_states(job, h_stride, extra_stride)
+    if job.first_block == 0:
+        start_states(job, h_stride, extra_stride)
+    meet(job, 1)
     for order in range(job.steps):
         if order % job.chunk == 0:
             project_inputs(job, order, min(order + job.chunk, job.steps))
@@ -181,14 +204,17 @@ def layer_forward(address):
         advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, extra_stride)
         if job.w_hr:
             project_output(job, step, live, h_next, h_stride, extra_stride)
+        meet(job, order + 2)
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
-        for row in range(staying, live):
-            copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
+        if job.first_block == 0:
+            for row in range(staying, live):
+                copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
         h_now, h_next = h_next, h_now
-    for state in range(EXTRA):
-        for row in range(job.rows):
-            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
-            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+    if job.first_block == 0:
+        for state in range(EXTRA):
+            for row in range(job.rows):
+                goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
+                copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def start_gradients(job, h_stride, extra_stride):
@@ -212,16 +238,28 @@ def end_gradients(job, h_stride, extra_stride):
             copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
+def last_unit(job, units):
+    return min(job.last_block * LANES, units)
+
+
+def last_width_block(job):
+    """End of this job's blocks of h; with a projection, whose width is another, a job has them all."""
+    return job.last_block if job.w_hr == 0 else (job.width + LANES - 1) // LANES
+
+
 def add_gradients(job, step, live, h_stride, extra_stride):
     """Add the gradient by the states that the caller saw."""
     index = first_index(job, step)
+    place = job.first_block * VECTOR
+    units = last_unit(job, job.hidden) - job.first_block * LANES
+    h_units = units if job.w_hr == 0 else job.width
     for row in range(live):
         if job.dh:
-            add_row(job.dh + (index + row) * job.dh_row, job.h_work + row * h_stride, job.width)
+            add_row(job.dh + (index + row) * job.dh_row + place, job.h_work + row * h_stride + place, h_units)
         if job.dextra:
             for state in range(EXTRA):
                 source = job.dextra + state * job.dextra_step + (index + row) * job.dextra_row
-                add_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+                add_row(source + place, job.extra_work + (state * job.rows + row) * extra_stride + place, units)
 
 
 def entering_states(job, order, step, row):
@@ -251,7 +289,7 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
     gates = job.gates + index * job.gates_row
     dgates = index * job.dgates_row
     gate_step = job.hidden * ITEM
-    for unit in range(0, job.hidden, LANES):
+    for unit in range(job.first_block * LANES, last_unit(job, job.hidden), LANES):
         place, lanes = unit * ITEM, job.hidden - unit
         dstate = (load(dh_in + place, LANES),) + load_extra(dextra + place, job.rows * extra_stride, LANES)  # noqa: RUF005
         kept = load_kept(gates + place, gate_step, lanes)
@@ -278,7 +316,9 @@ def layer_backward(address):
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
-    start_gradients(job, h_stride, extra_stride)
+    if job.first_block == 0:
+        start_gradients(job, h_stride, extra_stride)
+    meet(job, 1)
     fill_places(job.goals, job.h_work, h_stride, job.rows)
     for order in range(job.steps - 1, -1, -1):
         step = step_at(job, order)
@@ -298,10 +338,16 @@ def layer_backward(address):
         fill_places(job.places, job.du_gates + index * job.dgates_row, job.dgates_row, live)
         depth = GATES * job.hidden
         direct = job.w_hr == 0
-        project_plain(live, job.places, ITEM, job.w_hh, depth, job.width, job.goals, 0, job.tile, direct)
+        meet(job, job.steps - order + 1)
+        project_plain_blocks(
+            live, job.places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+            job.goals, 0, job.tile, direct,
+        )  # fmt: skip
         for row in range(live):
             if is_reset(job, step, row):
                 clear_row(job.h_work + row * h_stride, job.width)
                 for state in range(EXTRA):
                     clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
-    end_gradients(job, h_stride, extra_stride)
+    meet(job, job.steps + 2)
+    if job.first_block == 0:
+        end_gradients(job, h_stride, extra_stride)

@@ -4,6 +4,7 @@ Nothing here changes a result: every element's sum runs in the same order whatev
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,14 +26,19 @@ PRODUCT_BYTES = 1 << 19
 OUTER_BLOCK = 256
 ZEROS: list[np.ndarray] = []
 # Multiplications below which another thread costs more than it brings.
-SERIAL_WORK = 1 << 21
+SERIAL_WORK = 1 << 20
+# Multiplications of one step that make a worker worth its part in a meeting of all, and the rows from which on slices
+# of the batch are the better way to share.
+STEP_WORK = 1 << 15
+MEETING_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
     """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
 
-    rows: of all steps together. cuts: bounds of the slices of the batch. x_row, x_step: strides in bytes.
+    rows: of all steps together. cuts: bounds of the slices of the batch. workers: threads that share a slice's hidden
+    units. x_row, x_step: strides in bytes.
     """
 
     cell: str
@@ -49,6 +55,7 @@ class Shape:
     projected: bool
     threads: int
     cuts: tuple[int, ...]
+    workers: int
 
     @property
     def row(self) -> Cell:
@@ -97,6 +104,19 @@ def even_cuts(count: int, parts: int) -> tuple[int, ...]:
     return tuple(count * part // parts for part in range(parts + 1))
 
 
+def panel_cuts(blocks: int, widest: int, parts: int) -> tuple[int, ...]:
+    """Bounds that cut `blocks` into at most `parts`, at the ends of panels of `widest` blocks."""
+    groups = -(-blocks // widest)
+    return tuple(min(blocks, cut * widest) for cut in even_cuts(groups, min(groups, parts)))
+
+
+def workers_for(rows: int, work: int, step_work: int, directions: int, threads: int) -> int:
+    """Threads that share the hidden units of one direction, where the batch has too few rows to share them."""
+    if rows >= MEETING_ROWS * threads:
+        return 1
+    return max(1, min(threads_for(work, threads) // directions, step_work // STEP_WORK))
+
+
 def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
     """Slices of the batch; each slice of each direction is one job."""
     return max(1, min(batch, -(-threads_for(work, threads) // directions)))
@@ -125,10 +145,8 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
     """Add the records that pack a weight, and return them and the panels' place."""
     gates = shape.row.gates if kind == products.GATE_COLUMNS else 1
     panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
-    groups = -(-units // (shape.target.lanes * widest_panel(gates)))
-    blocks = -(-units // shape.target.lanes)
     parts = threads_for(units * depth * gates * 8, shape.threads)
-    cuts = [min(blocks, cut * widest_panel(gates)) for cut in even_cuts(groups, parts)]
+    cuts = panel_cuts(-(-units // shape.target.lanes), widest_panel(gates), parts)
     fields = {"kind": kind, "weight": weight, "weight_row": units * shape.item, "bias": bias, "units": units}
     records = [
         recipe.record(
@@ -141,7 +159,6 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
             places=recipe.buffer(8 * depth) if kind == products.PLAIN_ROWS else 0,
         )
         for first, last in pairwise(cuts)
-        if first < last
     ]
     return records, panels
 
@@ -202,18 +219,38 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
     return fields
 
 
-def work_fields(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
-    """Scratch of a time loop."""
+def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:
+    """Scratch of a time loop for the states, or their gradients, between two steps."""
     hidden = shape.target.padded(shape.hidden) * shape.item
     width = shape.target.padded(shape.width) * shape.item
     return {
-        "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
-        "places": recipe.buffer(8 * rows * chunk),
-        "goals": recipe.buffer(8 * rows * chunk),
         "h_work": recipe.buffer(2 * rows * width + hidden),
         "extra_work": recipe.buffer(shape.extra * rows * hidden),
         "full_work": recipe.buffer(rows * hidden) if shape.projected else 0,
     }
+
+
+def loop_jobs(recipe: Recipe, shape: Shape, fields: dict, rows: int, chunk: int, widest: int) -> list[list[Ref]]:
+    """The jobs of one slice's time loop, one for each worker, and, if there are several, the one that replaces them."""
+
+    def job(first: int, last: int, workers: int, met: Ref | int) -> Ref:
+        private = {
+            "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
+            "places": recipe.buffer(8 * rows * chunk),
+            "goals": recipe.buffer(8 * rows * chunk),
+        }
+        part = {"first_block": first, "last_block": last, "workers": workers, "met": met}
+        part |= {"sched_yield": Ref("sched_yield")}
+        return recipe.record(loops.LAYER, **fields, **private, **part)
+
+    blocks = -(-shape.hidden // shape.target.lanes)
+    cuts = panel_cuts(blocks, widest, shape.workers)
+    workers = len(cuts) - 1
+    alone = job(0, blocks, 1, 0)
+    if workers == 1:
+        return [[alone], []]
+    met = recipe.counter()
+    return [[job(first, last, workers, met) for first, last in pairwise(cuts)], [alone]]
 
 
 def gate_work(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
@@ -228,6 +265,12 @@ def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str])
     offset = (direction * shape.batch + first) * shape.item
     widths = (shape.width, shape.hidden)
     return {name: Ref(name, offset * width) for name, width in zip(names, widths, strict=False)}
+
+
+def loop_phase(recipe: Recipe, task: int, jobs: Sequence[list[list[Ref]]]) -> None:
+    """Add the phase of a time loop."""
+    together, spare = (list(itertools.chain.from_iterable(parts)) for parts in zip(*jobs, strict=True))
+    recipe.phase(task, together, shared=True, spare=spare)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -248,13 +291,13 @@ def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
         shared = state_fields(shape, d, kept)
         shared |= zip(("w_ih", "w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
         for first, last in pairwise(shape.cuts):
-            chunk = chunk_steps(shape, last - first)
-            fields = shared | slice_fields(shape, d, first, last) | work_fields(recipe, shape, last - first, chunk)
+            rows, chunk = last - first, chunk_steps(shape, last - first)
+            fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}
             fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
             if "gates" not in kept:
-                fields |= gate_work(recipe, shape, last - first, chunk)
-            jobs.append(recipe.record(loops.LAYER, **fields, chunk=chunk))
-    recipe.phase(tasks.FORWARD, jobs, shared=True)
+                fields |= gate_work(recipe, shape, rows, chunk)
+            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, widest_panel(shape.row.gates)))
+    loop_phase(recipe, tasks.FORWARD, jobs)
     return recipe.finish()
 
 
@@ -285,12 +328,13 @@ def backward(
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
         for first, last in pairwise(shape.cuts):
-            fields = shared | slice_fields(shape, d, first, last) | work_fields(recipe, shape, last - first, 1)
+            rows = last - first
+            fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows)
             places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
             fields |= {name: places[name] for name in finals}
             fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
-            jobs.append(recipe.record(loops.LAYER, **fields))
-    recipe.phase(tasks.BACKWARD, jobs, shared=True)
+            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, widest_panel(1)))
+    loop_phase(recipe, tasks.BACKWARD, jobs)
     if need_x:
         input_gradient(recipe, shape, work)
     if need_weights:

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rnnfast_kernels.cpu.job import PHASE
 
@@ -23,16 +24,28 @@ growing = threading.Lock()
 forked = False
 
 
+class Team(NamedTuple):
+    """Addresses of GOMP_parallel, omp_get_num_threads and sched_yield, all 0 where they are not to be used."""
+
+    start: int
+    size: int
+    rest: int
+
+
+NO_TEAM = Team(0, 0, 0)
+
+
 @functools.cache
-def team() -> int:
-    """The address of GOMP_parallel, or 0 if there is none to use."""
+def team() -> Team:
+    """The OpenMP team to use."""
     if forked:
-        return 0
+        return NO_TEAM
     try:
-        start = ctypes.CDLL(None).GOMP_parallel
+        library = ctypes.CDLL(None)
+        functions = library.GOMP_parallel, library.omp_get_num_threads, library.sched_yield
     except (AttributeError, OSError, TypeError):
-        return 0
-    return ctypes.cast(start, ctypes.c_void_p).value or 0
+        return NO_TEAM
+    return Team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
 
 
 class Countdown:

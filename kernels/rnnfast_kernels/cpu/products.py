@@ -68,7 +68,11 @@ def pack_rows(places, depth, units, panels, first_block, last_block):
 def project(rows, places, step, panels, depth, units, goals, gate_step, tile, accumulate):
     """Multiply rows by panels and write, or add, each result [G, units] to the row's address in `goals`."""
     last_block = (units + LANES - 1) // LANES
-    block = 0
+    project_blocks(rows, places, step, panels, depth, units, 0, last_block, goals, gate_step, tile, accumulate)
+
+
+def project_blocks(rows, places, step, panels, depth, units, block, last_block, goals, gate_step, tile, accumulate):
+    """Do that for some blocks of the units. They begin and end where panels do."""
     while block < last_block:
         blocks = panel_blocks(last_block - block)
         panel = panels + block * (1 + depth) * GATES * VECTOR

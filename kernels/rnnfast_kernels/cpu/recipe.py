@@ -39,7 +39,8 @@ class Program(NamedTuple):
     alone: bool
 
 
-NOWHERE, RECORDS, SCRATCH, TEAM = "nowhere", "records", "scratch", "team"
+NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
+TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Scratch buffers start at cache lines, and are followed by room for a vector that overruns.
 LINE, MARGIN = 64, 64
 
@@ -49,7 +50,7 @@ class Recipe:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.bases = [NOWHERE, RECORDS, TEAM, SCRATCH]
+        self.bases = [NOWHERE, SCRATCH, RECORDS, *TEAM]
         self.values: list[int] = []
         self.which: list[int] = []
         self.phases: list[Phase] = []
@@ -72,11 +73,26 @@ class Recipe:
             self.which.append(self.bases.index(base))
         return Ref(RECORDS, 8 * position)
 
-    def phase(self, task: int, jobs: Sequence[Ref], *, shared: bool, prepares: bool = False) -> None:
-        """Have a task done for every job, by a team if `shared`; `prepares`: its results hold while the weights do."""
+    def counter(self) -> Ref:
+        """Add an integer that starts at 0, on a cache line of its own."""
+        apart = LINE // 8
+        self.values += [0] * (2 * apart)
+        self.which += [0] * (2 * apart)
+        return Ref(RECORDS, 8 * (len(self.values) - apart))
+
+    def phase(
+        self, task: int, jobs: Sequence[Ref], *, shared: bool, prepares: bool = False, spare: Sequence[Ref] = ()
+    ) -> None:
+        """Have a task done for every job, by a team if `shared`.
+
+        prepares: its results hold while the weights do. spare: jobs that do the same work one after another; where they
+        are given, the others wait for one another, and so run only where each has a thread.
+        """
         if jobs:
             shared = shared and len(jobs) > 1 and self.threads > 1
-            place = self.record(PHASE, *jobs, task=task, shared=int(shared), count=len(jobs))
+            fields = {"task": task, "shared": int(shared), "count": len(jobs), "spare": len(spare)}
+            fields |= {"team_size": Ref("omp_get_num_threads")} if spare else {}
+            place = self.record(PHASE, *jobs, *spare, **fields)
             self.phases.append(Phase(place, shared, prepares))
 
     def finish(self) -> "Recipe":
@@ -92,7 +108,7 @@ class Recipe:
     def program(self, phases: Sequence[Phase]) -> Program:
         """Write a program."""
         places = [phase.place for phase in phases]
-        record = self.record(PROGRAM, *places, team=Ref(TEAM), threads=self.threads, count=len(places))
+        record = self.record(PROGRAM, *places, team=Ref("GOMP_parallel"), threads=self.threads, count=len(places))
         return Program(record, tuple(phases), not any(phase.shared for phase in phases))
 
     def fill(self, kernel: Kernel, tensors: Mapping[str, Any]) -> int:
@@ -101,14 +117,14 @@ class Recipe:
         tensors: what bases name; each has a `data_ptr()`. One that is None or not given is absent: its address is 0.
         """
         bases = array("q", [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.bases])
-        records = bases[self.bases.index(SCRATCH)] + self.records
-        bases[1:3] = array("q", (records, pool.team()))
+        records = bases[1] + self.records
+        bases[2:6] = array("q", (records, *pool.team()))
         kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
         return records
 
     def run(self, kernel: Kernel, records: int, program: Program) -> None:
         """Run a program over filled records."""
-        if program.alone or pool.team():
+        if program.alone or pool.team().start:
             kernel.run(records + program.place.offset)
         else:
             for phase in program.phases:

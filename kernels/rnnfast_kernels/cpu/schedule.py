@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from rnnfast_kernels.cpu.job import FILL, JOB, PHASE, PROGRAM, RUN, SHARE, TEMPLATE, Record
 
-VOID, INT32, INT64 = ir.VoidType(), ir.IntType(32), ir.IntType(64)
+VOID, BOOL, INT32, INT64 = ir.VoidType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 ENTRY = ir.FunctionType(VOID, [INT64])
 
 
@@ -78,14 +78,30 @@ def define_fill(function: ir.Function) -> None:
 def define_share(function: ir.Function, job: ir.Function) -> None:
     phase = function.args[0]
     builder = ir.IRBuilder(function.append_basic_block())
-    task, _, _, count = fields(builder, phase, PHASE)
-    head, body, done = (builder.append_basic_block(label) for label in ("head", "body", "done"))
+    task, _, _, count, spare, team_size = fields(builder, phase, PHASE)
+    ask, start, head, body, done = (
+        builder.append_basic_block(label) for label in ("ask", "start", "head", "body", "done")
+    )
+    entry = builder.block
+    builder.cbranch(builder.icmp_signed("!=", team_size, INT64(0)), ask, start)
+    builder.position_at_end(ask)
+    # int omp_get_num_threads(void)
+    size = builder.call(builder.inttoptr(team_size, ir.FunctionType(INT32, []).as_pointer()), [])
+    lacking = builder.icmp_signed("<", builder.sext(size, INT64), count)
+    builder.branch(start)
+    builder.position_at_end(start)
+    few = builder.phi(BOOL)
+    few.add_incoming(BOOL(1), entry)
+    few.add_incoming(lacking, ask)
+    replaced = builder.and_(few, builder.icmp_signed("!=", spare, INT64(0)))
+    jobs = builder.select(replaced, spare, count)
+    skipped = builder.select(replaced, count, INT64(0))
     builder.branch(head)
     builder.position_at_end(head)
     index = builder.atomic_rmw("add", field(builder, phase, PHASE, "next"), INT64(1), "monotonic")
-    builder.cbranch(builder.icmp_signed("<", index, count), body, done)
+    builder.cbranch(builder.icmp_signed("<", index, jobs), body, done)
     builder.position_at_end(body)
-    builder.call(job, [task, following(builder, phase, PHASE, index)])
+    builder.call(job, [task, following(builder, phase, PHASE, builder.add(index, skipped))])
     builder.branch(head)
     builder.position_at_end(done)
     builder.ret_void()
