@@ -5,7 +5,7 @@ They are torch's modules with another `forward`: a step is a layer over a sequen
 
 from torch import Tensor, nn
 
-from rnnfast.functional import Call, Options, run
+from rnnfast.functional import Options, recurrent, single
 
 
 class Cell(nn.RNNCellBase):
@@ -23,16 +23,15 @@ class Cell(nn.RNNCellBase):
         self.check_dims(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
-        if hx is None:
-            hx = tuple(x.new_zeros(x.shape[0], self.hidden_size) for _ in self.states)
-        elif not batched:
+        if hx is not None and not batched:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        self.check_sizes(x, hx)
+        self.check_sizes(x, hx or ())
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        states = tuple(state.unsqueeze(0) for state in hx)  # [1, B, H]
-        call = Call(Options(self.cell()), x.unsqueeze(0), states, [w for w in weights if w is not None])
-        finals = tuple(state.squeeze(0) for state in run(call).finals)
-        return finals if batched else tuple(state.squeeze(0) for state in finals)
+        present = [w for w in weights if w is not None]
+        initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
+        _, finals = recurrent(Options(self.cell()), x.unsqueeze(0), present, initial)
+        finals = finals if isinstance(finals, tuple) else (finals,)
+        return tuple([state.squeeze(0) if batched else state[0, 0] for state in finals])
 
     def check_dims(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
         """Refuse, as torch does, tensors of more than two dimensions or none."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import autograd, checks, native, ops, reference
+from rnnfast import autograd, checks, native, ops, quick, reference
 from rnnfast.backends import Layer
 from rnnfast.backends.choice import backend_of
 
@@ -82,6 +82,12 @@ def recurrent(
     """Run a stack of recurrent layers; see `lstm`."""
     if isinstance(input, PackedSequence):
         return run_packed(options, input, weights, hx, lengths, resets, all_states)
+    kind = None
+    if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
+        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        kind = quick.kind_of(options, input, states, weights)
+        if kind in quick.ready:
+            return quick.ready[kind](input, states, weights)
     batched = checks.input_is_batched(options, input)
     if not batched:
         input = input.unsqueeze(0 if options.batch_first else 1)
@@ -95,6 +101,8 @@ def recurrent(
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
+    if kind is not None:
+        quick.remember(kind)
     return present(options, outcome, batched, all_states)
 
 

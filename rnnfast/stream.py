@@ -5,11 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rnnfast.backends import Layer
 from rnnfast.backends.choice import backend_of, load
 from rnnfast.functional import initial_states, single
 from rnnfast.modules import Recurrent
-from rnnfast.ops import pack_weights
 
 
 class Stream:
@@ -46,23 +44,23 @@ class Stream:
     def refresh(self) -> None:
         """Read the module's weights again, after they have changed. The state stays."""
         options = self.module.options()
-        self.weights = [w.detach() for w in self.module._flat_weights]
+        self.weights = [w.detach().contiguous() for w in self.module._flat_weights]
         self.backend = backend_of(options.cell, self.input.device, self.input.dtype, False)
-        prepared = self.lay_out() if self.backend == "numba" else None
-        self.step: Callable[[], None] = prepared or self.call_module
+        if self.backend == "numba" and load("numba").can_stack(self.input.dtype):
+            self.step = self.lay_out(options)
+        else:
+            self.step = self.call_module
 
-    def lay_out(self) -> Callable[[], None] | None:
-        """Give every layer its buffers, each reading the one before, and have the backend prepare its step."""
-        options, x, layers = self.module.options(), self.input, []
-        count = len(self.weights) // options.num_layers
-        for n in range(options.num_layers):
-            named = pack_weights(self.weights[n * count : (n + 1) * count], 1)
-            hx = tuple(s[n : n + 1] for s in self.states)
-            output = x.new_empty(1, x.shape[1], 1, hx[0].shape[-1])
-            layers.append((Layer(options.cell, x, hx, named, (False,)), output))
-            x = output.view(1, x.shape[1], -1)
-        self.output = x[0]
-        return load(self.backend).stepper(layers)
+    def lay_out(self, options) -> Callable[[], None]:
+        """Have the backend prepare a step, whose final states are written where its initial states are read."""
+        backend, x = load("numba"), self.input
+        shapes = [w.shape for w in self.weights]
+        sizes = backend.Sizes(
+            options.cell, x.dtype, x.shape, x.stride(), options.num_layers, 1, shapes, zero=False, threads=1
+        )
+        output = x.new_empty(1, x.shape[1], sizes.width)
+        self.output = output[0]
+        return backend.Stack(sizes).stepper(x, output, self.states, self.states, self.weights)
 
     def call_module(self) -> None:
         """Step by an ordinary call, on backends and dtypes that have no prepared one."""

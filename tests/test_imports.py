@@ -20,7 +20,7 @@ LAYERS = (
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
     ("rnnfast.cell_modules", "rnnfast.modules"),
     ("rnnfast.functional",),
-    ("rnnfast.checks", "rnnfast.native"),
+    ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
     ("rnnfast.autograd",),
     ("rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference"),

@@ -8,7 +8,6 @@ What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order,
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -16,8 +15,11 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast.backends import Gradients, Layer, Needs, Result, Weights, cpu_steps
+from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 from rnnfast.backends.cpu_jobs import run_backward, run_forward
+from rnnfast.backends.cpu_stack import Sizes, Stack
+
+__all__ = ["Sizes", "Stack", "backward", "can_stack", "describe", "forward", "saved_like", "unsupported", "warmup"]
 
 NATIVE = {torch.float32: "float32", torch.float64: "float64"}
 HALF = (torch.bfloat16, torch.float16)
@@ -86,11 +88,9 @@ def backward(
     return round_gradients(gradients, layer.x.dtype)
 
 
-def stepper(layers: Sequence[tuple[Layer, Tensor]]) -> Callable[[], None] | None:
-    """Return a function that runs one step of stacked layers in place, or None for dtypes that need conversion."""
-    if any(layer.x.dtype not in NATIVE for layer, _ in layers):
-        return None
-    return cpu_steps.stepper(layers)
+def can_stack(dtype: torch.dtype) -> bool:
+    """Whether `Stack` runs a dtype; halves need conversions."""
+    return dtype in NATIVE
 
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:

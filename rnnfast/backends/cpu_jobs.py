@@ -123,7 +123,7 @@ class Call:
 
     def lay_out(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> tuple[int, Tensor]:
         """Fill in a recipe's records: their address, and the scratch memory that must outlive their use."""
-        scratch = torch.empty(recipe.scratch, dtype=torch.uint8)
+        scratch = self.x.new_empty(recipe.scratch, dtype=torch.uint8)
         tensors = {**self.tensors, **results, SCRATCH: scratch}
         return recipe.fill(self.kernel, tensors), scratch
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu import gradients, loops, products, tasks
-from rnnfast_kernels.cpu.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.recipe import NOWHERE, Recipe, Ref
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
 # Bytes of gates that a worker computes ahead of the recurrence, and the rows that make that product worth its panels.
@@ -25,6 +25,7 @@ PRODUCT_BYTES = 1 << 19
 # Rows whose outer products are summed before the sum is added to the gradient of a weight.
 OUTER_BLOCK = 256
 ZEROS: list[np.ndarray] = []
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 # Multiplications below which another thread costs more than it brings.
 SERIAL_WORK = 1 << 20
 # Multiplications of one step that make a worker worth its part in a meeting of all, and the rows from which on slices
@@ -277,6 +278,48 @@ def loop_phase(recipe: Recipe, task: int, jobs: Sequence[list[list[Ref]]]) -> No
 def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
     """The forward pass."""
     recipe = Recipe(shape.threads)
+    write_forward(recipe, shape, biased, kept)
+    return recipe.finish()
+
+
+@functools.lru_cache(maxsize=1024)
+def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero: bool) -> Recipe:
+    """The forward passes of layers on top of one another, with nothing kept between them.
+
+    names: of the bases, in an order that the caller chooses. They are x, h (of the last layer), and h_first, h_final,
+    extra_first and extra_final, whose leading dimension goes over all layers and directions; and `layer_name` of
+    every weight. zero: the initial states are zero, and not given.
+    """
+    recipe = Recipe(shapes[0].threads, names)
+    x = Ref("x")
+    for n, shape in enumerate(shapes):
+        rows = shape.directions * shape.batch * shape.item
+        h = (
+            Ref("h")
+            if n == len(shapes) - 1
+            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.item)
+        )
+        bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
+        for name, width in (("h", shape.width), ("extra", shape.hidden)):
+            bases[f"{name}_final"] = Ref(f"{name}_final", n * rows * width)
+            bases[f"{name}_first"] = (
+                Ref(NOWHERE, zeros(rows * width)) if zero else Ref(f"{name}_first", n * rows * width)
+            )
+        for name, d in itertools.product(WEIGHTS, range(shape.directions)):
+            bases[f"{name}{d}"] = Ref(layer_name(name, d, n))
+        with recipe.renamed(bases):
+            write_forward(recipe, shape, biased, ())
+        x = h
+    return recipe.finish()
+
+
+def layer_name(weight: str, direction: int, layer: int) -> str:
+    """Name of the base that is a weight of a layer of a stack."""
+    return f"{weight}{direction}_l{layer}"
+
+
+def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
+    """Add a layer's forward pass."""
     weights = []
     for d in range(shape.directions):
         bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
@@ -298,7 +341,6 @@ def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
                 fields |= gate_work(recipe, shape, rows, chunk)
             jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, widest_panel(shape.row.gates)))
     loop_phase(recipe, tasks.FORWARD, jobs)
-    return recipe.finish()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,8 @@ of all records, in machine code, so that a call with sizes that were seen before
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from rnnfast_kernels.cpu import pool
@@ -41,6 +42,8 @@ class Program(NamedTuple):
 
 NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
+# Bases that a recipe gives addresses to by itself.
+FIXED = 3 + len(TEAM)
 # Scratch buffers start at cache lines, and are followed by room for a vector that overruns.
 LINE, MARGIN = 64, 64
 
@@ -48,13 +51,22 @@ LINE, MARGIN = 64, 64
 class Recipe:
     """Phases over one template of records, and the program that runs them."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, names: Sequence[str] = ()) -> None:
+        """names: bases that come first, in this order."""
         self.threads = threads
-        self.bases = [NOWHERE, SCRATCH, RECORDS, *TEAM]
+        self.bases = [NOWHERE, SCRATCH, RECORDS, *TEAM, *names]
         self.values: list[int] = []
         self.which: list[int] = []
         self.phases: list[Phase] = []
         self.scratch = 0
+        self.names: Mapping[str, Ref] = {}
+
+    @contextmanager
+    def renamed(self, names: "Mapping[str, Ref]") -> Iterator[None]:
+        """Within the block, write other addresses for some bases."""
+        self.names = names
+        yield
+        self.names = {}
 
     def buffer(self, size: int) -> Ref:
         """Reserve scratch memory."""
@@ -67,6 +79,8 @@ class Recipe:
         position = len(self.values)
         for value in (*layout.order(fields), *following):
             base, offset = value if isinstance(value, Ref) else Ref(NOWHERE, value)
+            if base in self.names:
+                base, offset = self.names[base].at(offset)
             if base not in self.bases:
                 self.bases.append(base)
             self.values.append(offset)
@@ -116,9 +130,14 @@ class Recipe:
 
         tensors: what bases name; each has a `data_ptr()`. One that is None or not given is absent: its address is 0.
         """
-        bases = array("q", [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.bases])
-        records = bases[1] + self.records
-        bases[2:6] = array("q", (records, *pool.team()))
+        named = self.bases[FIXED:]
+        addresses = [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in named]
+        return self.fill_in_order(kernel, tensors[SCRATCH].data_ptr(), addresses)
+
+    def fill_in_order(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> int:
+        """Do that with the address of the scratch memory, and those of the named bases in their order."""
+        records = scratch + self.records
+        bases = array("q", (0, scratch, records, *pool.team(), *addresses))
         kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
         return records
 

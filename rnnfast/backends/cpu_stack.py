@@ -1,0 +1,119 @@
+"""Layers on top of one another as one call of machine code, laid out beforehand but for the tensors' addresses.
+
+`Stack` is for inference with sizes that stay: small calls (`rnnfast.quick`) and single steps (`rnnfast.Stream`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu import plan
+from rnnfast_kernels.cpu.compiled import kernel
+from torch import Tensor
+
+from rnnfast.backends.cpu_jobs import DTYPE_NAMES, shape_of
+
+
+class Sizes(NamedTuple):
+    """What a stack depends on.
+
+    x_shape: [T, B, I]; x_strides: its strides in elements, of which the last is 1. weights: shapes of the flat weights.
+    zero: whether the initial states are zero, and not given.
+    """
+
+    cell: str
+    dtype: torch.dtype
+    x_shape: tuple[int, int, int]
+    x_strides: tuple[int, int, int]
+    layers: int
+    directions: int
+    weights: Sequence[Sequence[int]]
+    zero: bool
+    threads: int
+
+    @property
+    def width(self) -> int:
+        """Return P."""
+        return self.weights[1][1]
+
+    @property
+    def hidden(self) -> int:
+        """Return H."""
+        return self.weights[1][0] // CELLS[self.cell].gates
+
+    @property
+    def finals(self) -> list[tuple[int, int, int]]:
+        """Return the shapes of the final states."""
+        count = len(CELLS[self.cell].states)
+        return [(self.layers * self.directions, self.x_shape[1], size) for size in (self.width, self.hidden)[:count]]
+
+
+class Stack:
+    """A call of known sizes. Tensors are contiguous, but for x.
+
+    finals and initial are [layers*D, B, P or H] tensors, one per state; weights are flat, as in `torch.nn.LSTM`.
+    """
+
+    def __init__(self, sizes: Sizes):
+        count = len(sizes.weights) // (sizes.layers * sizes.directions)
+        biased, projected = count >= 4, count % 2 == 1
+        fields = plan.WEIGHTS[: 4 if biased else 2] + plan.WEIGHTS[4:] * projected
+        weights = [
+            plan.layer_name(name, d, n) for n in range(sizes.layers) for d in range(sizes.directions) for name in fields
+        ]
+        states = ("h", "extra")[: len(sizes.finals)]
+        names = ["x", "h", *(f"{state}_final" for state in states)]
+        if not sizes.zero:
+            names += [f"{state}_first" for state in states]
+        self.recipe = plan.stack(shapes(sizes, projected), (*names, *weights), biased, sizes.zero)
+        self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
+
+    def lay_out(
+        self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[int, Tensor]:
+        """Prepare a call over these tensors: the address of its records, and the memory that must outlive their use."""
+        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
+        tensors = (x, output, *finals, *initial, *weights)
+        return self.recipe.fill_in_order(self.kernel, scratch.data_ptr(), [*map(Tensor.data_ptr, tensors)]), scratch
+
+    def run(self, *tensors) -> None:
+        """Run over the tensors that `lay_out` takes."""
+        records, _scratch = self.lay_out(*tensors)
+        self.recipe.run(self.kernel, records, self.recipe.whole)
+
+    def stepper(self, *tensors) -> Callable[[], None]:
+        """Return a function that runs over these tensors again and again, with the weights packed once."""
+        records, scratch = self.lay_out(*tensors)
+        self.recipe.run(self.kernel, records, self.recipe.preparation)
+
+        def step(_kept=(tensors, scratch)) -> None:
+            self.recipe.run(self.kernel, records, self.recipe.repeated)
+
+        return step
+
+
+def shapes(sizes: Sizes, projected: bool) -> tuple[plan.Shape, ...]:
+    """The plan's shape of every layer."""
+    steps, batch, inputs = sizes.x_shape
+    strides = sizes.x_strides
+    found = []
+    for _ in range(sizes.layers):
+        shape = shape_of(
+            sizes.cell,
+            sizes.dtype,
+            torch.Size((steps, batch, inputs)),
+            strides,
+            torch.Size((sizes.directions, batch, sizes.width)),
+            sizes.weights[1][0],
+            (False, True)[: sizes.directions],
+            projected=projected,
+            plain=True,
+            packed_steps=None,
+            threads=sizes.threads,
+            cuts=None,
+        )
+        found.append(shape)
+        inputs = sizes.directions * sizes.width
+        strides = (batch * inputs, inputs, 1)
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""Calls that are repeated take a shorter way: to the same bits, and only where nothing else can tell."""
+
+import pytest
+import torch
+from torch import nn
+
+import rnnfast
+from rnnfast import quick
+
+MODULES = {"rnn": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}
+FORMS = {
+    "plain": {},
+    "stacked": {"num_layers": 3, "bias": False},
+    "both": {"num_layers": 2, "bidirectional": True},
+    "batch-first": {"batch_first": True, "bidirectional": True},
+    "double": {"dtype": torch.float64},
+}
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    quick.once.clear()
+    quick.ready.clear()
+
+
+def flat(result) -> list[torch.Tensor]:
+    output, finals = result
+    return [output, *(finals if isinstance(finals, tuple) else (finals,))]
+
+
+def states_for(module: nn.RNNBase, batch: int):
+    rows = module.num_layers * (1 + module.bidirectional)
+    dtype = module.weight_hh_l0.dtype
+    h = torch.randn(rows, batch, module.proj_size or module.hidden_size, dtype=dtype)
+    return (h, torch.randn(rows, batch, module.hidden_size, dtype=dtype)) if module.mode == "LSTM" else h
+
+
+def check_repeats(module: nn.RNNBase, *args) -> None:
+    """The first call goes the long way, the third the short one."""
+    with torch.no_grad():
+        expected, *_, found = [module(*args) for _ in range(3)]
+    assert len(quick.ready) == 1
+    for a, b in zip(flat(expected), flat(found), strict=True):
+        assert a.shape == b.shape
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zero", "given"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", MODULES)
+def test_repeated_calls_give_the_same_bits(cell, form, given):
+    module = MODULES[cell](5, 19, **FORMS[form])
+    x = torch.randn(7, 3, 5, dtype=module.weight_hh_l0.dtype)
+    check_repeats(module, x, *((states_for(module, 7 if module.batch_first else 3),) if given else ()))
+
+
+def test_repeated_calls_of_other_layouts():
+    check_repeats(rnnfast.LSTM(5, 19, proj_size=4), torch.randn(6, 2, 5))
+    quick.ready.clear()
+    check_repeats(rnnfast.GRU(5, 19, batch_first=True), torch.randn(6, 5))
+    quick.ready.clear()
+    check_repeats(rnnfast.GRU(5, 19), torch.randn(2, 6, 5).transpose(0, 1))
+    quick.ready.clear()
+    check_repeats(rnnfast.GRU(5, 19), torch.randn(6, 1, 5).expand(6, 4, 5))
+
+
+def test_every_call_reads_weights_and_inputs_anew():
+    module = rnnfast.LSTM(5, 19)
+    theirs = nn.LSTM(5, 19)
+    with torch.no_grad():
+        for scale in (1.0, 0.5, 2.0, 0.25):
+            module.weight_hh_l0.data.mul_(scale)
+            theirs.load_state_dict(module.state_dict())
+            x = torch.randn(4, 2, 5)
+            for a, b in zip(flat(module(x)), flat(theirs(x)), strict=True):
+                torch.testing.assert_close(a, b)
+    assert quick.ready
+
+
+def test_results_are_the_callers_own():
+    module = rnnfast.GRU(5, 19)
+    x = torch.randn(4, 2, 5)
+    with torch.no_grad():
+        results = [flat(module(x)) for _ in range(4)]
+    addresses = {tensor.data_ptr() for result in results for tensor in result}
+    assert len(addresses) == 8
+
+
+def test_mistakes_are_never_prepared():
+    module = rnnfast.LSTM(5, 19)
+    wrong = (torch.zeros(1, 2, 18), torch.zeros(1, 2, 19))
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="size"):
+                module(torch.randn(4, 2, 5), wrong)
+    assert not quick.ready
+
+
+def test_calls_that_something_watches_go_the_long_way():
+    module, x = rnnfast.LSTM(5, 19), torch.randn(4, 2, 5)
+    for _ in range(3):
+        module(x)  # its weights require gradients
+    with torch.no_grad():
+        for _ in range(3):
+            with rnnfast.use_backend("reference"):
+                module(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                module(x)
+            module(x, lengths=torch.tensor([4, 2]))
+            torch.func.vmap(module)(x[None])
+            rnnfast.LSTM(5, 19, num_layers=2, dropout=0.5)(x)
+            module.bfloat16()(x.bfloat16())
+            module.float()
+    assert not quick.ready
+
+
+def test_kinds_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(quick, "MOST", 4)
+    module = rnnfast.RNN(5, 19)
+    with torch.no_grad():
+        for steps in range(1, 12):
+            module(torch.randn(steps, 1, 5))
+            module(torch.randn(steps, 1, 5))
+            assert len(quick.ready) <= 4
+            assert len(quick.once) <= 4
