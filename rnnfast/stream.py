@@ -55,8 +55,9 @@ class Stream:
         """Have the backend prepare a step, whose final states are written where its initial states are read."""
         backend, x = load("numba"), self.input
         shapes = [w.shape for w in self.weights]
+        layers = options.num_layers
         sizes = backend.Sizes(
-            options.cell, x.dtype, x.shape, x.stride(), options.num_layers, 1, shapes, zero=False, threads=1
+            options.cell, x.dtype, x.shape, x.stride(), layers, 1, shapes, zero=False, threads=1, repeated=True
         )
         output = x.new_empty(1, x.shape[1], sizes.width)
         self.output = output[0]

@@ -12,6 +12,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan
 from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.recipe import SCRATCH, Recipe
+from rnnfast_kernels.cpu.target import MOST_RAW_ROWS
 from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
@@ -38,6 +39,7 @@ def shape_of(
     packed_steps: int | None,
     threads: int,
     cuts: tuple[int, ...] | None,
+    repeated: bool = False,
 ) -> plan.Shape:
     """One `plan.Shape` for equal sizes, so that plans are found by its identity."""
     directions, batch, width = hx_shape
@@ -63,6 +65,7 @@ def shape_of(
         threads=threads,
         cuts=cuts if cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
         workers=workers,
+        raw=rows <= MOST_RAW_ROWS and not projected and not repeated,
     )
 
 
@@ -78,7 +81,7 @@ def row_cuts(sizes: Tensor, batch: int, slices: int) -> tuple[int, ...]:
 class Call:
     """A layer's tensors, contiguous where kernels want them so, by the names of their bases; and its `plan.Shape`."""
 
-    def __init__(self, layer: Layer, threads: int | None = None):
+    def __init__(self, layer: Layer):
         x = layer.x
         self.x = x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
         self.cell = CELLS[layer.cell]
@@ -96,13 +99,14 @@ class Call:
             self.tensors["resets"] = layer.resets.contiguous()
         first = layer.weights[0]
         self.biased, self.projected = first.b_ih is not None, first.w_hr is not None
-        self.shape = self.measure(layer, threads or torch.get_num_threads())
+        self.shape = self.measure(layer)
         self.lead = (*x.shape[:-1], len(layer.reverse))
         self.kernel = kernel(layer.cell, self.shape.dtype)
 
-    def measure(self, layer: Layer, threads: int) -> plan.Shape:
+    def measure(self, layer: Layer) -> plan.Shape:
         """Collect what a plan depends on."""
         x, sizes = self.x, self.sizes
+        threads = torch.get_num_threads()
         cuts = None
         if sizes is not None and threads > 1:
             cuts = row_cuts(sizes, self.hx[0].shape[1], -(-threads // len(layer.reverse)))

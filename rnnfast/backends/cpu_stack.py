@@ -19,7 +19,8 @@ class Sizes(NamedTuple):
     """What a stack depends on.
 
     x_shape: [T, B, I]; x_strides: its strides in elements, of which the last is 1. weights: shapes of the flat weights.
-    zero: whether the initial states are zero, and not given.
+    zero: whether the initial states are zero, and not given. repeated: whether it runs again and again with the same
+    weights.
     """
 
     cell: str
@@ -31,6 +32,7 @@ class Sizes(NamedTuple):
     weights: Sequence[Sequence[int]]
     zero: bool
     threads: int
+    repeated: bool = False
 
     @property
     def width(self) -> int:
@@ -112,6 +114,7 @@ def shapes(sizes: Sizes, projected: bool) -> tuple[plan.Shape, ...]:
             packed_steps=None,
             threads=sizes.threads,
             cuts=None,
+            repeated=sizes.repeated,
         )
         found.append(shape)
         inputs = sizes.directions * sizes.width

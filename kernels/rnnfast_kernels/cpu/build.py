@@ -61,6 +61,7 @@ def vectors(target: Target, salt: str) -> dict:
         **vector.operations(target),
         **activations.constants(target.dtype),
         "transpose_square": tile.transposer(target),
+        "multiply_raw": tile.raw_multiplier(target),
         "ITEM": target.item,
         "LANES": target.lanes,
         "VECTOR": target.vector,
@@ -84,7 +85,14 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
     }
     for function in (products.panel_blocks, products.tile_rows):
         inline(function, over, forceinline=True)
-    for function in (products.pack_columns, products.pack_rows, products.project_blocks, products.project):
+    for function in (
+        products.pack_columns,
+        products.pack_rows,
+        products.project_blocks,
+        products.project,
+        products.multiply_block,
+        products.project_raw,
+    ):
         inline(function, over)
     return over
 
@@ -100,6 +108,8 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "GATES": cell.gates,
         "EXTRA": extra,
         "multiply": gated["multiply"],
+        "multiply_block": gated["multiply_block"],
+        "project_raw": gated["project_raw"],
         "gate_blocks": gated["panel_blocks"],
         "gate_rows": gated["tile_rows"],
         "project_gate_blocks": gated["project_blocks"],

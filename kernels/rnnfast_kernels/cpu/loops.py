@@ -13,8 +13,8 @@ LAYER = Record(
     # The slice of rows, and the steps: `sizes` the batch sizes, `starts` the index of each step's first row if packed.
     "steps", "batch", "first_row", "rows", "reverse", "sizes", "starts", "resets",
     "inputs", "hidden", "width",
-    # Input, and the panels of the weights.
-    "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr",
+    # Input, and the panels of the weights; if `raw`, the weights as they are, and their biases.
+    "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr", "raw", "b_ih", "b_hh",
     # Initial and final states.
     "h_first", "h_first_row", "extra_first", "extra_first_row", "extra_first_step",
     "h_final", "extra_final", "extra_final_step",
@@ -95,6 +95,12 @@ def project_inputs(job, first, last):
         fill_places(job.places + 8 * count, x_address(job, step), job.x_row, live)
         fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
+    if job.raw:
+        project_raw(
+            count, job.places, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+            job.goals, job.gate_step, job.tile,
+        )  # fmt: skip
+        return
     project_gate_blocks(
         count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
         job.goals, job.gate_step, job.tile, False,
@@ -141,12 +147,15 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     cell_stride = extra_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
-        blocks = gate_blocks(job.last_block - block)
+        blocks = 1 if job.raw else gate_blocks(job.last_block - block)
         panel = job.w_hh + block * (1 + job.width) * GATES * VECTOR
         first = 0
         while first < live:
             count = gate_rows(live - first)
-            multiply(blocks * GATES, count, job.places + 8 * first, ITEM, panel, job.width, job.tile)
+            if job.raw:
+                multiply_block(count, job.places, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
+            else:
+                multiply(blocks * GATES, count, job.places + 8 * first, ITEM, panel, job.width, job.tile)
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES

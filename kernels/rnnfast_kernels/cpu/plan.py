@@ -39,7 +39,8 @@ class Shape:
     """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
 
     rows: of all steps together. cuts: bounds of the slices of the batch. workers: threads that share a slice's hidden
-    units. x_row, x_step: strides in bytes.
+    units. raw: whether the forward pass uses its weights too seldom to be worth packing them. x_row, x_step: strides
+    in bytes.
     """
 
     cell: str
@@ -57,6 +58,7 @@ class Shape:
     threads: int
     cuts: tuple[int, ...]
     workers: int
+    raw: bool
 
     @property
     def row(self) -> Cell:
@@ -318,8 +320,14 @@ def layer_name(weight: str, direction: int, layer: int) -> str:
     return f"{weight}{direction}_l{layer}"
 
 
-def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
-    """Add a layer's forward pass."""
+def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
+    """Fields for every direction's weights as they are."""
+    names = WEIGHTS[:4] if biased else WEIGHTS[:2]
+    return [{"raw": 1} | {name: Ref(f"{name}{d}") for name in names} for d in range(shape.directions)]
+
+
+def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
+    """Have the weights packed that the forward loop needs: fields for every direction."""
     weights = []
     for d in range(shape.directions):
         bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
@@ -329,10 +337,16 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
             weights.append((products.PLAIN_COLUMNS, Ref(f"w_hr{d}"), shape.width, shape.hidden))
     panels = pack_all(recipe, shape, weights)
     each = len(panels) // shape.directions
+    names = ("w_ih", "w_hh", "w_hr")
+    return [dict(zip(names, panels[d * each : (d + 1) * each], strict=False)) for d in range(shape.directions)]
+
+
+def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
+    """Add a layer's forward pass."""
+    weights = pass_weights(shape, biased) if shape.raw else pack_forward(recipe, shape, biased)
     jobs = []
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept)
-        shared |= zip(("w_ih", "w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
+        shared = state_fields(shape, d, kept) | weights[d]
         for first, last in pairwise(shape.cuts):
             rows, chunk = last - first, chunk_steps(shape, last - first)
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}

@@ -95,6 +95,28 @@ def project_blocks(rows, places, step, panels, depth, units, block, last_block, 
         block += blocks
 
 
+def project_raw(rows, places, weight, bias, depth, units, block, last_block, goals, gate_step, tile):
+    """Multiply a few rows by some blocks of a weight [G*units, depth] that is not packed, as `project_blocks` does."""
+    while block < last_block:
+        unit = block * LANES
+        multiply_block(rows, places, weight, bias, depth, units, unit, tile)
+        for row in range(rows):
+            goal = load_int(goals + 8 * row) + unit * ITEM
+            for gate in range(GATES):
+                store(goal + gate * gate_step, load(tile + (row * GATES + gate) * VECTOR, LANES), units - unit)
+        block += 1
+
+
+def multiply_block(rows, places, weight, bias, depth, units, unit, tile):
+    """The tile of one block of a weight that is not packed."""
+    for gate in range(GATES):
+        first = gate * units + unit
+        bias_spot = bias + first * ITEM if bias else 0
+        goal = tile + gate * VECTOR
+        spot = weight + first * depth * ITEM
+        multiply_raw(rows, places, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
+
+
 def copy_row(source, goal, units):
     for unit in range(0, units, LANES):
         store(goal + unit * ITEM, load(source + unit * ITEM, units - unit), units - unit)

@@ -8,6 +8,9 @@ from llvmlite import binding
 
 ITEM_BYTES = {"float32": 4, "float64": 8}
 
+# Rows that a product with a weight as it is takes at once. More are worth packing the weight for.
+MOST_RAW_ROWS = 3
+
 
 @dataclass(frozen=True)
 class Processor:

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.target import Target
+from rnnfast_kernels.cpu.target import MOST_RAW_ROWS, Target
 from rnnfast_kernels.cpu.vector import (
     ELEMENT,
     INT64,
@@ -181,6 +181,117 @@ def transposer(target: Target):
     return transpose_square
 
 
+def raw_name(vec: Vec, rows: int) -> str:
+    return f"rnnfast_raw_{suffix(vec)}_{rows}"
+
+
+def raw_function(module: ir.Module, vec: Vec, rows: int) -> ir.Function:
+    """The product of `rows` with some units of a weight as it is, a square of it transposed at a time."""
+    function = external(module, raw_name(vec, rows), 7)
+    places, weight, units, depth, bias, out, out_step = function.args
+    lanes, item = vec.lanes, vec.item
+    entry = function.append_basic_block("entry")
+    head, body, rest, tail, done = (function.append_basic_block(s) for s in ("head", "body", "rest", "tail", "done"))
+    builder = ir.IRBuilder(entry)
+    fused = declared(builder, f"llvm.fmuladd.{suffix(vec)}", vec.llvm, vec.llvm, vec.llvm, vec.llvm)
+    left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
+    # Units past the last are those of the last again; nobody reads their sums.
+    last = builder.sub(units, INT64(1))
+    unit_row = builder.mul(depth, INT64(item))
+    unit_rows = [
+        builder.mul(unit_row, builder.select(builder.icmp_signed("<", INT64(n), last), INT64(n), last))
+        for n in range(lanes)
+    ]
+    known = builder.select(builder.icmp_signed("!=", bias, INT64(0)), units, INT64(0))
+    initial = load_first(builder, vec, bias, known)
+    left_over = builder.srem(depth, INT64(lanes))
+    whole = builder.sub(depth, left_over)
+    before = builder.block
+    builder.branch(head)
+
+    def add_square(k: ir.Value, sums: list[ir.Value], count: ir.Value | None) -> list[ir.Value]:
+        """Add the terms of `lanes` places from k on, or of the first `count` of them."""
+        offset = builder.mul(k, INT64(item))
+        spots = [builder.add(builder.add(weight, offset), row) for row in unit_rows]
+        loaded = [load_all(builder, vec, s) if count is None else load_first(builder, vec, s, count) for s in spots]
+        for j, column in enumerate(transposed(builder, vec, loaded)):
+            here, place = None, INT64(j)
+            if count is not None:
+                here = builder.icmp_signed("<", INT64(j), count)
+                place = builder.select(here, INT64(j), INT64(0))
+            at = builder.add(offset, builder.mul(place, INT64(item)))
+            scalars = [builder.load(pointer(builder, builder.add(row, at), ELEMENT[vec.dtype])) for row in left]
+            added = [
+                builder.call(fused, [splat(builder, scalar, lanes), column, old])
+                for scalar, old in zip(scalars, sums, strict=True)
+            ]
+            if here is not None:
+                added = [builder.select(here, new, old) for new, old in zip(added, sums, strict=True)]
+            sums = added
+        return sums
+
+    builder.position_at_end(head)
+    k = builder.phi(INT64)
+    sums = [builder.phi(vec.llvm) for _ in range(rows)]
+    builder.cbranch(builder.icmp_signed("<", k, whole), body, rest)
+
+    builder.position_at_end(body)
+    added = add_square(k, sums, None)
+    k.add_incoming(INT64(0), before)
+    k.add_incoming(builder.add(k, INT64(lanes)), builder.block)
+    for total, new in zip(sums, added, strict=True):
+        total.add_incoming(initial, before)
+        total.add_incoming(new, builder.block)
+    builder.branch(head)
+
+    builder.position_at_end(rest)
+    builder.cbranch(builder.icmp_signed(">", left_over, INT64(0)), tail, done)
+    builder.position_at_end(tail)
+    added = add_square(whole, sums, left_over)
+    after_tail = builder.block
+    builder.branch(done)
+
+    builder.position_at_end(done)
+    totals = [builder.phi(vec.llvm) for _ in range(rows)]
+    for row, total in enumerate(totals):
+        total.add_incoming(sums[row], rest)
+        total.add_incoming(added[row], after_tail)
+        store_all(builder, vec, builder.add(out, builder.mul(out_step, INT64(row))), total)
+    builder.ret_void()
+    return function
+
+
+def raw_multiplier(target: Target):
+    """`multiply_raw`, for up to `MOST_RAW_ROWS` rows.
+
+        multiply_raw(rows, places, weight, units, depth, bias, out, out_step)
+            out[m] = bias + sum over k of left[m, k] * weight[:, k]
+
+    `weight` and `bias` are the addresses of the first of `units` <= lanes units; a bias of 0 is absent. The sums are
+    those of `multiply`, bit by bit.
+    """
+    vec = Vec(target.dtype, target.lanes)
+
+    @intrinsic
+    def multiply_raw(typing, rows, places, weight, units, depth, bias, out, out_step):
+        def lower(context, builder, sig, args):
+            count, *operands = args
+            end = builder.append_basic_block("multiplied")
+            choice = builder.switch(count, end)
+            for rows in range(1, MOST_RAW_ROWS + 1):
+                block = builder.append_basic_block(f"raw_{rows}")
+                choice.add_case(INT64(rows), block)
+                with builder.goto_block(block):
+                    builder.call(external(builder.module, raw_name(vec, rows), 7), operands)
+                    builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), lower
+
+    return multiply_raw
+
+
 def library(target: Target, gates: set[int]) -> ir.Module:
     """All functions that the intrinsics above call, for panels of these numbers of gates.
 
@@ -192,4 +303,6 @@ def library(target: Target, gates: set[int]) -> ir.Module:
     shapes = {(rows, width) for g in gates for width in target.widths(g) for rows in range(1, target.rows(g) + 1)}
     for rows, width in sorted(shapes):
         tile_function(module, vec, rows, width)
+    for rows in range(1, MOST_RAW_ROWS + 1):
+        raw_function(module, vec, rows)
     return module
