@@ -127,6 +127,8 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
 def run_ragged(call: Call, lengths: Tensor) -> Outcome:
     """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
     batch_sizes, order, inverse = ops.sort_rows(lengths.to(call.x.device), call.x.shape[0])
+    if in_place(order):
+        return run(replace(call, batch_sizes=batch_sizes))
     outcome = run(
         replace(
             call,
@@ -139,6 +141,13 @@ def run_ragged(call: Call, lengths: Tensor) -> Outcome:
     return Outcome(
         outcome.output.index_select(1, inverse), permuted(outcome.finals, inverse), permuted(outcome.states, inverse)
     )
+
+
+def in_place(order: Tensor) -> bool:
+    """Say whether rows are sorted already, where looking is cheap: on the CPU, outside of graphs and transforms."""
+    if torch.compiler.is_compiling() or not order.is_cpu or not autograd.is_plain((order,)):
+        return False
+    return torch.equal(order, torch.arange(len(order), device=order.device))
 
 
 def run(call: Call) -> Outcome:

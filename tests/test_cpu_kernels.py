@@ -334,6 +334,21 @@ def test_threads_that_meet_need_a_team(monkeypatch, team, cell):
         assert not same(serial, case.run(layer))
 
 
+def test_calls_at_once_share_the_cores():
+    """A call that finds the cores taken runs on its own thread, to the same bits."""
+    case = Case("lstm", 20, 2, 30, 300)
+    layer = case.layer()
+    with threads(2):
+        expected = case.run(layer)
+        assert pool.borrow(pool.cores())
+        try:
+            assert not pool.borrow(2)
+            assert not same(expected, case.run(layer))
+        finally:
+            pool.give_back(pool.cores())
+        assert pool.lent == 0
+
+
 @cells
 def test_python_threads_share_rows(monkeypatch, cell):
     case = Case(cell, 40, 33, 64, 130)

@@ -11,7 +11,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan
 from rnnfast_kernels.cpu.compiled import kernel
-from rnnfast_kernels.cpu.recipe import SCRATCH, Recipe
+from rnnfast_kernels.cpu.recipe import Recipe
 from rnnfast_kernels.cpu.target import MOST_RAW_ROWS
 from torch import Tensor
 
@@ -125,16 +125,10 @@ class Call:
             cuts,
         )
 
-    def lay_out(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> tuple[int, Tensor]:
-        """Fill in a recipe's records: their address, and the scratch memory that must outlive their use."""
-        scratch = self.x.new_empty(recipe.scratch, dtype=torch.uint8)
-        tensors = {**self.tensors, **results, SCRATCH: scratch}
-        return recipe.fill(self.kernel, tensors), scratch
-
     def run(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> None:
         """Run a recipe over the layer's tensors and these."""
-        records, _scratch = self.lay_out(recipe, results)
-        recipe.run(self.kernel, records, recipe.whole)
+        scratch = self.x.new_empty(recipe.scratch, dtype=torch.uint8)
+        recipe.call(self.kernel, scratch.data_ptr(), recipe.addresses({**self.tensors, **results}))
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:

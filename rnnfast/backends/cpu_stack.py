@@ -10,9 +10,12 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan
 from rnnfast_kernels.cpu.compiled import kernel
+from rnnfast_kernels.cpu.pool import NO_TEAM
 from torch import Tensor
 
 from rnnfast.backends.cpu_jobs import DTYPE_NAMES, shape_of
+
+Tensors = Sequence[Tensor]
 
 
 class Sizes(NamedTuple):
@@ -71,26 +74,24 @@ class Stack:
         self.recipe = plan.stack(shapes(sizes, projected), (*names, *weights), biased, sizes.zero)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
 
-    def lay_out(
-        self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[int, Tensor]:
-        """Prepare a call over these tensors: the address of its records, and the memory that must outlive their use."""
+    def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:
+        """Run over these tensors."""
         scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
-        tensors = (x, output, *finals, *initial, *weights)
-        return self.recipe.fill_in_order(self.kernel, scratch.data_ptr(), [*map(Tensor.data_ptr, tensors)]), scratch
+        addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, *weights))]
+        self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
 
-    def run(self, *tensors) -> None:
-        """Run over the tensors that `lay_out` takes."""
-        records, _scratch = self.lay_out(*tensors)
-        self.recipe.run(self.kernel, records, self.recipe.whole)
-
-    def stepper(self, *tensors) -> Callable[[], None]:
+    def stepper(
+        self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors
+    ) -> Callable[[], None]:
         """Return a function that runs over these tensors again and again, with the weights packed once."""
-        records, scratch = self.lay_out(*tensors)
-        self.recipe.run(self.kernel, records, self.recipe.preparation)
+        tensors = (x, output, *finals, *initial, *weights)
+        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
+        addresses = [each.data_ptr() for each in tensors]
+        records = self.recipe.fill(self.kernel, scratch.data_ptr(), addresses, NO_TEAM)
+        self.kernel.run(records + self.recipe.preparation.place.offset)
 
-        def step(_kept=(tensors, scratch)) -> None:
-            self.recipe.run(self.kernel, records, self.recipe.repeated)
+        def step(run=self.kernel.run, program=records + self.recipe.repeated.place.offset, _kept=(scratch, tensors)):
+            run(program)
 
         return step
 

@@ -4,6 +4,8 @@ The team is that of the OpenMP runtime which torch has loaded, started through i
 operators and ours use the same threads, and one that has just worked for torch waits, awake, for us. It would keep
 threads of our own off its core for milliseconds.
 
+Calls from several Python threads at once get teams as long as there are cores for them; the others run alone.
+
 Where there is no such runtime, and in a forked child, which has none of its parent's OpenMP threads and would wait for
 them for ever, plain Python threads share the jobs; kernels release the interpreter's lock.
 """
@@ -21,6 +23,8 @@ from rnnfast_kernels.cpu.job import PHASE
 tasks: queue.SimpleQueue = queue.SimpleQueue()
 workers: list[threading.Thread] = []
 growing = threading.Lock()
+lent = 0
+lending = threading.Lock()
 forked = False
 
 
@@ -46,6 +50,28 @@ def team() -> Team:
     except (AttributeError, OSError, TypeError):
         return NO_TEAM
     return Team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def borrow(threads: int) -> bool:
+    """Say whether a call may have so many threads: whether cores are left beside those of calls in other threads."""
+    global lent
+    with lending:
+        if lent and lent + threads > cores():
+            return False
+        lent += threads
+    return True
+
+
+def give_back(threads: int) -> None:
+    """End what `borrow` began."""
+    global lent
+    with lending:
+        lent -= threads
 
 
 class Countdown:
@@ -98,10 +124,11 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
 
 def forget() -> None:
     """Start afresh in a forked child."""
-    global tasks, growing, forked
+    global tasks, growing, lent, lending, forked
     tasks = queue.SimpleQueue()
-    growing = threading.Lock()
+    growing, lending = threading.Lock(), threading.Lock()
     workers.clear()
+    lent = 0
     forked = True
     team.cache_clear()
 

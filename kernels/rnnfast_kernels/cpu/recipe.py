@@ -125,26 +125,36 @@ class Recipe:
         record = self.record(PROGRAM, *places, team=Ref("GOMP_parallel"), threads=self.threads, count=len(places))
         return Program(record, tuple(phases), not any(phase.shared for phase in phases))
 
-    def fill(self, kernel: Kernel, tensors: Mapping[str, Any]) -> int:
-        """Write the records into the scratch memory, which is one of the tensors, and return their address.
+    def addresses(self, tensors: Mapping[str, Any]) -> list[int]:
+        """Addresses of the named bases, in their order.
 
         tensors: what bases name; each has a `data_ptr()`. One that is None or not given is absent: its address is 0.
         """
-        named = self.bases[FIXED:]
-        addresses = [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in named]
-        return self.fill_in_order(kernel, tensors[SCRATCH].data_ptr(), addresses)
+        return [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.bases[FIXED:]]
 
-    def fill_in_order(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> int:
-        """Do that with the address of the scratch memory, and those of the named bases in their order."""
+    def fill(self, kernel: Kernel, scratch: int, addresses: Sequence[int], team: pool.Team) -> int:
+        """Write the records into the scratch memory and return their address.
+
+        scratch: address of `self.scratch` bytes. addresses: of the named bases, in their order.
+        """
         records = scratch + self.records
-        bases = array("q", (0, scratch, records, *pool.team(), *addresses))
+        bases = array("q", (0, scratch, records, *team, *addresses))
         kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
         return records
 
-    def run(self, kernel: Kernel, records: int, program: Program) -> None:
-        """Run a program over filled records."""
-        if program.alone or pool.team().start:
-            kernel.run(records + program.place.offset)
-        else:
-            for phase in program.phases:
-                pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+    def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
+        """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
+        program = self.whole
+        if program.alone or not pool.borrow(self.threads):
+            kernel.run(self.fill(kernel, scratch, addresses, pool.NO_TEAM) + program.place.offset)
+            return
+        try:
+            team = pool.team()
+            records = self.fill(kernel, scratch, addresses, team)
+            if team.start:
+                kernel.run(records + program.place.offset)
+            else:
+                for phase in program.phases:
+                    pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+        finally:
+            pool.give_back(self.threads)
