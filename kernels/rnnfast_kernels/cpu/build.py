@@ -6,7 +6,8 @@ Every function is bound (see `bind`) over the cell, the target and the functions
 from collections.abc import Callable
 
 from llvmlite import binding
-from numba import cfunc, njit
+from numba import cfunc, njit, types
+from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import Cell
@@ -45,13 +46,22 @@ HELPERS = (
     gradients.outer_product,
 )
 
+# Functions are called by one another alone, so nothing is compiled that Python would call them by.
+OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-def inline(function: Callable, namespace: dict, **options) -> None:
-    """Compile `function` over `namespace` and add it there.
+
+def inline(function: Callable, namespace: dict, signature: Signature | None = None, **options) -> None:
+    """Compile `function` over `namespace` and add it there; without a signature, for every set of arguments it gets.
 
     Its name carries the namespace's salt, since Numba links functions by their names.
     """
-    namespace[function.__name__] = njit(bind(function, namespace, namespace["SALT"]), error_model="numpy", **options)
+    bound = bind(function, namespace, namespace["SALT"])
+    namespace[function.__name__] = njit(signature, **OPTIONS, **options)(bound)
+
+
+def integers(function: Callable) -> Signature:
+    """The signature of a function of integers that returns nothing. (Numba would specialise it for constants.)"""
+    return types.void(*[types.int64] * function.__code__.co_argcount)
 
 
 def vectors(target: Target, salt: str) -> dict:
@@ -69,7 +79,7 @@ def vectors(target: Target, salt: str) -> dict:
     for function in (activations.decay, *activations.ACTIVATIONS):
         inline(function, namespace, forceinline=True)
     for function in (products.copy_row, products.add_row, products.clear_row, products.fill_places):
-        inline(function, namespace)
+        inline(function, namespace, integers(function))
     return namespace
 
 
@@ -93,7 +103,7 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
         products.multiply_block,
         products.project_raw,
     ):
-        inline(function, over)
+        inline(function, over, integers(function))
     return over
 
 
@@ -129,7 +139,7 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
     for module in (products, gradients, loops, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
     for name, equations in (("cell_forward", cell.forward), ("cell_backward", cell.backward)):
-        namespace[name] = njit(bind(equations, base, salt), forceinline=True, error_model="numpy")
+        namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
     for function in HELPERS:
         inline(function, namespace)
     return namespace
