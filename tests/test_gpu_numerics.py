@@ -22,18 +22,18 @@ from rnnfast.backends import gpu, gpu_launch
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
-def whole_width(problem, block_k, split, shared=10**9):
+def whole_width(problem, block_k, split, **changes):
     """A cooperative plan of one program to a group."""
     width = max(16, plan.next_power(problem.H))
-    return plan.cooperative(problem, 16, width, block_k, split, 4, shared)
+    return replace(plan.cooperative(problem, 16, width, block_k, split, 4, shared=10**9), **changes)
 
 
 LOOPS = {
     "resident": lambda problem: plan.resident(problem, 16, 4),
     "cooperative": lambda problem: whole_width(problem, 16, 2),
     "cooperative-unsplit": lambda problem: whole_width(problem, 16, 1),
-    "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, shared=16 * 1024),
-    "cooperative-lazy": lambda problem: replace(whole_width(problem, 16, 2), eager=False, kept=0),
+    "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, kept=1, stages=3),
+    "cooperative-lazy": lambda problem: whole_width(problem, 16, 2, eager=False),
     "streamed": plan.streamed,
 }
 
