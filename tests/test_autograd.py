@@ -24,6 +24,9 @@ def function_of(layer, options):
     hx = random_hx(layer, 3)
     states = hx if isinstance(hx, tuple) else (hx,)
     x = torch.randn(4, 3, 2, **F64, requires_grad=True)
+    options = {
+        name: given.to(x.device) if isinstance(given, torch.Tensor) else given for name, given in options.items()
+    }
 
     def function(x, *rest):
         hx = rest[: len(states)]

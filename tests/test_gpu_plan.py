@@ -99,3 +99,25 @@ def test_an_override_holds_for_its_block():
     with plan.override(plan.streamed):
         assert plan.choose(problem()).loop == "streamed"
     assert plan.choose(problem()) == ordinary
+
+
+def test_a_choice_changes_what_follows_from_it():
+    asked = problem(H=1024)
+    assert plan.varied(asked, {}) == plan.choose(asked)
+    wide = plan.varied(asked, {"units": 16, "stages": 2})
+    assert (wide.block_n, wide.members, wide.stages) == (16, 64, 2)
+    assert wide.shared > plan.choose(asked).shared
+    assert plan.varied(asked, {"rows": 4, "warps": 2}, "streamed") == replace(plan.streamed(asked), block_b=4, warps=2)
+
+
+@pytest.mark.parametrize(
+    ("choices", "loop", "words"),
+    [
+        ({"row": 16}, None, "unknown choice 'row'; choose from rows, units"),
+        ({}, "resident", "the device runs 132 at once with 232448"),
+        ({"units": 4}, None, "256 programs"),
+    ],
+)
+def test_a_choice_that_cannot_run_says_why(choices, loop, words):
+    with pytest.raises(ValueError, match=words):
+        plan.varied(problem(H=1024), choices, loop)
