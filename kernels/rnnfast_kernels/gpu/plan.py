@@ -107,8 +107,9 @@ RATES = {
 }
 
 
-# Values of k in one warp's part of a chunk; the longer ones of TF32 and the shorter ones of float32 spill.
-CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32)}
+# Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
+# forward, whose gates have a sum each, spill.
+CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32), "ieee forward": (32,)}
 
 
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
@@ -247,8 +248,27 @@ def step_time(problem: Problem, plan: Plan) -> float:
 def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
     """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
     sums = (2 if problem.backward else problem.gates) * block_b * block_n
-    room = (64 if problem.itemsize == 2 else 32) * problem.device.warp * warps
+    room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
     return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
+
+
+def chunk_sizes(problem: Problem) -> tuple[int, ...]:
+    """Lengths to try of one warp's part of a chunk."""
+    kind = "half" if problem.itemsize == 2 else problem.precision
+    return CHUNK_SIZES["ieee forward" if kind == "ieee" and not problem.backward else kind]
+
+
+def reads_well(problem: Problem, plan: Plan) -> bool:
+    """Whether a thread has the registers for what a step reads.
+
+    Unaligned rows of weights take one per element: once, but not in every step. An operand that is read chunk by chunk
+    has all chunks that the compiler cares to read ahead.
+    """
+    aligned = problem.H * problem.itemsize % 16 == 0
+    if plan.kept < plan.chunks and not aligned:
+        return False
+    chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / (problem.device.warp * plan.warps)
+    return plan.eager or chunk <= (64 if problem.backward else 32 if aligned else 16)
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -264,16 +284,14 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
             split = parts_of_k(problem, block_b, block_n, warps)
-            sizes = CHUNK_SIZES["half" if problem.itemsize == 2 else problem.precision]
-            for block_k in sizes:
+            for block_k in chunk_sizes(problem):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps)
-                # Unaligned rows of weights take a register per element to read: once, but not in every step.
-                if plan.kept == plan.chunks or problem.H * problem.itemsize % 16 == 0:
+                if reads_well(problem, plan):
                     yield plan
                 if plan.kept < plan.chunks:
                     # Where the operand takes less room there is more for the weights.
                     lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False)
-                    if lazy.kept == lazy.chunks:
+                    if lazy.kept == lazy.chunks and reads_well(problem, lazy):
                         yield lazy
     yield streamed(problem)
 
