@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command for a machine that has one and where nothing can be installed.
 
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu                  all tests on the GPU, then the benchmark
-    PYTHONPATH=.:kernels python3 -m benchmarks.gpu --case lstm-1024 --plan units=16 --plan forward:warps=8
+    PYTHONPATH=.:kernels python3 -m benchmarks.gpu --case lstm-1024 --plan eager=0 --plan forward:warps=8
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu --device cpu     a rehearsal in Triton's interpreter, tiny sizes
 
 With --case only these cases are measured, by the Triton backend's own plan and by every plan given, see
@@ -36,16 +36,20 @@ MEASURE = ("benchmarks", "--backend", "triton")
 
 @dataclass(frozen=True)
 class Part:
-    """share: of the time that is left when the part begins. tests: files; none where the part measures."""
+    """share: of the time that is left when the part begins. tests: files; none where the part measures.
+
+    alone: its tests want the device for themselves.
+    """
 
     name: str
     share: float
     tests: tuple[str, ...] = ()
+    alone: bool = False
 
 
 PARTS = (
     Part("kernels", 0.25, ("gpu_numerics",)),
-    Part("device", 0.15, ("gpu_device",)),
+    Part("device", 0.15, ("gpu_device",), alone=True),
     Part(
         "layers",
         0.4,
@@ -112,7 +116,7 @@ def test(part: Part, out: Path, seconds: float, interpreted: bool) -> Outcome:
     words += ["-W", "default", "-o", "faulthandler_timeout=60", f"--junitxml={junit}"]
     if present("pytest_timeout"):
         words += ["-o", "timeout=90", "-o", "timeout_method=thread"]
-    if present("xdist") and not interpreted:
+    if present("xdist") and not interpreted and not part.alone:
         words += ["-n", str(TESTERS)]
     log = out / f"tests-{part.name}.txt"
     state, took = run([*words, *(f"tests/test_{name}.py" for name in part.tests)], seconds, log, interpreted)

@@ -4,7 +4,9 @@ rows=32,warps=8                                     for both passes; names as in
 forward:loop=streamed;backward:units=16,split=4     for one pass each
 """
 
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LOOPS = ("resident", "cooperative", "streamed")
 PASSES = ("forward", "backward")
@@ -26,8 +28,9 @@ def parse(text: str) -> dict[str, dict[str, str]]:
     return choices
 
 
-def planned(text: str) -> AbstractContextManager:
-    """Run what follows by the best plans, changed as the text says."""
+@contextmanager
+def planned(text: str) -> Iterator[None]:
+    """Run what follows by the best plans, changed as the text says; a plan that the device refuses is an error."""
     from rnnfast_kernels.gpu import plan
 
     asked = parse(text)
@@ -38,4 +41,6 @@ def planned(text: str) -> AbstractContextManager:
         choices = {name: int(value) for name, value in own.items()}
         return plan.varied(problem, choices, loop) if choices or loop else plan.best(problem)
 
-    return plan.override(choose)
+    with plan.override(choose), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the device refused")
+        yield

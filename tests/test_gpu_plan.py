@@ -104,9 +104,12 @@ def test_an_override_holds_for_its_block():
 def test_a_choice_changes_what_follows_from_it():
     asked = problem(H=1024)
     assert plan.varied(asked, {}) == plan.choose(asked)
-    wide = plan.varied(asked, {"units": 16, "stages": 2})
-    assert (wide.block_n, wide.members, wide.stages) == (16, 64, 2)
+    wide = plan.varied(asked, {"units": 16})
+    assert (wide.block_n, wide.members) == (16, 64)
     assert wide.shared > plan.choose(asked).shared
+    deep = plan.varied(problem(H=2048), {"stages": 5})
+    assert deep.stages == 5
+    assert deep.kept < plan.choose(problem(H=2048)).kept
     assert plan.varied(asked, {"rows": 4, "warps": 2}, "streamed") == replace(plan.streamed(asked), block_b=4, warps=2)
 
 

@@ -236,7 +236,7 @@ def main() -> int:
             print(row, flush=True)
             if problem:
                 problems_found.append(problem)
-    print(f"{len(todo) - len(problems_found)} of {len(todo)} kernels compile, spill nothing and fit")
+    print(f"{len(todo) - len(problems_found)} of {len(todo)} kernels compile, spill in no loop and fit")
     for problem in problems_found:
         print(f"FAIL {problem}")
     return 1 if problems_found else 0

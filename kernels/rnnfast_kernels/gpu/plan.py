@@ -164,10 +164,11 @@ def cooperative(
     warps: int,
     shared: int | None = None,
     eager: bool = True,
+    ahead: int = STAGES,
 ) -> Plan:
     """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep.
 
-    eager: read the operand at once where there is room for it.
+    eager: read the operand at once where there is room for it. ahead: stages for weights that are not kept.
     """
     device = problem.device
     room = device.shared if shared is None else shared
@@ -188,7 +189,7 @@ def cooperative(
         kept = min(chunks, max(0, room - used) // weights)
         if kept < chunks:
             # What is read again passes through shared memory too; what is read before it takes the same room.
-            stages = STAGES
+            stages = ahead
             in_flight = (stages - 1) * (weights + operand)
             used = max(reduced, in_flight)
             kept = min(chunks - 1, max(0, room - used) // weights)
@@ -262,13 +263,16 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     """Whether a thread has the registers for what a step reads.
 
     Unaligned rows of weights take one per element: once, but not in every step. An operand that is read chunk by chunk
-    has all chunks that the compiler cares to read ahead.
+    has all chunks that the compiler cares to read ahead: fewer fit beside the sums of all gates, forward, or beside the
+    gates and states of a large tile, backward.
     """
+    threads = problem.device.warp * plan.warps
     aligned = problem.H * problem.itemsize % 16 == 0
     if plan.kept < plan.chunks and not aligned:
         return False
-    chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / (problem.device.warp * plan.warps)
-    return plan.eager or chunk <= (64 if problem.backward else 32 if aligned else 16)
+    chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / threads
+    roomy = problem.backward and plan.block_b * plan.block_n <= 2 * threads
+    return plan.eager or chunk <= (64 if roomy else 32 if aligned else 16)
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -339,10 +343,11 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
     if loop == "cooperative":
         k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
-        plan = cooperative(problem, max(rows, 16), units, k, split, warps, eager=bool(given.get("eager", True)))
+        eager, ahead = bool(given.get("eager", True)), given.get("stages", STAGES)
+        plan = cooperative(problem, max(rows, 16), units, k, split, warps, eager=eager, ahead=ahead)
     else:
         plan = resident(problem, max(rows, 16), warps) if loop == "resident" else streamed(problem)
-    follows = {"block_b", "block_n", "block_k", "split", "eager"} if loop != "streamed" else set()
+    follows = {"block_b", "block_n", "block_k", "split", "eager", "stages"} if loop != "streamed" else set()
     plan = replace(plan, **{name: value for name, value in given.items() if name not in follows})
     if not fits(problem, plan):
         device = problem.device
