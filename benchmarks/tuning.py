@@ -1,6 +1,6 @@
 """Plans of the Triton backend from the command line, so that a kernel can be tuned without editing it.
 
-rows=32,warps=8                                     for both passes; names as in rnnfast_kernels.gpu.plan.CHOICES
+rows=32,warps=8                                     for both passes; names as in rnnfast_kernels.gpu.vary
 forward:loop=streamed;backward:units=16,split=4     for one pass each
 """
 
@@ -31,7 +31,7 @@ def parse(text: str) -> dict[str, dict[str, str]]:
 @contextmanager
 def planned(text: str) -> Iterator[None]:
     """Run what follows by the best plans, changed as the text says; a plan that the device refuses is an error."""
-    from rnnfast_kernels.gpu import plan
+    from rnnfast_kernels.gpu import plan, vary
 
     asked = parse(text)
 
@@ -39,7 +39,7 @@ def planned(text: str) -> Iterator[None]:
         own = dict(asked["backward" if problem.backward else "forward"])
         loop = own.pop("loop", None)
         choices = {name: int(value) for name, value in own.items()}
-        return plan.varied(problem, choices, loop) if choices or loop else plan.best(problem)
+        return vary.varied(problem, choices, loop) if choices or loop else plan.best(problem)
 
     with plan.override(choose), warnings.catch_warnings():
         warnings.filterwarnings("error", message="the device refused")
