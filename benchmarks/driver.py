@@ -13,7 +13,7 @@ from benchmarks.progress import Progress
 from benchmarks.run import Settings
 from benchmarks.worker import NOBODY, serve
 
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = {"cpu": 900, "cuda": 120}
 POLL_SECONDS = 0.5
 
 
@@ -28,7 +28,7 @@ class WorkerLost(Exception):
 class Worker:
     """The measuring process, started when first needed and again after a loss."""
 
-    def __init__(self, threads: int, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, threads: int, patience: float) -> None:
         self.threads = threads
         self.patience = patience
         self.process = None
@@ -74,7 +74,7 @@ class Worker:
 
 
 @contextmanager
-def working(threads: int, patience: float = PATIENCE_SECONDS) -> Iterator[Worker]:
+def working(threads: int, patience: float = PATIENCE_SECONDS["cpu"]) -> Iterator[Worker]:
     worker = Worker(threads, patience)
     try:
         yield worker
@@ -85,7 +85,10 @@ def working(threads: int, patience: float = PATIENCE_SECONDS) -> Iterator[Worker
 def measure(worker: Worker, case: Case, contenders: list[Contender], settings: Settings, progress: Progress) -> dict:
     """One case's record. A contender that takes the worker down becomes a row that says so, and the rest goes on."""
     try:
-        return worker.ask("measure", case, contenders, settings, progress=progress, what=case.id)
+        record = worker.ask("measure", case, contenders, settings, progress=progress, what=case.id)
+        if any("CUDA error" in row.get("reason", "") for row in record["rows"]):
+            worker.stop()  # nothing runs on a device any more in a process that it has failed
+        return record
     except WorkerLost as loss:
         if loss.culprit == NOBODY:
             return {"noise": None, "rows": [crashed(contender, f"the suite, {loss}") for contender in contenders]}

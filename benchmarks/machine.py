@@ -55,8 +55,16 @@ def slug(device: str, threads: int) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of what takes part, as far as it is installed."""
-    installed = {package for package in PACKAGES if importlib.util.find_spec(package) is not None}
-    return {package: importlib.metadata.version(package) for package in PACKAGES if package in installed}
+    found = {package: version(package) for package in PACKAGES if importlib.util.find_spec(package) is not None}
+    return {package: number for package, number in found.items() if number}
+
+
+def version(package: str) -> str:
+    """An installed package's version; for one that only lies on the path, what it says itself, if anything."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(importlib.import_module(package), "__version__", "")
 
 
 def commit() -> str:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from benchmarks import questions
+from benchmarks import questions, tuning
 from benchmarks.cases import BYTES, CELLS, MODES, parse_sizes
-from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backend
+from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backend, by_plan
 from benchmarks.questions import Limits, Question
 
 DEVICES = ("cpu", "cuda")
@@ -30,10 +30,13 @@ def parser() -> Parser:
     ask.add_argument("--grid", metavar="N", type=int, help="N random sizes instead of the questions, and their means")
     ask.add_argument("--limits", metavar="T=A:B,...", help="the grid's ranges of T, B, I and H (default %(default)s)",
                      default="T=1:2000,B=1:64,I=1:640,H=16:1024")  # fmt: skip
+    ask.add_argument("--case", metavar="LABELS", help="cases by their label, such as lstm-1024 of question marks")
     ask.add_argument("--cell", metavar="NAMES", help=", ".join(CELLS))
     ask.add_argument("--mode", metavar="NAMES", help=", ".join(MODES))
     ask.add_argument("--dtype", metavar="NAMES", help=", ".join(BYTES))
     ask.add_argument("--backend", metavar="NAMES", default="auto", help=f"ours: {', '.join(BACKENDS)}")
+    ask.add_argument("--plan", metavar="PLAN", action="append", default=[],
+                     help="the Triton backend by this plan too, such as rows=32,warps=8; repeatable")  # fmt: skip
     ask.add_argument("--peer", metavar="NAMES", help=f"{', '.join(PEERS)}; torch always takes part")
     how = p.add_argument_group("how to measure")
     how.add_argument("--device", default="cpu", help=", ".join(DEVICES))
@@ -81,7 +84,12 @@ def contenders(question: Question, arguments: argparse.Namespace) -> list[Conten
     peers = choose("peer", arguments.peer, PEERS)
     backends = choose("backend", arguments.backend, BACKENDS) or ()
     others = [name for name in (question.peers if peers is None else peers) if name != BASELINE]
-    return [PEERS[BASELINE], *map(by_backend, backends), *(PEERS[name] for name in others)]
+    return [
+        PEERS[BASELINE],
+        *map(by_backend, backends),
+        *map(by_plan, arguments.plan),
+        *(PEERS[name] for name in others),
+    ]
 
 
 def asked(arguments: argparse.Namespace) -> list[Question]:
@@ -90,6 +98,9 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
     modes = choose("mode", arguments.mode, MODES)
     dtypes = choose("dtype", arguments.dtype, BYTES)
     everything = questions.full(arguments.device)
+    labels = choose("case", arguments.case, {case.label for question in everything for case in question.cases} - {""})
+    for plan in arguments.plan:
+        tuning.parse(plan)
     names = choose("question", arguments.question, [question.name for question in everything])
     if arguments.sizes:
         sizes = parse_sizes(arguments.sizes)
@@ -106,7 +117,8 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
         cases = tuple(
             case
             for case in question.cases
-            if (not cells or case.cell in cells)
+            if (not labels or case.label in labels)
+            and (not cells or case.cell in cells)
             and (not modes or case.mode in modes)
             and (not dtypes or case.dtype in dtypes)
         )
@@ -121,9 +133,18 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
 
 def is_partial(arguments: argparse.Namespace) -> bool:
     """Whether the run is less than everything, so that it must not replace the full results."""
-    narrowed = (arguments.question, arguments.sizes, arguments.grid, arguments.cell, arguments.mode, arguments.dtype)
+    narrowed = (
+        arguments.question,
+        arguments.case,
+        arguments.sizes,
+        arguments.grid,
+        arguments.cell,
+        arguments.mode,
+        arguments.dtype,
+    )
     return (
         arguments.quick
+        or arguments.plan
         or any(value is not None for value in (*narrowed, arguments.peer))
         or arguments.backend != "auto"
     )

@@ -127,6 +127,33 @@ REAL_LAYERS = (
 )
 
 
+def marks(device: str) -> Question:
+    """What the GPU kernels were built to reach, the most telling first."""
+    long = Case("lstm", T=1024, B=16, I=1024, H=1024, dtype="bfloat16", label="lstm-1024")
+    half = replace(long, I=768, H=768, dtype="float16", label="lstm-768-half")
+    cases = (
+        long,
+        half,
+        replace(long, cell="gru", label="gru-1024"),
+        replace(long, I=256, H=256, label="lstm-256"),
+        replace(long, I=128, H=128, label="lstm-128"),
+        replace(long, I=2048, H=2048, label="lstm-2048"),
+        replace(long, B=64, label="lstm-1024-rows-64"),
+        replace(long, B=1, label="lstm-1024-row"),
+        replace(long, cell="gru", I=512, H=512, dtype="tf32", label="gru-512-tf32"),
+        replace(long, I=512, H=512, dtype="float32", label="lstm-512-float32"),
+        replace(long, I=768, H=768, bidirectional=True, label="lstm-768-both-ways"),
+        replace(long, I=650, H=650, B=13, label="lstm-650-odd"),
+        replace(long, form="packed", live=0.55, B=32, I=512, H=512, label="lstm-512-packed"),
+        replace(long, cell="rnn", I=512, H=512, label="rnn-512"),
+    )
+    return Question("marks", "What the GPU kernels should reach", "", (), each_mode(cases))
+
+
+def each_mode(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(replace(case, mode=mode) for case in cases for mode in ("inference", "training"))
+
+
 @dataclass(frozen=True)
 class Limits:
     """Smallest and largest size of each dimension in a grid, and the most operations one case may cost forward."""
@@ -166,9 +193,11 @@ FULL = (sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dt
 
 
 def full(device: str) -> tuple[Question, ...]:
-    return tuple(ask(device) for ask in FULL)
+    first = () if device == "cpu" else (marks(device),)
+    return (*first, *(ask(device) for ask in FULL))
 
 
 def quick(device: str) -> tuple[Question, ...]:
     lengths = sequence_length(device, longest=1024)
-    return (replace(lengths, peers=FAST_PEERS), one_step(device))
+    first = () if device == "cpu" else (marks(device),)
+    return (*first, replace(lengths, peers=FAST_PEERS), one_step(device))

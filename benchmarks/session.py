@@ -38,7 +38,7 @@ def run(asked: list[Question], arguments) -> int:
         "records": [],
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is kept like Ctrl-C's
-    with driver.working(arguments.threads) as worker:
+    with driver.working(arguments.threads, driver.PATIENCE_SECONDS[arguments.device]) as worker:
         formats = tuple(dict.fromkeys(case.dtype for question in asked for case in question.cases))
         results["machine"] = worker.ask("facts", arguments.device, formats)
         path = folder(results["machine"].pop("folder"), arguments) / "results.json"

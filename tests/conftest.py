@@ -1,6 +1,7 @@
 """What all tests share: the backends under test, the device of each, and a compiler cache of their own."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -33,3 +34,26 @@ def backend(request):
 def device() -> torch.device:
     """The device that the backend under test works on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request):
+    """Tests of a backend make their layers and tensors on its device, and compare float32 without TF32."""
+    if "backend" not in request.fixturenames or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.device("cuda"):
+        yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def pytest_addoption(parser):
+    """Without pytest-timeout, which a borrowed machine may lack, its setting means nothing."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds that a test may take")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timeout(seconds): what a test may take, with pytest-timeout")

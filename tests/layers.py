@@ -37,7 +37,7 @@ def random_hx(layer: nn.RNNBase, batch: int, seed: int = 5):
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     generator = torch.Generator().manual_seed(seed)
     widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
-    made = [torch.randn(rows, batch, width, generator=generator, dtype=torch.float64) for width in widths]
+    made = [torch.randn(rows, batch, width, generator=generator, dtype=torch.float64, device="cpu") for width in widths]
     made = tuple(state.to(weight).requires_grad_() for state in made)
     return made if layer.mode == "LSTM" else made[0]
 

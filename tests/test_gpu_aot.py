@@ -33,7 +33,7 @@ def test_a_spill_is_reported():
     with plan.override(lambda problem: replace(plan.resident(problem, 16, 4), registers=40)):
         row, problem = aot.report(case("sm_90", "lstm", 64))
     assert " 40 registers" in row
-    assert problem.endswith("it spills")
+    assert problem.endswith("it spills in a loop")
 
 
 def test_too_much_shared_memory_is_reported():
@@ -48,8 +48,17 @@ def test_a_kernel_that_does_not_compile_is_reported():
     assert "Error" in problem
 
 
+def test_what_is_spilled_around_the_loop_is_told_from_what_is_spilled_in_it():
+    code = "/*0010*/ STL [R1], R4 ;\n/*0020*/ LDL R4, [R1] ;\n/*0030*/ @P0 BRA 0x20 ;\n/*0040*/ LDL R5, [R1] ;"
+    assert aot.cuda_looping(code) == 1
+    assert aot.cuda_looping(code.replace("BRA 0x20", "BRA 0x40")) == 3
+    around = ".LBB0_1:\n s_nop 0\n s_cbranch_scc0 .LBB0_1\n v_mov v1 ; 4-byte Folded Spill\n"
+    counts = ".vgpr_count: 84\n .vgpr_spill_count: 3\n"
+    assert aot.amd_usage(around + counts) == (84, 12, 0)
+    assert aot.amd_usage(around.replace("s_nop 0", "v_mov v1 ; 4-byte Folded Reload") + counts) == (84, 12, 1)
+
+
 def test_registers_are_read_from_amd_assembly():
-    assert aot.amd_usage(".vgpr_count: 84\n .vgpr_spill_count: 3") == (84, 12)
     with pytest.raises(RuntimeError, match="vgpr_count"):
         aot.amd_usage("nothing")
 

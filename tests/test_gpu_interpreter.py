@@ -13,20 +13,41 @@ import torch
 from conftest import INTERPRETED
 
 FOLDER = Path(__file__).parent
+KERNELS = ("gpu_numerics",)
 LONG = "every_loop or sizes or dtypes"
-HALVES = {"loops, sizes and dtypes": LONG, "layouts and the rest": f"not ({LONG})"}
+# What a layer does with sequences, by the same tests as on the CPU: the smallest ones, of every cell where it matters.
+LAYERS = (
+    "lengths_equal_single and both_ways",
+    "have_the_gradients and (lstm] or gru)",
+    "resets_equal_pieces",
+    "test_all_states and lengths",
+    "states_of_a_packed_sequence",
+    "recomputing_gives",
+    "second_derivatives_equal_the_plain_loops",
+    "chunks_equal_one_call and not any and (lstm] or gru)",
+    "steps_equal_one_call and f32 and (lstm] or gru)",
+)
+PARTS = {
+    "loops, sizes and dtypes": (KERNELS, LONG),
+    "layouts and the rest": (KERNELS, f"not ({LONG})"),
+    "sequences": (("sequences", "autograd", "transforms", "numerics", "stream"), " or ".join(f"({k})" for k in LAYERS)),
+}
 
 
 @pytest.fixture(scope="module")
 def interpreters():
-    """Both halves, started together."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / "test_gpu_numerics.py", "-k"]
+    """All parts, started together."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = {
-        half: subprocess.Popen(
-            [*command, which], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        part: subprocess.Popen(
+            [*command, *(FOLDER / f"test_{name}.py" for name in files), "-k", which],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        for half, which in HALVES.items()
+        for part, (files, which) in PARTS.items()
     }
     yield running
     for process in running.values():
@@ -35,8 +56,8 @@ def interpreters():
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="test_gpu_numerics.py itself runs here")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("half", HALVES)
-def test_kernels_in_the_interpreter(half, interpreters):
-    said = interpreters[half].communicate()[0]
-    assert interpreters[half].returncode == 0, said
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_in_the_interpreter(part, interpreters):
+    said = interpreters[part].communicate()[0]
+    assert interpreters[part].returncode == 0, said
     assert " passed" in said, said

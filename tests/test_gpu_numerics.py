@@ -15,25 +15,29 @@ from gpu_layers import Case, check, exact, make, run
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from rnnfast_kernels.gpu import launch, plan
+from rnnfast_kernels.gpu.streamed import ShiftTensors
+from rnnfast_kernels.gpu.tiles import rows_of_step
 
 from rnnfast.backends import gpu, gpu_launch
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
-def whole_width(problem, block_k, split, shared=10**9):
+def whole_width(problem, block_k, split, **changes):
     """A cooperative plan of one program to a group."""
     width = max(16, plan.next_power(problem.H))
-    return plan.cooperative(problem, 16, width, block_k, split, 4, shared)
+    return replace(plan.cooperative(problem, 16, width, block_k, split, 4, shared=10**9), **changes)
 
 
 LOOPS = {
     "resident": lambda problem: plan.resident(problem, 16, 4),
     "cooperative": lambda problem: whole_width(problem, 16, 2),
     "cooperative-unsplit": lambda problem: whole_width(problem, 16, 1),
-    "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, shared=16 * 1024),
-    "cooperative-lazy": lambda problem: replace(whole_width(problem, 16, 2), eager=False, kept=0),
+    "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, kept=1, stages=3),
+    "cooperative-lazy": lambda problem: whole_width(problem, 16, 2, eager=False),
     "streamed": plan.streamed,
 }
 
@@ -68,6 +72,19 @@ SIZES = ((1, 1, 1, 1), (3, 1, 7, 130), (2, 33, 65, 65), (1, 130, 1, 7))
 def test_sizes_that_are_multiples_of_nothing(case, forced, device):
     with plan.override(LOOPS[forced]):
         check(gpu, make(case, device))
+
+
+@triton.jit(do_not_specialize=["k", "T", "B"])
+def write_first_row(p, result, k, T, B):
+    tl.store(result, rows_of_step(p, k, False, T, B)[0])
+
+
+def test_rows_are_counted_in_64_bits(device):
+    """T beyond 65,535 times B beyond 2**31 rows."""
+    tensors = ShiftTensors(None, None, None, None, None)
+    result = torch.zeros(1, dtype=torch.int64, device=device)
+    write_first_row[(1,)](tensors, result, 69_999, 70_000, 40_000)
+    assert result.item() == 69_999 * 40_000
 
 
 @named(*(Case(cell, dtype=dtype) for cell in CELLS for dtype in (torch.bfloat16, torch.float16, torch.float64)))

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu import plan
+from rnnfast_kernels.gpu.vary import varied
 
 H200 = plan.Device("sm_90", 132, 232448)
 DEVICES = {
@@ -99,3 +100,28 @@ def test_an_override_holds_for_its_block():
     with plan.override(plan.streamed):
         assert plan.choose(problem()).loop == "streamed"
     assert plan.choose(problem()) == ordinary
+
+
+def test_a_choice_changes_what_follows_from_it():
+    asked = problem(H=1024)
+    assert varied(asked, {}) == plan.choose(asked)
+    wide = varied(asked, {"units": 16})
+    assert (wide.block_n, wide.members) == (16, 64)
+    assert wide.shared > plan.choose(asked).shared
+    deep = varied(problem(H=2048), {"stages": 5})
+    assert deep.stages == 5
+    assert deep.kept < plan.choose(problem(H=2048)).kept
+    assert varied(asked, {"rows": 4, "warps": 2}, "streamed") == replace(plan.streamed(asked), block_b=4, warps=2)
+
+
+@pytest.mark.parametrize(
+    ("choices", "loop", "words"),
+    [
+        ({"row": 16}, None, "unknown choice 'row'; choose from rows, units"),
+        ({}, "resident", "the device runs 132 at once with 232448"),
+        ({"units": 4}, None, "256 programs"),
+    ],
+)
+def test_a_choice_that_cannot_run_says_why(choices, loop, words):
+    with pytest.raises(ValueError, match=words):
+        varied(problem(H=1024), choices, loop)

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from closeness import assert_all_close, assert_close
-from hypothesis import given, settings
+from closeness import assert_all_close, assert_close, assert_same
+from conftest import INTERPRETED
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layers import CELLS, as_tuple, pair, random_hx, run
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -15,6 +16,12 @@ import rnnfast
 
 F64 = {"dtype": torch.float64}
 cells = pytest.mark.parametrize("cell", CELLS)
+examples = settings(
+    max_examples=4 if INTERPRETED else 25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def row_by_row(layer, x, lengths, hx):
@@ -58,7 +65,7 @@ def test_lengths_have_the_gradients_of_a_packed_sequence(cell, backend):
         mode, named_parameters = theirs.mode, theirs.named_parameters
 
         def forward(self, x, hx):
-            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
             output, finals = theirs(packed, hx)
             return pad_packed_sequence(output, batch_first=True)[0], finals
 
@@ -145,7 +152,7 @@ def test_resets_in_every_layout(cell, layout, backend):
     elif layout == "unbatched":
         got, plain = ours(x[:, 0], resets=resets[:, 0])[0], plain[:, 0]
     elif layout == "packed":
-        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
         got, plain = pad_packed_sequence(ours(packed, resets=resets)[0])[0], ragged
     elif layout == "lengths":
         got, plain = ours(x, lengths=lengths, resets=resets)[0], ragged
@@ -174,7 +181,7 @@ def test_all_states(cell, ragged, backend):
 
 def test_all_states_of_a_packed_sequence_are_packed(backend):
     ours = rnnfast.LSTM(3, 7, **F64)
-    packed = pack_padded_sequence(torch.randn(5, 2, 3, **F64), torch.tensor([3, 5]), enforce_sorted=False)
+    packed = pack_padded_sequence(torch.randn(5, 2, 3, **F64), [3, 5], enforce_sorted=False)
     output, (_, c), (h_all, c_all) = ours(packed, all_states=True)
     assert torch.equal(h_all.data, output.data)
     states, lengths = pad_packed_sequence(c_all)
@@ -214,9 +221,9 @@ def test_options_that_exclude_each_other(backend):
         rnnfast.LSTM(3, 7)(torch.randn(5, 3), lengths=torch.tensor([5]))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples
 @given(data=st.data(), cell=st.sampled_from(list(CELLS)), steps=st.integers(1, 9), width=st.integers(1, 20))
-def test_any_ragged_batch_equals_its_rows(data, cell, steps, width):
+def test_any_ragged_batch_equals_its_rows(data, cell, steps, width, backend):
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, steps), min_size=1, max_size=9)))
     bidirectional = data.draw(st.booleans())
     theirs, ours = pair(cell, 3, 6 + width, bidirectional=bidirectional, **F64)
@@ -229,9 +236,9 @@ def test_any_ragged_batch_equals_its_rows(data, cell, steps, width):
         assert_close(f"final{n}", a, b)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples
 @given(data=st.data(), cell=st.sampled_from(list(CELLS)), steps=st.integers(1, 12), batch=st.integers(1, 9))
-def test_any_chunks_equal_one_call(data, cell, steps, batch):
+def test_any_chunks_equal_one_call(data, cell, steps, batch, backend):
     cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=4)))
     _, ours = pair(cell, 3, 9)
     x = torch.randn(steps, batch, 3)
@@ -240,9 +247,9 @@ def test_any_chunks_equal_one_call(data, cell, steps, batch):
     for start, end in zip([0, *cuts], [*cuts, steps], strict=True):
         part, state = ours(x[start:end], state)
         parts.append(part)
-    assert torch.equal(torch.cat(parts), whole)
-    for a, b in zip(as_tuple(state), as_tuple(final), strict=True):
-        assert torch.equal(a, b)
+    assert_same(whole, torch.cat(parts), backend)
+    for a, b in zip(as_tuple(final), as_tuple(state), strict=True):
+        assert_same(a, b, backend)
 
 
 LONG = """

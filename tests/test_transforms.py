@@ -34,7 +34,7 @@ def as_function(cell: str, option: str):
 
     def function(x, *tensors):
         states, weights = tensors[: len(hx)], tensors[len(hx) :]
-        given = PackedSequence(x, torch.tensor([3, 2, 1])) if option == "packed" else x
+        given = PackedSequence(x, torch.tensor([3, 2, 1], device="cpu")) if option == "packed" else x
         state = states if len(hx) > 1 else states[0]
         output, finals = functional_call(layer, dict(zip(names, weights, strict=True)), (given, state), options)
         finals = finals if isinstance(finals, tuple) else (finals,)

@@ -72,3 +72,9 @@ def by_backend(backend: str) -> Contender:
     """This library by backend; `auto` goes under the library's plain name."""
     name = OURS if backend == "auto" else f"{OURS}:{backend}"
     return Contender(name, "benchmarks.contenders.ours", ("rnnfast",), options={"backend": backend})
+
+
+def by_plan(plan: str) -> Contender:
+    """The Triton backend by a plan, see `benchmarks.tuning`; under the plan's own text."""
+    options = {"backend": "triton", "plan": plan}
+    return Contender(f"{OURS}:{plan}", "benchmarks.contenders.ours", ("rnnfast", "triton"), options=options)

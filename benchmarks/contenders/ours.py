@@ -1,30 +1,40 @@
 """This library, by backend: the module called as torch.nn's is, with `lengths`, `resets` and `all_states` where asked.
 
-`auto` is what a user gets without a choice. A named backend is entered once around many calls, as a program does.
+`auto` is what a user gets without a choice. A named backend is entered once around many calls, as a program does, and
+so is a plan that the Triton backend is told to run by.
 """
 
-from contextlib import nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
 import rnnfast
+from benchmarks import tuning
 from benchmarks.cases import Case
 from benchmarks.contenders import Call
 from benchmarks.contenders.module_call import Inputs, Result, build, call, finals, forward_plain
 from benchmarks.workload import Workload
 
 
-def unsupported(case: Case, backend: str) -> str | None:
+def unsupported(case: Case, backend: str, plan: str = "") -> str | None:
     if backend == "reference" and case.T > 1024:
         return "the plain torch loop is not asked for more than 1024 steps"
     return None
 
 
-def prepare(work: Workload, backend: str) -> Call:
+def prepare(work: Workload, backend: str, plan: str = "") -> Call:
     forward = {"lengths": forward_lengths, "resets": forward_resets, "states": forward_states}
-    context = nullcontext if backend == "auto" else partial(rnnfast.use_backend, backend)
-    return call(work, build(rnnfast, work), forward.get(work.case.form, forward_plain), context)
+
+    @contextmanager
+    def chosen():
+        with ExitStack() as stack:
+            if backend != "auto":
+                stack.enter_context(rnnfast.use_backend(backend))
+            if plan:
+                stack.enter_context(tuning.planned(plan))
+            yield
+
+    return call(work, build(rnnfast, work), forward.get(work.case.form, forward_plain), chosen)
 
 
 def forward_lengths(module: nn.Module, given: Inputs) -> Result:

@@ -7,6 +7,7 @@ forward.py      the whole time loop in one kernel, resident or cooperative
 backward.py     the same, in reverse
 streamed.py     one step, between two library matrix products
 plan.py         which loop, which tiles: a pure function of the sizes and the device
+vary.py         the best plan with some of its choices replaced, for tuning
 launch.py       from a plan to a grid
 aot.py          compiles all of it without a GPU and reports registers, spills and shared memory
 """

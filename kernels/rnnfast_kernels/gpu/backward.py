@@ -12,12 +12,15 @@ from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
     add_product,
     clear,
+    exchange_tile,
     finish_product,
     load_gates,
     load_operand,
     load_operands,
     load_states,
     load_weight,
+    load_weights,
+    place,
     resets_of_step,
     rows_of_step,
     select,
@@ -75,13 +78,14 @@ def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.conste
     )
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
 def backward_loop(
     p,
     T,
     B,
     D,
     reversals,
+    chunks,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
@@ -94,6 +98,7 @@ def backward_loop(
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
     KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
     EAGER: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
@@ -104,26 +109,16 @@ def backward_loop(
     """
     RESIDENT: tl.constexpr = p.exchange is None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
-    group = tl.program_id(0) // MEMBERS
-    groups = tl.num_programs(0) // MEMBERS
-    d = group % D
+    ENTRIES: tl.constexpr = GATES * WIDTH
+    group, d, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     # Step 0 of this loop is the last that ran.
     reverse = ((reversals >> d) & 1) == 0
-    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = (d * B, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
-    weights = ()
-    for g in tl.static_range(GATES):
-        chunks = ()
-        for j in tl.static_range(KEPT):
-            chunks = chunks + (load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K),)
-        weights = weights + (chunks,)
+    weights = load_weights(p_w, n, H, 1, GATES, KEPT, H, SPLIT, BLOCK_K)
     if not RESIDENT:
-        tile = p.exchange + group.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
-        slot = groups.to(tl.int64) * (GATES * BLOCK_B * WIDTH)
-        own = tl.arange(0, BLOCK_B)[:, None] * (GATES * WIDTH) + n[None, :]
+        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
         counter = p.counters + group * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
@@ -154,22 +149,27 @@ def backward_loop(
             store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
-            operands = load_operands(p_slot, GATES * CHUNKS if EAGER else 0, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K)
+            operands = ()
+            for g in tl.static_range(GATES):
+                p_g = p_slot + g * WIDTH
+                operands = operands + (load_operands(p_g, KEPT if EAGER else 0, BLOCK_B, ENTRIES, SPLIT, BLOCK_K),)
         else:
             operands = ()
             for g in tl.static_range(GATES):
-                operands = operands + (du[g].to(p.w_hh.dtype.element_ty),)
+                operands = operands + ((du[g].to(p.w_hh.dtype.element_ty),),)
         dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
         for g in tl.static_range(GATES):
             product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
-            for j in tl.static_range(CHUNKS):
-                if EAGER:
-                    a = operands[g * CHUNKS + j]
-                else:
-                    a = load_operand(p_slot, g * CHUNKS + j, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K)
-                w = weights[g][j] if j < KEPT else load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
-                product = add_product(a, w, product, PRECISION)
+            for j in tl.static_range(KEPT):
+                a = operands[g][j] if EAGER else load_operand(p_slot + g * WIDTH, j, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
+                product = add_product(a, weights[g][j], product, PRECISION)
             dh += product
+        if KEPT < CHUNKS:
+            for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
+                for g in tl.static_range(GATES):
+                    a = load_operand(p_slot + g * WIDTH, j, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
+                    dh = add_product(a, w, dh, PRECISION)
         dentering = (direct[0] + finish_product(dh, SPLIT),)
         for s in tl.static_range(1, STATES):
             dentering = dentering + (direct[s],)

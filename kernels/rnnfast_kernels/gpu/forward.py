@@ -15,12 +15,15 @@ from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
     add_product,
     clear,
+    exchange_tile,
     finish_product,
     load_gates,
     load_operand,
     load_operands,
     load_states,
     load_weight,
+    load_weights,
+    place,
     resets_of_step,
     rows_of_step,
     select,
@@ -31,13 +34,14 @@ from rnnfast_kernels.gpu.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
 def forward_loop(
     p,
     T,
     B,
     D,
     reversals,
+    chunks,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
     SAVED: tl.constexpr,
@@ -50,6 +54,7 @@ def forward_loop(
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
     KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
     EAGER: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
@@ -61,22 +66,14 @@ def forward_loop(
     """
     RESIDENT: tl.constexpr = p.exchange is None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
-    group = tl.program_id(0) // MEMBERS
-    groups = tl.num_programs(0) // MEMBERS
-    d = group % D
+    group, d, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     reverse = ((reversals >> d) & 1) != 0
-    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = (d * B, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
-    weights = ()
+    weights = load_weights(p_w, n, 1, H, GATES, KEPT, H, SPLIT, BLOCK_K)
     bias = ()
     for g in tl.static_range(GATES):
-        chunks = ()
-        for j in tl.static_range(KEPT):
-            chunks = chunks + (load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K),)
-        weights = weights + (chunks,)
         if p.b_hh is None:
             bias = bias + (tl.zeros([1, BLOCK_N], tl.float32),)
         else:
@@ -90,9 +87,7 @@ def forward_loop(
     if p.resets is not None:
         state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
     if not RESIDENT:
-        tile = p.exchange + group.to(tl.int64) * (BLOCK_B * WIDTH)
-        slot = groups.to(tl.int64) * (BLOCK_B * WIDTH)
-        own = tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
+        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, WIDTH, MEMBERS)
         counter = p.counters + group * COUNTER_STRIDE
         tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
         arrive(counter)
@@ -101,17 +96,24 @@ def forward_loop(
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
             p_h = tile + k % 2 * slot
-            h = load_operands(p_h, CHUNKS if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            h = load_operands(p_h, KEPT if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
         else:
             h = (state[0].to(p.w_hh.dtype.element_ty),)
         products = zero_products(GATES, BLOCK_B, BLOCK_N, SPLIT)
-        for j in tl.static_range(CHUNKS):
+        for j in tl.static_range(KEPT):
             h_j = h[j] if EAGER else load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
             sums = ()
             for g in tl.static_range(GATES):
-                w = weights[g][j] if j < KEPT else load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
-                sums = sums + (add_product(h_j, w, products[g], PRECISION),)
+                sums = sums + (add_product(h_j, weights[g][j], products[g], PRECISION),)
             products = sums
+        if KEPT < CHUNKS:
+            for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
+                h_j = load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                sums = ()
+                for g in tl.static_range(GATES):
+                    w = load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
+                    sums = sums + (add_product(h_j, w, products[g], PRECISION),)
+                products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
         after_next = rows_of_step(p, k + 2, reverse, T, B)

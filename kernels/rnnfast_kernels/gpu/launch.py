@@ -63,6 +63,7 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
     args = (
         tensors,
         *extent,
+        plan.chunks,
         function,
         row.gates,
         saved_tiles(cell, save),
@@ -75,6 +76,7 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         plan.split,
         plan.chunks,
         plan.kept,
+        plan.stages,
         plan.eager,
         plan.members,
     )

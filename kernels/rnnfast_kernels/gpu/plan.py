@@ -53,10 +53,11 @@ class Plan:
     """How to run one pass.
 
     loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
-    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip. The other
-    operand is read `eager`ly, all chunks at once, or chunk by chunk. `members`
-    programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. `shared` is what a
-    program takes at most; `registers`, unless 0, is what a thread may take.
+    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
+    operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
+    - 1 of them on their way at a time. `members` programs share one recurrence; `programs` is the whole grid of a
+    resident or cooperative loop. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
+    take.
     """
 
     loop: str
@@ -68,6 +69,7 @@ class Plan:
     split: int = 1
     chunks: int = 0
     kept: int = 0
+    stages: int = 1
     eager: bool = True
     members: int = 1
     programs: int = 0
@@ -105,8 +107,13 @@ RATES = {
 }
 
 
-# Values of k in one warp's part of a chunk; the longer ones of TF32 and the shorter ones of float32 spill.
-CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32)}
+# Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
+# forward, whose gates have a sum each, spill.
+CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32), "ieee forward": (32,)}
+
+
+# Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
+STAGES = 3
 
 
 def next_power(n: int) -> int:
@@ -149,30 +156,45 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
 
 
 def cooperative(
-    problem: Problem, block_b: int, block_n: int, block_k: int, split: int, warps: int, shared: int | None = None
+    problem: Problem,
+    block_b: int,
+    block_n: int,
+    block_k: int,
+    split: int,
+    warps: int,
+    shared: int | None = None,
+    eager: bool = True,
+    ahead: int = STAGES,
 ) -> Plan:
-    """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep."""
+    """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep.
+
+    eager: read the operand at once where there is room for it. ahead: stages for weights that are not kept.
+    """
     device = problem.device
     room = device.shared if shared is None else shared
     members = cdiv(problem.H, block_n)
     chunks = cdiv(problem.H, split * block_k)
-    operand = block_b * split * block_k * problem.itemsize  # one chunk
-    whole = operand * chunks * (problem.gates if problem.backward else 1)
-    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
-    eager = whole <= 512 * device.warp * warps and whole <= 0.6 * room
-    staged = (whole if eager else operand) + split * block_b * block_n * 4
+    operand = block_b * split * block_k * problem.itemsize * (problem.gates if problem.backward else 1)  # one chunk
     weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
+    reduced = split * block_b * block_n * 4
+    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
+    in_flight = min(512 * device.warp * warps, int(0.6 * room))
+    stages = 1
     if device.amd:
         # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
         kept = min(chunks, 512 * device.warp * warps // weights)
-        used = operand + split * block_b * block_n * 4
+        used = operand + reduced
     else:
-        kept = min(chunks, max(0, room - staged) // weights)
+        used = reduced + operand * (chunks if eager and operand * chunks <= in_flight else 1)
+        kept = min(chunks, max(0, room - used) // weights)
         if kept < chunks:
-            # What is read again passes through shared memory too.
-            staged += weights
-            kept = max(0, room - staged) // weights
-        used = staged + kept * weights
+            # What is read again passes through shared memory too; what is read before it takes the same room.
+            stages = ahead
+            in_flight = (stages - 1) * (weights + operand)
+            used = max(reduced, in_flight)
+            kept = min(chunks - 1, max(0, room - used) // weights)
+        used += kept * weights
+    eager = eager and operand * kept <= in_flight
     return Plan(
         loop="cooperative",
         block_b=block_b,
@@ -183,6 +205,7 @@ def cooperative(
         split=split,
         chunks=chunks,
         kept=kept,
+        stages=stages,
         eager=eager,
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
@@ -218,8 +241,38 @@ def step_time(problem: Problem, plan: Plan) -> float:
     time = rate.overhead + (kept + operands) / rate.shared + work * plan.block_b / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
-    waits = 1 if plan.eager else plan.chunks * entries
+    waits = 1 if plan.eager else plan.kept * entries
+    waits += (plan.chunks - plan.kept) / plan.stages
     return time + rate.barrier + waits * rate.latency + (operands + weights - kept) / rate.l2
+
+
+def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
+    """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
+    sums = (2 if problem.backward else problem.gates) * block_b * block_n
+    room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
+    return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
+
+
+def chunk_sizes(problem: Problem) -> tuple[int, ...]:
+    """Lengths to try of one warp's part of a chunk."""
+    kind = "half" if problem.itemsize == 2 else problem.precision
+    return CHUNK_SIZES["ieee forward" if kind == "ieee" and not problem.backward else kind]
+
+
+def reads_well(problem: Problem, plan: Plan) -> bool:
+    """Whether a thread has the registers for what a step reads.
+
+    Unaligned rows of weights take one per element: once, but not in every step. An operand that is read chunk by chunk
+    has all chunks that the compiler cares to read ahead: fewer fit beside the sums of all gates, forward, or beside the
+    gates and states of a large tile, backward.
+    """
+    threads = problem.device.warp * plan.warps
+    aligned = problem.H * problem.itemsize % 16 == 0
+    if plan.kept < plan.chunks and not aligned:
+        return False
+    chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / threads
+    roomy = problem.backward and plan.block_b * plan.block_n <= 2 * threads
+    return plan.eager or chunk <= (64 if roomy else 32 if aligned else 16)
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -234,11 +287,16 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
-            for block_k in CHUNK_SIZES["half" if problem.itemsize == 2 else problem.precision]:
-                plan = cooperative(problem, block_b, block_n, block_k, warps, warps)
-                # Unaligned rows of weights take a register per element to read: once, but not in every step.
-                if plan.kept == plan.chunks or problem.H * problem.itemsize % 16 == 0:
+            split = parts_of_k(problem, block_b, block_n, warps)
+            for block_k in chunk_sizes(problem):
+                plan = cooperative(problem, block_b, block_n, block_k, split, warps)
+                if reads_well(problem, plan):
                     yield plan
+                if plan.kept < plan.chunks:
+                    # Where the operand takes less room there is more for the weights.
+                    lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False)
+                    if lazy.kept == lazy.chunks and reads_well(problem, lazy):
+                        yield lazy
     yield streamed(problem)
 
 

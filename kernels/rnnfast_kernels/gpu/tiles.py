@@ -15,6 +15,15 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
+def place(D, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
+    """What is this program's of a fused loop: its group, direction, batch rows and hidden units."""
+    group = tl.program_id(0) // MEMBERS
+    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
+    return group, group % D, b, n
+
+
+@triton.jit
 def rows_of_step(p, k, reverse, T, B):
     """First row and number of rows of the k-th step to run, which is step T-1-k in reverse; no rows past the last."""
     t = tl.where(reverse, T - 1 - k, k).to(tl.int64)
@@ -127,6 +136,36 @@ def load_weight(pointer, n, j, STRIDE_K, STRIDE_N, H: tl.constexpr, SPLIT: tl.co
     if SPLIT > 1:
         n = tl.expand_dims(n, 0)
     return tl.load(pointer + k * STRIDE_K + n * STRIDE_N, mask=(k < H) & (n < H), other=0.0)
+
+
+@triton.jit
+def load_weights(
+    pointer,
+    n,
+    STRIDE_K,
+    STRIDE_N,
+    GATES: tl.constexpr,
+    COUNT: tl.constexpr,
+    H: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Chunks 0 to COUNT of every gate's recurrent weights: one tuple per gate."""
+    weights = ()
+    for g in tl.static_range(GATES):
+        chunks = ()
+        for j in tl.static_range(COUNT):
+            chunks = chunks + (load_weight(pointer + g * H * H, n, j, STRIDE_K, STRIDE_N, H, SPLIT, BLOCK_K),)
+        weights = weights + (chunks,)
+    return weights
+
+
+@triton.jit
+def exchange_tile(p, group, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBERS: tl.constexpr):
+    """A group's tile [BLOCK_B, WIDTH] in the first exchange buffer, the way to the second, and this program's part."""
+    tile = p.exchange + group.to(tl.int64) * (BLOCK_B * WIDTH)
+    slot = (tl.num_programs(0) // MEMBERS).to(tl.int64) * (BLOCK_B * WIDTH)
+    return tile, slot, tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
 
 
 @triton.jit

@@ -1,0 +1,47 @@
+"""A plan by hand: the best one with some of its choices replaced, for tuning."""
+
+from dataclasses import replace
+
+from rnnfast_kernels.gpu.plan import STAGES, Plan, Problem, best, cooperative, fits, resident, streamed
+
+# What may be told, and which of a plan's fields that is.
+CHOICES = {
+    "rows": "block_b",
+    "units": "block_n",
+    "k": "block_k",
+    "split": "split",
+    "warps": "warps",
+    "eager": "eager",
+    "kept": "kept",
+    "stages": "stages",
+    "registers": "registers",
+}
+
+
+def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -> Plan:
+    """The best plan with some choices, named as in CHOICES, replaced and with what follows from them.
+
+    Raises ValueError where a name is none of CHOICES or the device cannot run the result.
+    """
+    unknown = [name for name in choices if name not in CHOICES]
+    if unknown:
+        raise ValueError(f"unknown choice {unknown[0]!r}; choose from {', '.join(CHOICES)}")
+    plan = best(problem)
+    loop = loop or plan.loop
+    given = {CHOICES[name]: value for name, value in choices.items()}
+    rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
+    if loop == "cooperative":
+        k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
+        eager, ahead = bool(given.get("eager", True)), given.get("stages", STAGES)
+        plan = cooperative(problem, max(rows, 16), units, k, split, warps, eager=eager, ahead=ahead)
+    else:
+        plan = resident(problem, max(rows, 16), warps) if loop == "resident" else streamed(problem)
+    follows = {"block_b", "block_n", "block_k", "split", "eager", "stages"} if loop != "streamed" else set()
+    plan = replace(plan, **{name: value for name, value in given.items() if name not in follows})
+    if not fits(problem, plan):
+        device = problem.device
+        raise ValueError(
+            f"{plan.programs} programs with {plan.shared} bytes of shared memory each; the device runs "
+            f"{device.processors} at once with {device.shared} bytes"
+        )
+    return plan

@@ -1,0 +1,107 @@
+"""What only a device can show: programs that really run at once, captured graphs, other streams, very long input."""
+
+import pytest
+import torch
+from closeness import assert_close
+from layers import as_tuple
+
+import rnnfast
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from rnnfast_kernels.gpu import plan
+
+from rnnfast.backends import gpu_launch
+
+CELLS = {"rnn": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}
+cells = pytest.mark.parametrize("cell", CELLS)
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with rnnfast.use_backend("triton"), torch.device("cuda"):
+        yield
+
+
+def loop_of(layer, rows: int, backward: bool = False) -> plan.Plan:
+    """The plan of a layer's first pass."""
+    weight = layer.weight_hh_l0
+    cell = {"RNN_TANH": "rnn_tanh"}.get(layer.mode, layer.mode.lower())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    device = gpu_launch.device_properties(weight.device)
+    return plan.choose(plan.Problem(cell, layer.hidden_size, rows, 1, dtype, "ieee", backward, device))
+
+
+def test_the_barrier_holds_for_thousands_of_launches_beside_another_stream():
+    """Every launch gives the same bits, at the largest grid that is on the device at once."""
+    layer = rnnfast.LSTM(8, 1024, dtype=torch.bfloat16)
+    x = torch.randn(6, 16, 8, dtype=torch.bfloat16)
+    chosen = loop_of(layer, 16)
+    assert chosen.loop == "cooperative"
+    assert chosen.programs > 0.9 * torch.cuda.get_device_properties(0).multi_processor_count
+    other, busy = torch.cuda.Stream(), torch.randn(2048, 2048)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        wrong = torch.zeros((), dtype=torch.int64)
+        for n in range(2000):
+            if n % 20 == 0:
+                with torch.cuda.stream(other):
+                    busy @ busy
+            wrong += (layer(x)[0] != expected).any()
+    assert wrong.item() == 0
+
+
+@cells
+def test_a_captured_graph_reads_new_input(cell):
+    layer = CELLS[cell](16, 256, 2, dtype=torch.bfloat16)
+    x = torch.randn(20, 8, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer(x)[0]
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, layer(x)[0])
+
+
+@cells
+def test_a_layer_runs_on_the_current_stream(cell):
+    layer, x = CELLS[cell](16, 256), torch.randn(50, 8, 16)
+    expected = layer(x)[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = layer(x * 1.0)[0]
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+@cells
+def test_more_steps_than_a_grid_has_rows(cell):
+    """T beyond 65,535, where cuDNN gives up, forward and backward, against two calls that share the state."""
+    layer = CELLS[cell](2, 32)
+    x = torch.randn(70_000, 2, 2, requires_grad=True)
+    output, final = layer(x)
+    first, state = layer(x[:40_000])
+    second, last = layer(x[40_000:], state)
+    assert_close("output", torch.cat((first, second)), output, 1e-5)
+    for a, b in zip(as_tuple(last), as_tuple(final), strict=True):
+        assert_close("final", a, b, 1e-5)
+    expected = torch.autograd.grad(torch.cat((first, second)).square().sum(), x)[0]
+    assert_close("gradient", expected, torch.autograd.grad(output.square().sum(), x)[0], 1e-4)
+
+
+def test_more_elements_than_32_bits_address():
+    """The gates of all steps are more than 2**31 elements; the last steps are those of a call of their own."""
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB")
+    layer = rnnfast.LSTM(1, 128, dtype=torch.bfloat16)
+    x = torch.randn(70_000, 64, 1, dtype=torch.bfloat16)
+    assert x.shape[0] * x.shape[1] * 4 * 128 > 2**31
+    with torch.no_grad():
+        output, _ = layer(x)
+        tail = layer(x[-500:])[0]  # what came 300 steps before is forgotten
+    assert_close("last steps", tail[300:], output[-200:], 2e-2)
