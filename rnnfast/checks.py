@@ -149,9 +149,10 @@ def resets(options, given: Tensor | None, steps: int, batch: int, batched: bool 
 
 
 def cast_for_autocast(call):
-    """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do."""
-    if not torch._C._is_any_autocast_enabled():
-        return call
+    """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do.
+
+    Raises RuntimeError where they are of several dtypes or devices, inside or outside.
+    """
     device = call.x.device.type
     if torch._C._is_any_autocast_enabled() and is_autocast_on(device):
         dtype = torch.get_autocast_dtype(device)
