@@ -47,7 +47,7 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     if torch.compiler.is_compiling():
         if ops.in_onnx_export():
             return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
-        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets)
+        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
     elif not is_differentiated(tensors):
         results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
     elif forward_nesting() > 1:
@@ -57,12 +57,14 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
     return tuple(results[: spec.states]), tuple(results[spec.states : 2 * spec.states])
 
 
-def layer_kernel(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+def layer_kernel(
+    cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
+) -> list[Tensor]:
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
     if not is_differentiated((x, *hx, *weights)):
         with below_autograd():
             return torch.ops.rnnfast.layer(
-                cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets
+                cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version
             )
     if forward_nesting() > 1:
         raise RuntimeError(
@@ -141,9 +143,8 @@ class LayerFunction(torch.autograd.Function):
     def forward(cell, backend, reverse, all_states, batch_sizes, resets, x, *tensors):
         count = len(CELLS[cell].states)
         hx, weights = tensors[:count], tensors[count:]
-        results = call_below(
-            "layer", (x, *tensors), cell, backend, reverse, True, all_states, x, hx, weights, batch_sizes, resets
-        )
+        constants = (cell, backend, reverse, True, all_states)
+        results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
         return tuple(results)
 
     @staticmethod

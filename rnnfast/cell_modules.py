@@ -3,6 +3,7 @@
 They are torch's modules with another `forward`: a step is a layer over a sequence of one step, on the same kernels.
 """
 
+import torch
 from torch import Tensor, nn
 
 from rnnfast.functional import Options, recurrent, single
@@ -41,7 +42,9 @@ class Cell(nn.RNNCellBase):
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 
     def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...]) -> None:
-        """Refuse, as torch does, sizes that do not fit together."""
+        """Refuse, as torch does, dtypes and sizes that do not fit together."""
+        if x.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for n, state in enumerate(hx):

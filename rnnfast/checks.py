@@ -56,16 +56,15 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
             f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
         )
-    if x.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
-    if hx is None:
-        return
+    if x.shape[-1] != w_ih.shape[-1]:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[-1]}, got {x.shape[-1]}")
     rows = options.num_layers * options.directions
-    widths = (w_hh.shape[1], w_hh.shape[0] // CELLS[options.cell].gates)
-    for n, state in enumerate(hx):
+    widths = (w_hh.shape[-1], w_hh.shape[0] // CELLS[options.cell].gates)
+    states = hx or ()
+    for n, state in enumerate(states):
         expected = (rows, batch, widths[min(n, 1)])
         if state.shape != expected:
-            what = f"hidden[{n}]" if len(hx) > 1 else "hidden"
+            what = f"hidden[{n}]" if len(states) > 1 else "hidden"
             raise RuntimeError(f"Expected {what} size {expected}, got {list(state.shape)}")
         if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"Input and hidden tensors are not the same dtype, got {x.dtype} and {state.dtype}")
@@ -79,6 +78,29 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
             f"Input and parameter tensors are not at the same device, found input tensor at {x.device} "
             f"and parameter tensor at {w_ih.device}"
         )
+    weight_shapes(options, weights)
+
+
+def weight_shapes(options, weights: Sequence[Tensor]) -> None:
+    """Check the number and the shapes of the weights against one another."""
+    cells = options.num_layers * options.directions
+    count, rest = divmod(len(weights), cells)
+    if rest or count not in ((2, 3, 4, 5) if options.cell == "lstm" else (2, 4)):
+        each = "2 to 5" if options.cell == "lstm" else "2 or 4"
+        raise RuntimeError(f"weights: expected {each} tensors for each of {cells} layers, got {len(weights)} in all")
+    shapes = [weight.shape for weight in weights]
+    columns, width, inputs = shapes[1][0], shapes[1][-1], shapes[0][-1]
+    hidden = columns // CELLS[options.cell].gates
+    inner = [
+        (columns, width if count % 2 else hidden),
+        *[(columns,)] * (count > 3) * 2,
+        *[(width, hidden)] * (count % 2),
+    ]
+    expected = [(columns, inputs), *inner] * options.directions
+    expected += [(columns, options.directions * width), *inner] * (cells - options.directions)
+    if shapes != expected:
+        n = next(n for n in range(len(shapes)) if shapes[n] != expected[n])
+        raise RuntimeError(f"weights[{n}]: expected shape {list(expected[n])}, got {list(shapes[n])}")
 
 
 def packed(sequence: PackedSequence, lengths: Tensor | None) -> None:
@@ -87,6 +109,13 @@ def packed(sequence: PackedSequence, lengths: Tensor | None) -> None:
         raise ValueError("lengths: expected None with a PackedSequence, which carries its own, got a tensor")
     if sequence.data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {sequence.data.dim()}")
+    sizes = sequence.batch_sizes
+    falling = bool((sizes[1:] <= sizes[:-1]).all()) and int(sizes[-1]) >= 0
+    if sizes.dtype != torch.int64 or not falling or int(sizes.sum()) != len(sequence.data):
+        raise RuntimeError(
+            f"batch_sizes: expected int64 numbers that never grow and add up to the {len(sequence.data)} rows of data, "
+            f"got {sizes.tolist()}"
+        )
 
 
 def lengths(given: Tensor, batch: int, batched: bool) -> None:
@@ -120,15 +149,38 @@ def resets(options, given: Tensor | None, steps: int, batch: int, batched: bool 
 
 
 def cast_for_autocast(call):
-    """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do."""
-    if not torch._C._is_any_autocast_enabled():
-        return call
+    """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do.
+
+    Raises RuntimeError where they are of several dtypes or devices, inside or outside.
+    """
     device = call.x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return call
-    dtype = torch.get_autocast_dtype(device)
+    if torch._C._is_any_autocast_enabled() and is_autocast_on(device):
+        dtype = torch.get_autocast_dtype(device)
+        if device == "cpu" and call.options.cell == "gru":
+            # torch's GRU there is made of operators: autocast reaches its products, and not its state.
+            dtype = torch.promote_types(dtype, call.hx[0].dtype)
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
 
-    return replace(call, x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])
+        call = replace(call, x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])
+    one_kind(call)
+    return call
+
+
+def is_autocast_on(device: str) -> bool:
+    """Say whether `torch.autocast` is at work for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def one_kind(call) -> None:
+    """Refuse tensors of several dtypes or devices."""
+    tensors = (call.x, *call.hx, *call.weights)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise RuntimeError(f"input, hidden states and weights must have the same dtype, got {found}")
+    devices = {tensor.device for tensor in (tensors if call.resets is None else (*tensors, call.resets))}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"input, hidden states, weights and resets must be at the same device, got {found}")

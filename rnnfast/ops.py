@@ -3,12 +3,19 @@
 They are opaque, so that compilers and exporters carry one node per layer whatever the number of steps. Each has a fake
 implementation that gives shapes alone. A layer's weights travel as one flat list, direction by direction, each in the
 order w_ih, w_hh, b_ih, b_hh, w_hr with the absent ones left out.
+
+Compilers keep graphs on disk and find them again by the operators' names and arguments, while the shapes in them are
+those of the version that was traced. `layer` therefore takes a `version`, which changes nothing but the graph.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import accumulate
+from pathlib import Path
 
+import rnnfast_kernels
 import torch
 from torch import Tensor
 
@@ -18,7 +25,7 @@ from rnnfast.batching import map_backward, map_layer
 
 LAYER_SCHEMA = (
     "layer(str cell, str backend, bool[] reverse, bool save, bool all_states, "
-    "Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets) -> Tensor[]"
+    "Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, str version='') -> Tensor[]"
 )
 BACKWARD_SCHEMA = (
     "layer_backward(str cell, str backend, bool[] reverse, bool need_x, bool need_hx, bool need_weights, "
@@ -65,7 +72,24 @@ def as_given(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+def version() -> str:
+    """Return what tells this version's graphs from those of any other."""
+    return hash_of_sources()
+
+
+# What torch.compiler.assume_constant_result sets: a traced graph belongs to one version.
+version._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def hash_of_sources() -> str:
+    """Read every source of the library, once."""
+    folders = (Path(module).parent for module in (__file__, rnnfast_kernels.__file__))
+    sources = (path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
+def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version="") -> list[Tensor]:
     """Run one layer: the states, the final states and what backward wants, one after another.
 
     States beyond the first are empty tensors of shape [0] unless `save` or `all_states` asks for them.
@@ -76,7 +100,9 @@ def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes,
     return [*result.states, *result.finals, *result.saved]
 
 
-def layer_fake(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets) -> list[Tensor]:
+def layer_fake(
+    cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
+) -> list[Tensor]:
     """Shapes of `layer`."""
     described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
     shapes = [(*x.shape[:-1], len(reverse), initial.shape[-1]) for initial in hx]
@@ -86,17 +112,21 @@ def layer_fake(cell, backend, reverse, save, all_states, x, hx, weights, batch_s
     return [*states, *finals, *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept)]
 
 
-def layer_vmap(info, in_dims, cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets):
+def layer_vmap(
+    info, in_dims, cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
+):
     """Map `layer` where no gradient is wanted; with gradients, the autograd Functions' own rules come first."""
 
     def apply(batch_sizes, resets, x, *tensors):
+        hx, weights = tensors[:count], tensors[count:]
         return torch.ops.rnnfast.layer(
-            cell, backend, reverse, save, all_states, x, tensors[: len(hx)], tensors[len(hx) :], batch_sizes, resets
+            cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version
         )
 
-    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim = in_dims[5:]
+    count = len(hx)
+    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim = in_dims[5:10]
     dims = (sizes_dim, resets_dim, x_dim, *(hx_dims or [None] * len(hx)), *(weight_dims or [None] * len(weights)))
-    results, dims = map_layer(apply, info.batch_size, (batch_sizes, resets, x, *hx, *weights), dims, len(hx))
+    results, dims = map_layer(apply, info.batch_size, (batch_sizes, resets, x, *hx, *weights), dims, count)
     return list(results), list(dims)
 
 

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-# Inductor keeps compiled graphs by their operators' names; one that another version of ours left behind would be found.
+# Graphs that Inductor kept from an earlier run would spare it the compilation that is under test.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rnnfast-inductor-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 

@@ -8,6 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import rnnfast
+from rnnfast import ops
+from rnnfast.backends import choice
 
 F64 = {"dtype": torch.float64}
 
@@ -41,6 +43,32 @@ def test_inductor_compiles_forward_and_backward(cell, backend):
     expected = run(theirs, x)
     ours.forward = torch.compile(ours.forward, fullgraph=True, backend="inductor")
     assert_all_close(expected, run(ours, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch):
+    layer, x = sample("lstm", **F64)
+
+    def found_on_disk() -> bool:
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+        torch.compile(layer, fullgraph=True)(x)[0].sum().backward()
+        return torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] > before
+
+    module = choice.load(backend)
+    forward, backward, saved_like = module.forward, module.backward, module.saved_like
+
+    def save_more(layer, **options):
+        result = forward(layer, **options)
+        return result._replace(saved=(*result.saved, layer.x.clone()) if options["save"] else ())
+
+    found_on_disk()
+    assert found_on_disk()
+    monkeypatch.setattr(module, "forward", save_more)
+    monkeypatch.setattr(module, "backward", lambda *args: backward(*args[:2], args[2][:-1], *args[3:]))
+    monkeypatch.setattr(module, "saved_like", lambda layer: (*saved_like(layer), (layer.x.shape, layer.x.dtype)))
+    monkeypatch.setattr(ops, "hash_of_sources", lambda: "the next version")
+    assert not found_on_disk()
 
 
 def test_options_compile_in_one_graph(backend):

@@ -114,6 +114,50 @@ def test_mistakes_get_torchs_words(name, mistake, backend):
         assert str(got.value) == str(expected.value)
 
 
+def with_weight(name: str, weight: torch.Tensor):
+    """Return a layer with a plain tensor in a parameter's place."""
+    layer = rnnfast.LSTM(3, 5)
+    delattr(layer, name)
+    setattr(layer, name, weight)
+    return layer
+
+
+# What a kernel would follow past the end of a tensor.
+MISFITS = {
+    "recurrent weight too narrow": (
+        lambda x: with_weight("weight_hh_l0", state(20, 4))(x),
+        r"\[20, 5\], got \[20, 4\]",
+    ),
+    "input weight too short": (lambda x: with_weight("weight_ih_l0", state(16, 3))(x), r"\[20, 3\], got \[16, 3\]"),
+    "bias too short": (lambda x: with_weight("bias_hh_l0", state(1))(x), r"weights\[3\]: expected shape \[20\]"),
+    "weight of another dtype": (
+        lambda x: with_weight("weight_hh_l0", state(20, 5, dtype=torch.float64))(x),
+        "same dtype",
+    ),
+    "cell's input of another dtype": (lambda x: rnnfast.LSTMCell(3, 5)(x[0].double()), "dtype"),
+    "weights of another device": (lambda x: rnnfast.LSTM(3, 5, device="meta")(x), "same device"),
+    "resets of another device": (
+        lambda x: rnnfast.LSTM(3, 5)(x, resets=torch.zeros(2, 2, dtype=torch.bool, device="meta")),
+        "same device",
+    ),
+    "too few weights": (lambda x: rnnfast.functional.lstm(x, [state(20, 3), state(20, 5)] * 2, num_layers=3), "got 4"),
+    "too many weights": (lambda x: rnnfast.functional.gru(x, [state(15, 3), state(15, 5), state(5, 5)]), "2 or 4"),
+    "second layer of another width": (
+        lambda x: rnnfast.functional.lstm(x, [state(20, 3), state(20, 5)] * 2, num_layers=2),
+        r"weights\[2\]: expected shape \[20, 5\]",
+    ),
+    "growing batch sizes": (lambda x: rnnfast.LSTM(3, 5)(PackedSequence(x[0], torch.tensor([0, 2]))), "never grow"),
+    "negative batch sizes": (lambda x: rnnfast.LSTM(3, 5)(PackedSequence(x[0], torch.tensor([3, -1]))), "never grow"),
+    "too few packed rows": (lambda x: rnnfast.LSTM(3, 5)(PackedSequence(x[0], torch.tensor([2, 1]))), "2 rows"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), MISFITS.values(), ids=MISFITS)
+def test_tensors_that_do_not_fit_together_reach_no_kernel(call, words, backend):
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        call(state(2, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [((3, 5), {"dropout": 2}), ((3, 5), {"dropout": True}), ((3, 0), {}), ((3, 5, 0), {}), ((0, 5), {}),

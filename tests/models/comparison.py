@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from closeness import assert_all_close
@@ -12,6 +13,7 @@ import rnnfast
 
 # What float32 rounding grows to over deep models; torch's own two CPU paths (oneDNN and native) differ by as much.
 TOLERANCE = 1e-4
+ROUNDS = 5
 
 
 def compare(model: nn.Module, run: Callable[[nn.Module], dict[str, Tensor]], layers: int) -> nn.Module:
@@ -23,22 +25,26 @@ def compare(model: nn.Module, run: Callable[[nn.Module], dict[str, Tensor]], lay
     """
     fast = copy.deepcopy(model)
     assert [f.reason for f in rnnfast.survey(rnnfast.accelerate(fast))] == [""] * layers
-    expected, theirs = results(model, run)
-    got, ours = results(fast, run)
-    assert_all_close(expected, got, TOLERANCE)
+    assert_all_close(results(model, run), results(fast, run), TOLERANCE)
+    seconds = [(time_of(model, run), time_of(fast, run)) for _ in range(ROUNDS)]
+    theirs, ours = (median(times) for times in zip(*seconds, strict=True))
     print(f"\n{type(model).__name__}: torch {theirs * 1e3:.0f} ms, rnnfast {ours * 1e3:.0f} ms, {theirs / ours:.2f}x")
     return fast
 
 
-def results(model: nn.Module, run) -> tuple[dict[str, Tensor], float]:
-    """Return the results and gradients of one call, and the seconds of the second call, forward and backward."""
-    for _ in range(2):
-        model.zero_grad()
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        found = run(model)
-        sum(value.square().sum() for value in found.values()).backward()
-        seconds = time.perf_counter() - start
-    grads = {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+def results(model: nn.Module, run) -> dict[str, Tensor]:
+    """Return the results and gradients of one call."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = run(model)
+    sum(value.square().sum() for value in found.values()).backward()
+    grads = {f"d{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert grads
-    return {name: value.detach() for name, value in found.items()} | grads, seconds
+    return {name: value.detach() for name, value in found.items()} | grads
+
+
+def time_of(model: nn.Module, run) -> float:
+    """Return the seconds of one call, forward and backward."""
+    start = time.perf_counter()
+    results(model, run)
+    return time.perf_counter() - start
