@@ -1,6 +1,7 @@
 """Choosing a backend: by name, by environment, by thread; what cannot run says so; explain and warmup."""
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from rnnfast_kernels.cpu.target import processor
 
 import rnnfast
 from rnnfast.backends.choice import choose, setting
@@ -99,6 +101,15 @@ def test_auto_takes_numba_on_the_cpu_and_torch_elsewhere():
 def test_meta_tensors_run_on_torch():
     output, _ = rnnfast.GRU(3, 5, device="meta")(torch.zeros(2, 4, 3, device="meta"))
     assert output.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize(("features", "faster"), [("+avx512f", False), ("+avx512f,+avx512bf16", True)])
+def test_explain_says_what_torch_does_faster(monkeypatch, features, faster):
+    host = dataclasses.replace(processor(), features=features)
+    monkeypatch.setattr("rnnfast.backends.cpu.processor", lambda: host)
+    layer, x = rnnfast.LSTM(3, 5, dtype=torch.bfloat16), torch.zeros(2, 2, 3, dtype=torch.bfloat16)
+    assert ("torch's is faster here" in rnnfast.explain(layer, x).kernel) == faster
+    assert "faster" not in rnnfast.explain(layer.float(), x.float()).kernel
 
 
 def test_explain_names_backend_kernel_and_reason():

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.target import processor, target
 from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
@@ -95,10 +96,11 @@ def can_stack(dtype: torch.dtype) -> bool:
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
-    from rnnfast_kernels.cpu.target import processor, target
-
-    computed = NATIVE.get(dtype, "float32")
-    return f"whole-layer {cell} kernel in {computed}, {target(computed).lanes} lanes on {processor().name}"
+    host, computed = processor(), NATIVE.get(dtype, "float32")
+    kernel = f"whole-layer {cell} kernel in {computed}, {target(computed).lanes} lanes on {host.name}"
+    if cell == "lstm" and dtype == torch.bfloat16 and "+avx512bf16" in host.features:
+        kernel += "; torch's is faster here, by this processor's bfloat16 products: use_backend(\"torch\")"
+    return kernel
 
 
 def round_gradients(gradients: Gradients, dtype: torch.dtype) -> Gradients:
