@@ -54,7 +54,8 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     else:
         results = apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
-    return tuple(results[: spec.states]), tuple(results[spec.states : 2 * spec.states])
+    count = len(hx)
+    return tuple(results[:count]), tuple(results[count : 2 * count])
 
 
 def layer_kernel(

@@ -37,7 +37,8 @@ class Cell(nn.RNNCellBase):
     def check_dims(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
         """Refuse, as torch does, tensors of more than two dimensions or none."""
         name = type(self).__name__
-        for what, tensor in (("input", input), *zip(self.states, hx or (), strict=False)):
+        named = () if hx is None else zip(self.states, hx, strict=True)
+        for what, tensor in (("input", input), *named):
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 

@@ -1,7 +1,6 @@
 """Every check of a user's arguments, in torch's words where torch makes the same check."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -83,21 +82,22 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
 
 def weight_shapes(options, weights: Sequence[Tensor]) -> None:
     """Check the number and the shapes of the weights against one another."""
-    cells = options.num_layers * options.directions
-    count, rest = divmod(len(weights), cells)
-    if rest or count not in ((2, 3, 4, 5) if options.cell == "lstm" else (2, 4)):
+    directions = 2 if options.bidirectional else 1
+    cells = options.num_layers * directions
+    count = len(weights) // cells
+    if count * cells != len(weights) or count not in ((2, 3, 4, 5) if options.cell == "lstm" else (2, 4)):
         each = "2 to 5" if options.cell == "lstm" else "2 or 4"
         raise RuntimeError(f"weights: expected {each} tensors for each of {cells} layers, got {len(weights)} in all")
     shapes = [weight.shape for weight in weights]
     columns, width, inputs = shapes[1][0], shapes[1][-1], shapes[0][-1]
     hidden = columns // CELLS[options.cell].gates
-    inner = [
-        (columns, width if count % 2 else hidden),
-        *[(columns,)] * (count > 3) * 2,
-        *[(width, hidden)] * (count % 2),
-    ]
-    expected = [(columns, inputs), *inner] * options.directions
-    expected += [(columns, options.directions * width), *inner] * (cells - options.directions)
+    inner: list[tuple[int, ...]] = [(columns, width if count % 2 else hidden)]
+    if count > 3:
+        inner += [(columns,), (columns,)]
+    if count % 2:
+        inner.append((width, hidden))
+    expected = [(columns, inputs), *inner] * directions
+    expected += [(columns, directions * width), *inner] * (cells - directions)
     if shapes != expected:
         n = next(n for n in range(len(shapes)) if shapes[n] != expected[n])
         raise RuntimeError(f"weights[{n}]: expected shape {list(expected[n])}, got {list(shapes[n])}")
@@ -163,7 +163,7 @@ def cast_for_autocast(call):
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
 
-        call = replace(call, x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])
+        call = call._replace(x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])
     one_kind(call)
     return call
 

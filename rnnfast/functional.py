@@ -5,7 +5,6 @@ sorted rows, a full set of initial states. It runs layer by layer through `rnnfa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -44,8 +43,7 @@ class Options(NamedTuple):
         return (False, True)[: self.directions]
 
 
-@dataclass(slots=True)
-class Call:
+class Call(NamedTuple):
     """A validated call in the layout of `rnnfast.backends`.
 
     x: [T, B, I], or [rows, I] when packed. hx: one [layers*D, B, P or H] tensor per state. weights: flat, as in
@@ -59,6 +57,10 @@ class Call:
     batch_sizes: Tensor | None = None
     resets: Tensor | None = None
     all_states: bool = False
+
+    def over(self, x: Tensor, hx: States, batch_sizes: Tensor | None, resets: Tensor | None) -> "Call":
+        """Return the call with other tensors."""
+        return Call(self.options, x, hx, self.weights, batch_sizes, resets, self.all_states)
 
 
 class Outcome(NamedTuple):
@@ -128,16 +130,9 @@ def run_ragged(call: Call, lengths: Tensor) -> Outcome:
     """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
     batch_sizes, order, inverse = ops.sort_rows(lengths.to(call.x.device), call.x.shape[0])
     if in_place(order):
-        return run(replace(call, batch_sizes=batch_sizes))
-    outcome = run(
-        replace(
-            call,
-            x=call.x.index_select(1, order),
-            hx=permuted(call.hx, order),
-            batch_sizes=batch_sizes,
-            resets=None if call.resets is None else call.resets.index_select(1, order),
-        )
-    )
+        return run(call.over(call.x, call.hx, batch_sizes, call.resets))
+    resets = None if call.resets is None else call.resets.index_select(1, order)
+    outcome = run(call.over(call.x.index_select(1, order), permuted(call.hx, order), batch_sizes, resets))
     return Outcome(
         outcome.output.index_select(1, inverse), permuted(outcome.finals, inverse), permuted(outcome.states, inverse)
     )

@@ -22,8 +22,6 @@ def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the padded layout by packing its live rows. Rows of length zero, which torch refuses, are kept out."""
-    from dataclasses import replace
-
     steps, batch = call.x.shape[:2]
     live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]
     running = int(call.batch_sizes[0]) if steps else 0
@@ -32,7 +30,7 @@ def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     if running:
         sizes = call.batch_sizes[call.batch_sizes > 0]
         hx = tuple(s[:, :running] for s in call.hx)
-        data, found = run(replace(call, x=call.x[live], hx=hx, batch_sizes=sizes))
+        data, found = run(call._replace(x=call.x[live], hx=hx, batch_sizes=sizes))
         output = output.to(data.dtype).masked_scatter(live[..., None], data)
         finals = tuple(torch.cat((f, s[:, running:]), 1) for f, s in zip(found, call.hx, strict=True))
     return output, finals
