@@ -107,9 +107,21 @@ def apply_here(function: type[torch.autograd.Function], *args) -> tuple[Tensor, 
 
 def is_differentiated(tensors) -> bool:
     """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in tensors):
+            return True
+        if torch._C._functorch.peek_interpreter_stack() is not None and any(map(requires_grad_below, tensors)):
+            return True
     return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
+
+
+def requires_grad_below(tensor: Tensor | None) -> bool:
+    """Say whether a tensor wants a gradient outside of the transforms that wrap it; a mapped tensor does not tell."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+    return False
 
 
 def forward_nesting() -> int:
@@ -183,9 +195,13 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        states = len(CELLS[inputs[0]].states)
-        apply = partial(LayerFunction.apply, *inputs[:4])
-        return batching.map_layer(apply, info.batch_size, inputs[4:], in_dims[4:], states)
+        cell, backend, reverse, all_states = inputs[:4]
+
+        def apply(reverse, *args):
+            return LayerFunction.apply(cell, backend, reverse, all_states, *args)
+
+        states = len(CELLS[cell].states)
+        return batching.map_layer(apply, backend, reverse, info.batch_size, inputs[4:], in_dims[4:], states)
 
 
 class LayerBackward(torch.autograd.Function):
@@ -231,12 +247,15 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        states, saved = len(CELLS[inputs[0]].states), inputs[8]
+        cell, backend, reverse, *needs, groups, _, saved = inputs[:9]
+        states = len(CELLS[cell].states)
 
-        def apply(groups, *args):
-            return LayerBackward.apply(*inputs[:6], groups, *inputs[7:9], *args)
+        def apply(reverse, groups, *args):
+            tensor_count = len(args) - 2 - 3 * states - saved
+            return LayerBackward.apply(cell, backend, reverse, *needs, groups, tensor_count, saved, *args)
 
-        return batching.map_backward(apply, info.batch_size, inputs[9:], in_dims[9:], states, saved, inputs[3:6])
+        constants = batching.Backward(backend, reverse, tuple(needs), groups)
+        return batching.map_backward(apply, constants, info.batch_size, inputs[9:], in_dims[9:], states, saved)
 
 
 def bend_gradients(ctx, changes) -> tuple[list[Tensor], Pushed]:

@@ -100,7 +100,7 @@ def linearise(layer: Layer, states: States, d: int) -> Linear:
         rows = torch.arange(layer.x.shape[1], device=layer.x.device)
         live = (rows < layer.batch_sizes.to(rows.device)[:, None])[..., None]
     kept = None if layer.resets is None else ~layer.resets[..., None]
-    x = masked(layer.x, live)
+    x = masked(layer.input_of(d, layer.x), live)
     after = tuple(s[:, :, d] for s in states)
     entering = entering_states(after, tuple(initial[d] for initial in layer.hx), reverse, live, kept)
     gates = CELLS[layer.cell].gates

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import rnnfast_kernels
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rnnfast.backends import Layer, Needs, Weights
 from rnnfast.backends.choice import load
-from rnnfast.batching import map_backward, map_layer
+from rnnfast.batching import Backward, map_backward, map_layer
 
 LAYER_SCHEMA = (
     "layer(str cell, str backend, bool[] reverse, bool save, bool all_states, "
@@ -117,7 +117,7 @@ def layer_vmap(
 ):
     """Map `layer` where no gradient is wanted; with gradients, the autograd Functions' own rules come first."""
 
-    def apply(batch_sizes, resets, x, *tensors):
+    def apply(reverse, batch_sizes, resets, x, *tensors):
         hx, weights = tensors[:count], tensors[count:]
         return torch.ops.rnnfast.layer(
             cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version
@@ -126,7 +126,8 @@ def layer_vmap(
     count = len(hx)
     x_dim, hx_dims, weight_dims, sizes_dim, resets_dim = in_dims[5:10]
     dims = (sizes_dim, resets_dim, x_dim, *(hx_dims or [None] * len(hx)), *(weight_dims or [None] * len(weights)))
-    results, dims = map_layer(apply, info.batch_size, (batch_sizes, resets, x, *hx, *weights), dims, count)
+    args = (batch_sizes, resets, x, *hx, *weights)
+    results, dims = map_layer(apply, backend, reverse, info.batch_size, args, dims, count)
     return list(results), list(dims)
 
 
@@ -169,14 +170,13 @@ def layer_backward_vmap(
 ):  # fmt: skip
     """Map `layer_backward` where no second derivative is wanted."""
     flags = (need_x, need_hx, need_weights)
-    ends = list(accumulate(map(len, (hx, weights, states, saved, dstates, dfinals))))
+    behind = list(accumulate(map(len, (dfinals, dstates, saved, states))))[::-1]
 
-    def apply(groups, batch_sizes, resets, x, *tensors):
-        hx, weights, states, saved, dstates, dfinals = (
-            tensors[start:end] for start, end in zip([0, *ends], ends, strict=False)
-        )
+    def apply(reverse, groups, batch_sizes, resets, x, *tensors):
+        bounds = [0, len(hx), *(len(tensors) - count for count in behind), len(tensors)]
+        tensors = [tensors[start:end] for start, end in pairwise(bounds)]
         return torch.ops.rnnfast.layer_backward(
-            cell, backend, reverse, *flags, groups, x, hx, weights, batch_sizes, resets, states, saved, dstates, dfinals
+            cell, backend, reverse, *flags, groups, x, *tensors[:2], batch_sizes, resets, *tensors[2:]
         )
 
     def flat_dims(dims, tensors):
@@ -186,7 +186,8 @@ def layer_backward_vmap(
     lists = ((hx_dims, hx), (weight_dims, weights), *zip(rest, (states, saved, dstates, dfinals), strict=True))
     dims = (sizes_dim, resets_dim, x_dim, *(d for pair in lists for d in flat_dims(*pair)))
     args = (batch_sizes, resets, x, *(t for _, tensors in lists for t in tensors))
-    results, dims = map_backward(apply, info.batch_size, args, dims, len(hx), len(saved), flags)
+    constants = Backward(backend, reverse, flags, groups)
+    results, dims = map_backward(apply, constants, info.batch_size, args, dims, len(hx), len(saved))
     return list(results), list(dims)
 
 

@@ -35,7 +35,7 @@ def run_direction(layer: Layer, d: int) -> tuple[States, States]:
     weights = layer.weights[d]
     state = tuple(initial[d] for initial in layer.hx)
     steps = [state] * step_count(layer)
-    x_gates = torch.nn.functional.linear(layer.x, weights.w_ih, weights.b_ih)  # [*L, G*H]
+    x_gates = torch.nn.functional.linear(layer.input_of(d, layer.x), weights.w_ih, weights.b_ih)  # [*L, G*H]
     spans = row_spans(layer)
     order = reversed(range(len(steps))) if layer.reverse[d] else range(len(steps))
     for t in order:

@@ -58,7 +58,12 @@ def push_forward(layer: Layer, states: States, changes: Changes) -> Pushed:
 
 def push_direction(at: Linear, layer: Layer, d: int, changes: Changes) -> Tangent:
     """Run the tangent recurrence of one direction of a padded layer."""
-    return tangent(at, changes.x, initial_changes(layer, d, changes), changes.weights[d])
+    return tangent(at, change_of_input(layer, d, changes), initial_changes(layer, d, changes), changes.weights[d])
+
+
+def change_of_input(layer: Layer, d: int, changes: Changes) -> Tensor | None:
+    """Return the change of what one direction reads."""
+    return None if changes.x is None else layer.input_of(d, changes.x)
 
 
 def initial_changes(layer: Layer, d: int, changes: Changes) -> States:
@@ -92,13 +97,15 @@ def bend(
         pushed.append(push_direction(at, padded, d, changes))
         initial = initial_changes(padded, d, changes)
         entering = entering_states(pushed[-1].states, initial, layer.reverse[d], at.live, at.kept)
-        dx = None if changes.x is None else masked(changes.x, at.live)
+        dx = change_of_input(padded, d, changes)
+        dx = None if dx is None else masked(dx, at.live)
         x, by_entering, weights = bend_steps(layer.cell, at, flows, pushed[-1], dx, entering, changes.weights[d])
         pairs = [unshifted(masked(g, at.kept), layer.reverse[d], at.live) for g in by_entering]
         by_states.append([states for states, _ in pairs])
         by_tensors.append((x, [initial for _, initial in pairs], weights))
     through_time = backward(tuple(padding.unpad(torch.stack(parts, 2)) for parts in zip(*by_states, strict=True)))
-    x = padding.unpad(torch.stack([x for x, _, _ in by_tensors]).sum(0))
+    by_input = torch.stack([x for x, _, _ in by_tensors], -2).unflatten(-2, (layer.inputs, -1)).sum(-2)
+    x = padding.unpad(by_input.flatten(-2))
     hx = [torch.stack(parts) for parts in zip(*(initial for _, initial, _ in by_tensors), strict=True)]
     here = [x, *hx, *(w for _, _, weights in by_tensors for w in weights)]
     return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(pushed)

@@ -12,6 +12,9 @@ Row layouts. The rows of step t are contiguous, and their number never grows wit
              hold anything, NaN included, and reach no result; in the results they are 0
     packed   x is [rows, I], `batch_sizes` is an int64 [T] on the CPU: the steps follow one another without gaps
 A reverse direction runs from the last step to the first; a row joins, with its initial state, at its last valid step.
+
+Ensembles. Layers of equal sizes that run over the same steps are one layer: the directions of one member after those of
+another. Where each member has an input of its own, these stand side by side in x, [T, B, N*I] or [rows, N*I].
 """
 
 from dataclasses import dataclass
@@ -35,8 +38,9 @@ class Weights(NamedTuple):
 class Layer:
     """One call of a layer, as backends receive it.
 
+    x: the input, or N inputs side by side, each for its own D / N successive directions.
     hx: the initial states, one [D, B, P or H] tensor per state of the cell, the output state first.
-    reverse: the direction of each of the D independent recurrences over x.
+    reverse: the direction of each of the D independent recurrences.
     resets: bool [T, B] or None; where it is true, the state that enters that step is zeroed first.
     """
 
@@ -48,6 +52,17 @@ class Layer:
     batch_sizes: Tensor | None = None
     resets: Tensor | None = None
 
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs, N."""
+        width = self.weights[0].w_ih.shape[1]
+        return self.x.shape[-1] // width if width else 1
+
+    def input_of(self, d: int, x: Tensor) -> Tensor:
+        """Take what direction `d` reads from x, or from something of x's shape."""
+        inputs = self.inputs
+        return x if inputs == 1 else x.chunk(inputs, -1)[d * inputs // len(self.reverse)]
+
 
 class Result(NamedTuple):
     """What `forward` returns: tensors that share no memory with one another or with the inputs.
@@ -57,8 +72,8 @@ class Result(NamedTuple):
     states: one [*L, D, P or H] tensor per state: its value after every step. Those beyond the first are empty
         tensors, shape [0], unless they were asked for.
     finals: one [D, B, P or H] tensor per state, each row after its own last step.
-    saved: whatever this backend's `backward` wants beside the states, each tensor with leading dimensions L; empty
-        unless asked for.
+    saved: whatever this backend's `backward` wants beside the states, each tensor with leading dimensions L, and behind
+        them D where the backend takes ensembles; empty unless asked for.
     """
 
     states: tuple[Tensor, ...]
@@ -83,7 +98,12 @@ class Needs(NamedTuple):
 
 
 class Backend(Protocol):
-    """A module with these functions."""
+    """A module with these functions.
+
+    TAKES_ENSEMBLES: whether a layer may have more than two directions, and more than one input.
+    """
+
+    TAKES_ENSEMBLES: bool
 
     def forward(self, layer: Layer, *, save: bool, all_states: bool) -> Result:
         """Run the layer. `save` asks for everything that `backward` needs, `all_states` for every entry of `states`."""

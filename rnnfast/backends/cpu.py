@@ -22,6 +22,7 @@ from rnnfast.backends.cpu_stack import Sizes, Stack
 
 __all__ = ["Sizes", "Stack", "backward", "can_stack", "describe", "forward", "saved_like", "unsupported", "warmup"]
 
+TAKES_ENSEMBLES = True
 NATIVE = {torch.float32: "float32", torch.float64: "float64"}
 HALF = (torch.bfloat16, torch.float16)
 

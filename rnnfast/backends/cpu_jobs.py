@@ -20,9 +20,10 @@ from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-# Names of the bases that are a direction's weights, and their gradients.
-WEIGHT_NAMES = tuple(tuple(f"{name}{direction}" for name in Weights._fields) for direction in range(2))
-GRADIENT_NAMES = tuple(tuple(f"d{name}" for name in names) for names in WEIGHT_NAMES)
+@functools.cache
+def weight_names(directions: int, prefix: str = "") -> tuple[tuple[str, ...], ...]:
+    """Names of the bases that are each direction's weights, and, with the prefix d, their gradients."""
+    return tuple(tuple(f"{prefix}{name}{d}" for name in Weights._fields) for d in range(directions))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,6 +32,7 @@ def shape_of(
     dtype: torch.dtype,
     x_shape: torch.Size,
     x_strides: tuple[int, ...],
+    inputs: int,
     hx_shape: torch.Size,
     gate_columns: int,
     reverse: tuple[bool, ...],
@@ -41,11 +43,12 @@ def shape_of(
     cuts: tuple[int, ...] | None,
     repeated: bool = False,
 ) -> plan.Shape:
-    """One `plan.Shape` for equal sizes, so that plans are found by its identity."""
+    """One `plan.Shape` for equal sizes, so that plans are found by its identity. inputs: how many there are in x."""
     directions, batch, width = hx_shape
+    input_width = x_shape[-1] // inputs
     hidden = gate_columns // CELLS[cell].gates
     rows = x_shape[:-1].numel()
-    work = rows * directions * plan.work_per_row(CELLS[cell], x_shape[-1], hidden, width)
+    work = rows * directions * plan.work_per_row(CELLS[cell], input_width, hidden, width)
     step_work = batch * plan.work_per_row(CELLS[cell], 0, hidden, width)
     workers = plan.workers_for(batch, work, step_work, directions, threads) if plain and not projected else 1
     slices = 1 if workers > 1 else plan.slices_for(work, batch, directions, threads)
@@ -55,7 +58,8 @@ def shape_of(
         steps=x_shape[0] if packed_steps is None else packed_steps,
         batch=batch,
         rows=rows,
-        inputs=x_shape[-1],
+        inputs=input_width,
+        sharing=directions // inputs,
         hidden=hidden,
         width=width,
         reverse=reverse,
@@ -88,7 +92,7 @@ class Call:
         self.hx = [initial.contiguous() for initial in layer.hx]
         self.sizes = self.starts = None
         self.tensors: dict[str, Tensor | None] = dict(zip(("x", "h_first", "extra_first"), (x, *self.hx), strict=False))
-        for names, weights in zip(WEIGHT_NAMES, layer.weights, strict=False):
+        for names, weights in zip(weight_names(len(layer.weights)), layer.weights, strict=True):
             for name, weight in zip(names, weights, strict=True):
                 self.tensors[name] = None if weight is None else weight.contiguous()
         if layer.batch_sizes is not None:
@@ -115,6 +119,7 @@ class Call:
             x.dtype,
             x.shape,
             x.stride(),
+            layer.inputs,
             self.hx[0].shape,
             layer.weights[0].w_hh.shape[0],
             layer.reverse,
@@ -176,7 +181,7 @@ def run_backward(
     dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
 
     tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
-    for names, weights in zip(GRADIENT_NAMES, dweights, strict=False):
+    for names, weights in zip(weight_names(len(dweights), "d"), dweights, strict=True):
         tensors.update(zip(names, weights, strict=True))
     recipe = plan.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
     call.run(recipe, tensors)

@@ -107,6 +107,7 @@ def shapes(sizes: Sizes, projected: bool) -> tuple[plan.Shape, ...]:
             sizes.dtype,
             torch.Size((steps, batch, inputs)),
             strides,
+            1,
             torch.Size((sizes.directions, batch, sizes.width)),
             sizes.weights[1][0],
             (False, True)[: sizes.directions],

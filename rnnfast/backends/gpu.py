@@ -23,6 +23,7 @@ from rnnfast.backends import gpu_projection as projection
 from rnnfast.backends.gpu_launch import matmul_precision, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_rows import Call, describe
 
+TAKES_ENSEMBLES = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -38,7 +38,8 @@ MEETING_ROWS = 4
 class Shape:
     """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
 
-    rows: of all steps together. cuts: bounds of the slices of the batch. workers: threads that share a slice's hidden
+    rows: of all steps together. sharing: successive directions that read the same input; where that is not all of them,
+    their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads that share a slice's hidden
     units. raw: whether the forward pass uses its weights too seldom to be worth packing them. x_row, x_step: strides
     in bytes.
     """
@@ -52,6 +53,7 @@ class Shape:
     hidden: int
     width: int
     reverse: tuple[bool, ...]
+    sharing: int
     x_row: int
     x_step: int
     projected: bool
@@ -190,7 +192,7 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
         "inputs": shape.inputs,
         "hidden": shape.hidden,
         "width": shape.width,
-        "x": Ref("x"),
+        "x": Ref("x", direction // shape.sharing * shape.inputs * item),
         "x_row": shape.x_row,
         "x_step": shape.x_step,
         "h_first": Ref("h_first", offset * shape.width * item),
@@ -437,32 +439,35 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
 
 
 def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
-    """dx = the sum over directions of dx_gates W_ih."""
+    """dx = the sum over the directions that share an input of dx_gates W_ih."""
     depth, item = shape.gate_columns, shape.item
     weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
     panels = pack_all(recipe, shape, weights)
     chunk = max(2 * shape.target.accumulators, min(1024, PRODUCT_BYTES // (depth * item)))
     threads = threads_for(shape.rows * depth * shape.inputs * shape.directions, shape.threads)
+    starts = range(0, shape.directions, shape.sharing)
+    out_row = len(starts) * shape.inputs * item
     jobs = [
         recipe.record(
             gradients.PRODUCT,
             rows=last - first,
             depth=depth,
             units=shape.inputs,
-            parts=shape.directions,
-            left=work.dx_gates.at(first * shape.directions * depth * item),
+            parts=shape.sharing,
+            left=work.dx_gates.at((first * shape.directions + start) * depth * item),
             left_row=shape.directions * depth * item,
             left_part=depth * item,
-            panels=panels[0],
-            panels_part=panels[-1].offset - panels[0].offset,
-            out=Ref("dx", first * shape.inputs * item),
-            out_row=shape.inputs * item,
+            panels=panels[start],
+            panels_part=panels[-1].offset - panels[-2].offset if shape.sharing > 1 else 0,
+            out=Ref("dx", first * out_row + n * shape.inputs * item),
+            out_row=out_row,
             tile=recipe.buffer(shape.target.accumulators * shape.target.vector),
             places=recipe.buffer(8 * chunk),
             goals=recipe.buffer(8 * chunk),
             chunk=chunk,
         )
-        for first, last in pairwise(even_cuts(shape.rows, threads))
+        for n, start in enumerate(starts)
+        for first, last in pairwise(even_cuts(shape.rows, -(-threads // len(starts))))
     ]
     recipe.phase(tasks.ROWS_PRODUCT, jobs, shared=True)
 
