@@ -174,9 +174,9 @@ def layer_backward_vmap(
 
     def apply(reverse, groups, batch_sizes, resets, x, *tensors):
         bounds = [0, len(hx), *(len(tensors) - count for count in behind), len(tensors)]
-        tensors = [tensors[start:end] for start, end in pairwise(bounds)]
+        hx, weights, *others = (tensors[start:end] for start, end in pairwise(bounds))
         return torch.ops.rnnfast.layer_backward(
-            cell, backend, reverse, *flags, groups, x, *tensors[:2], batch_sizes, resets, *tensors[2:]
+            cell, backend, reverse, *flags, groups, x, hx, weights, batch_sizes, resets, *others
         )
 
     def flat_dims(dims, tensors):

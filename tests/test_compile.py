@@ -184,18 +184,24 @@ def test_a_model_around_the_layer_compiles_whole(backend):
     assert_all_close(grads, {name: p.grad for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize(("cell", "ragged"), [("lstm_proj", False), ("gru", True)], ids=["dense", "lengths"])
-def test_opcheck_passes_for_every_operator(cell, ragged, backend):
+@pytest.mark.parametrize(
+    ("cell", "ragged", "members"),
+    [("lstm_proj", False, 1), ("gru", True, 1), ("gru", True, 2)],
+    ids=["dense", "lengths", "ensemble"],
+)
+def test_opcheck_passes_for_every_operator(cell, ragged, members, backend):
+    if members > 1 and not choice.load(backend).TAKES_ENSEMBLES:
+        pytest.skip("this backend takes no ensembles")
     name = "lstm" if cell == "lstm_proj" else cell
     layer, x = sample(cell, bidirectional=True, **F64)
-    x = x[:2].detach().requires_grad_()
-    weights = [w.detach().requires_grad_() for w in layer._flat_weights]
+    x = x[:2].detach().repeat(1, 1, members).requires_grad_()
+    weights = [w.detach().clone().requires_grad_() for _ in range(members) for w in layer._flat_weights]
     widths = [5, 7] if name == "lstm" else [7]
-    hx = [torch.randn(2, 4, width, **F64, requires_grad=True) for width in widths]
+    hx = [torch.randn(2 * members, 4, width, **F64, requires_grad=True) for width in widths]
     lengths = (torch.tensor([2, 1, 1, 0]), 2)
     batch_sizes = torch.ops.rnnfast.sort_lengths(*lengths)[0] if ragged else None
     opcheck(torch.ops.rnnfast.sort_lengths.default, lengths)
-    constants = (name, backend, [False, True])
+    constants = (name, backend, [False, True] * members)
     given = (x, hx, weights, batch_sizes, None)
     opcheck(torch.ops.rnnfast.layer.default, (*constants, ragged, False, *given))
     with torch.no_grad():

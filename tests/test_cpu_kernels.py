@@ -14,6 +14,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import pool
 
+from rnnfast import reference
 from rnnfast.backends import Layer, Needs, Weights, cpu, cpu_jobs
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -273,6 +274,45 @@ def test_gradients_of_groups_add_up(cell, groups):
         for a, b in zip(one[:4], many[:4], strict=True):
             assert b.shape == (groups, *a.shape)
             assert relative(b.sum(0), a.double()) < 1e-6
+
+
+@cells
+@pytest.mark.parametrize("layout", ["dense", "padded", "packed"])
+def test_an_ensemble_is_its_members_side_by_side(cell, layout):
+    lengths = None if layout == "dense" else sorted((1 + n % 40 for n in range(33)), reverse=True)
+    case = Case(cell, 40, 33, 24, 50, bidirectional=True, layout=layout, lengths=lengths)
+    layer, dy = case.layer(), case.dy.float() if layout != "packed" else case.live(case.dy).float()
+    members = []
+    for n in (1, 2, 3):
+        weights = tuple(Weights._make(w if w is None else w / n for w in each) for each in layer.weights)
+        members.append(replaced(layer, x=layer.x.roll(n, -1), hx=tuple(h * n for h in layer.hx), weights=weights))
+    whole = replaced(
+        layer,
+        x=torch.cat([m.x for m in members], -1),
+        hx=tuple(torch.cat(parts) for parts in zip(*(m.hx for m in members), strict=True)),
+        weights=tuple(w for m in members for w in m.weights),
+        reverse=layer.reverse * 3,
+    )
+
+    def run(layer, dy):
+        states, finals, saved = cpu.forward(layer, save=True, all_states=False)
+        dstates = (dy, *(None for _ in states[1:]))
+        return (states, finals), cpu.backward(layer, states, saved, dstates, (None,) * len(finals), ALL)
+
+    for count in (1, 2):
+        with threads(count):
+            (states, finals), gradients = run(whole, torch.cat([dy] * 3, -2))
+            for n, member in enumerate(members):
+                (own_states, own_finals), own = run(member, dy)
+                here = slice(2 * n, 2 * n + 2)
+                pairs = [(s[..., here, :], o) for s, o in zip(states, own_states, strict=True)]
+                pairs += [(f[here], o) for f, o in zip(finals, own_finals, strict=True)]
+                pairs += [(gradients.x.chunk(3, -1)[n], own.x)]
+                pairs += [(h[here], o) for h, o in zip(gradients.hx, own.hx, strict=True)]
+                for one, other in zip(gradients.weights[here], own.weights, strict=True):
+                    pairs += [(w, o) for w, o in zip(one, other, strict=True) if o is not None]
+                assert all(torch.equal(*each) for each in pairs)
+    assert relative(states[0], reference.run(whole)[0][0].double()) < TOLERANCE[torch.float32]
 
 
 @contextlib.contextmanager

@@ -39,9 +39,9 @@ class Shape:
     """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
 
     rows: of all steps together. sharing: successive directions that read the same input; where that is not all of them,
-    their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads that share a slice's hidden
-    units. raw: whether the forward pass uses its weights too seldom to be worth packing them. x_row, x_step: strides
-    in bytes.
+    their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads
+    that share a slice's hidden units. raw: whether the forward pass uses its weights too seldom to be worth packing
+    them. x_row, x_step: strides in bytes.
     """
 
     cell: str
