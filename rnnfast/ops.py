@@ -170,10 +170,11 @@ def layer_backward_vmap(
 ):  # fmt: skip
     """Map `layer_backward` where no second derivative is wanted."""
     flags = (need_x, need_hx, need_weights)
-    behind = list(accumulate(map(len, (dfinals, dstates, saved, states))))[::-1]
+    count = len(hx)
+    behind = list(accumulate(map(len, (dfinals, dstates, saved, states))))[::-1]  # tensors from each list on
 
     def apply(reverse, groups, batch_sizes, resets, x, *tensors):
-        bounds = [0, len(hx), *(len(tensors) - count for count in behind), len(tensors)]
+        bounds = [0, count, *(len(tensors) - n for n in behind), len(tensors)]
         hx, weights, *others = (tensors[start:end] for start, end in pairwise(bounds))
         return torch.ops.rnnfast.layer_backward(
             cell, backend, reverse, *flags, groups, x, hx, weights, batch_sizes, resets, *others
@@ -187,7 +188,7 @@ def layer_backward_vmap(
     dims = (sizes_dim, resets_dim, x_dim, *(d for pair in lists for d in flat_dims(*pair)))
     args = (batch_sizes, resets, x, *(t for _, tensors in lists for t in tensors))
     constants = Backward(backend, reverse, flags, groups)
-    results, dims = map_backward(apply, constants, info.batch_size, args, dims, len(hx), len(saved))
+    results, dims = map_backward(apply, constants, info.batch_size, args, dims, count, len(saved))
     return list(results), list(dims)
 
 

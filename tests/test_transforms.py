@@ -335,6 +335,31 @@ def test_an_ensemble_trains_in_one_compiled_graph(own, backend):
     leaves = list(ensemble.weights.values())
     wanted, found = (torch.autograd.grad(result.square().sum(), leaves) for result in (expected, got))
     assert all(map(torch.equal, wanted, found))
+    weights = {name: w.detach() for name, w in ensemble.weights.items()}
+    function = vmap(grad(lambda weights, x: ensemble(weights, x)[0].sum()), (0, 0 if own else None))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted, found = function(weights, x), compiled(weights, x)
+    assert all(torch.equal(wanted[name], found[name]) for name in weights)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared input", "own input"])
+def test_the_operators_map_over_weights(own, backend):
+    ensemble = Ensemble("lstm_proj", 3, 3, 6, bidirectional=True, **F64)
+    weights = [w.detach() for w in ensemble.weights.values()]
+    x, *states = torch.randn(3, 5, 4, 3, **F64), torch.randn(2, 4, 5, **F64), torch.randn(2, 4, 6, **F64)
+    constants, dy = ("lstm", backend, [False, True]), torch.randn(5, 4, 2, 5, **F64)
+
+    def run(x, *weights):
+        given = (x, states, weights, None, None)
+        results = torch.ops.rnnfast.layer(*constants, True, True, *given)
+        flows = ([dy, None], [None, None])
+        backward = torch.ops.rnnfast.layer_backward
+        return *results, *backward(*constants, True, True, True, 1, *given, results[:2], results[4:], *flows)
+
+    got = vmap(run, (0 if own else None, *(0,) * len(weights)))(x if own else x[0], *weights)
+    for n in range(3):
+        for one, all_of_them in zip(run(x[n if own else 0], *(w[n] for w in weights)), got, strict=True):
+            assert torch.equal(one, all_of_them[n])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
