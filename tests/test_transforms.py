@@ -291,7 +291,7 @@ def test_nested_maps_give_each_pair_its_gradients(order, backend):
     def gradient(weights, x):
         return grad(lambda weights: ensemble(weights, x)[0].square().sum())(weights)
 
-    first = ensemble.member(0)
+    first = {name: w[0] for name, w in weights.items()}
     expected = {
         "samples of members": lambda n, m: gradient(ensemble.member(n), x[0, m]),
         "members of samples": lambda n, m: gradient(ensemble.member(n), x[0, m]),
