@@ -11,6 +11,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan
 from rnnfast_kernels.cpu.compiled import kernel
+from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.recipe import Recipe
 from rnnfast_kernels.cpu.target import MOST_RAW_ROWS
 from torch import Tensor
@@ -132,23 +133,32 @@ class Call:
 
     def run(self, recipe: Recipe, results: Mapping[str, Tensor | None]) -> None:
         """Run a recipe over the layer's tensors and these."""
-        scratch = self.x.new_empty(recipe.scratch, dtype=torch.uint8)
+        scratch = room(self.x, recipe.scratch, dtype=torch.uint8)
         recipe.call(self.kernel, scratch.data_ptr(), recipe.addresses({**self.tensors, **results}))
+
+
+def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor, where it is large in large pages."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if tensor.nbytes >= WORTH_IT:
+        ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     call = Call(layer)
     shape, x = call.shape, call.x
     # The kernels leave what they save of padding as it is; zeros keep the results of equal calls equal.
-    make = x.new_zeros if call.sizes is not None and call.starts is None else x.new_empty
+    padded = call.sizes is not None and call.starts is None
+    make = x.new_zeros if padded else functools.partial(room, x)
     kept = {}
     if shape.extra and keep_extra:
-        kept["extra"] = x.new_empty(*call.lead, shape.hidden)
+        kept["extra"] = room(x, *call.lead, shape.hidden)
     if save and call.cell.saved:
         kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden)
     if save and call.projected:
         kept["full"] = make(*call.lead, shape.hidden)
-    h = x.new_empty(*call.lead, shape.width)
+    h = room(x, *call.lead, shape.width)
     finals = tuple(torch.empty_like(initial) for initial in call.hx)
     outputs = {"h": h, **kept, **dict(zip(("h_final", "extra_final"), finals, strict=False))}
     call.run(plan.forward(shape, call.biased, tuple(kept)), outputs)
@@ -177,7 +187,7 @@ def run_backward(
     h = states[0].contiguous()
 
     dhx = tuple(torch.empty_like(initial) for initial in call.hx)
-    dx = x.new_empty(x.shape) if needs.x else None
+    dx = room(x, *x.shape) if needs.x else None
     dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
 
     tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))

@@ -13,7 +13,7 @@ from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.pool import NO_TEAM
 from torch import Tensor
 
-from rnnfast.backends.cpu_jobs import DTYPE_NAMES, shape_of
+from rnnfast.backends.cpu_jobs import DTYPE_NAMES, room, shape_of
 
 Tensors = Sequence[Tensor]
 
@@ -76,7 +76,7 @@ class Stack:
 
     def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:
         """Run over these tensors."""
-        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
+        scratch = room(x, self.recipe.scratch, dtype=torch.uint8)
         addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, *weights))]
         self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
 

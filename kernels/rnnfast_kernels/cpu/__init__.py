@@ -15,4 +15,5 @@ plan         how a layer is cut into jobs
 recipe       a call laid out once and run many times
 schedule     how the phases of a call run, as LLVM IR
 pool         the threads that share a phase
+pages        large pages for large memory
 """
