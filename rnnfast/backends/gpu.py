@@ -134,6 +134,7 @@ def backward(
     """Differentiate the layer: the loop in reverse, then every other gradient as large matrix products."""
     call = describe(layer)
     with device_of(layer.x), matmul_precision(layer.x):
+        states, saved = tuple(t.contiguous() for t in states), tuple(t.contiguous() for t in saved)
         dstates = tuple(None if t is None else t.contiguous() for t in dstates)
         dfinals = tuple(None if t is None else t.contiguous() for t in dfinals)
         dx = call.new(call.D, call.cell.gates, call.H)
