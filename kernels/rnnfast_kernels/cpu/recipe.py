@@ -54,7 +54,8 @@ class Recipe:
     def __init__(self, threads: int, names: Sequence[str] = ()) -> None:
         """names: bases that come first, in this order."""
         self.threads = threads
-        self.bases = [NOWHERE, SCRATCH, RECORDS, *TEAM, *names]
+        fixed = (NOWHERE, SCRATCH, RECORDS, *TEAM)
+        self.bases = {name: place for place, name in enumerate((*fixed, *names))}
         self.values: list[int] = []
         self.which: list[int] = []
         self.phases: list[Phase] = []
@@ -81,10 +82,8 @@ class Recipe:
             base, offset = value if isinstance(value, Ref) else Ref(NOWHERE, value)
             if base in self.names:
                 base, offset = self.names[base].at(offset)
-            if base not in self.bases:
-                self.bases.append(base)
             self.values.append(offset)
-            self.which.append(self.bases.index(base))
+            self.which.append(self.bases.setdefault(base, len(self.bases)))
         return Ref(RECORDS, 8 * position)
 
     def counter(self) -> Ref:
@@ -116,6 +115,7 @@ class Recipe:
         self.repeated = self.program([phase for phase in self.phases if not phase.prepares])
         self.records = self.buffer(8 * len(self.values)).offset
         self.kept = values, which = array("q", self.values), array("q", self.which)
+        self.named = tuple(self.bases)[FIXED:]
         self.template = array("q", (values.buffer_info()[0], which.buffer_info()[0], len(values)))
         return self
 
@@ -130,7 +130,7 @@ class Recipe:
 
         tensors: what bases name; each has a `data_ptr()`. One that is None or not given is absent: its address is 0.
         """
-        return [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.bases[FIXED:]]
+        return [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.named]
 
     def fill(self, kernel: Kernel, scratch: int, addresses: Sequence[int], team: pool.Team) -> int:
         """Write the records into the scratch memory and return their address.
