@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import plan
+from rnnfast_kernels.cpu import plan, plan_backward, plan_forward
 from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.recipe import Recipe
@@ -161,7 +161,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     h = room(x, *call.lead, shape.width)
     finals = tuple(torch.empty_like(initial) for initial in call.hx)
     outputs = {"h": h, **kept, **dict(zip(("h_final", "extra_final"), finals, strict=False))}
-    call.run(plan.forward(shape, call.biased, tuple(kept)), outputs)
+    call.run(plan_forward.forward(shape, call.biased, tuple(kept)), outputs)
     states = (h, kept.get("extra", x.new_empty(0))) if shape.extra else (h,)
     return Result(states, finals, tuple(kept[name] for name in ("gates", "full") if name in kept))
 
@@ -193,7 +193,7 @@ def run_backward(
     tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
     for names, weights in zip(weight_names(len(dweights), "d"), dweights, strict=True):
         tensors.update(zip(names, weights, strict=True))
-    recipe = plan.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
+    recipe = plan_backward.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
     call.run(recipe, tensors)
     return Gradients(dx, dhx if needs.hx else (None,) * len(dhx), dweights)
 

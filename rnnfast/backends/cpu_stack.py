@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import plan
+from rnnfast_kernels.cpu import plan, plan_forward
 from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.pool import NO_TEAM
 from torch import Tensor
@@ -65,13 +65,16 @@ class Stack:
         biased, projected = count >= 4, count % 2 == 1
         fields = plan.WEIGHTS[: 4 if biased else 2] + plan.WEIGHTS[4:] * projected
         weights = [
-            plan.layer_name(name, d, n) for n in range(sizes.layers) for d in range(sizes.directions) for name in fields
+            plan_forward.layer_name(name, d, n)
+            for n in range(sizes.layers)
+            for d in range(sizes.directions)
+            for name in fields
         ]
         states = ("h", "extra")[: len(sizes.finals)]
         names = ["x", "h", *(f"{state}_final" for state in states)]
         if not sizes.zero:
             names += [f"{state}_first" for state in states]
-        self.recipe = plan.stack(shapes(sizes, projected), (*names, *weights), biased, sizes.zero)
+        self.recipe = plan_forward.stack(shapes(sizes, projected), (*names, *weights), biased, sizes.zero)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
 
     def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:

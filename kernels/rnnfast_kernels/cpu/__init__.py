@@ -11,7 +11,7 @@ tasks        the one entry point, and what it can be asked to do
 build        from equations to LLVM IR
 compiled     machine code, kept on disk and loaded without Numba
 job          the record that carries a kernel's arguments
-plan         how a layer is cut into jobs
+plan         how a layer is cut into jobs; plan_forward, plan_backward: the recipes of the two passes
 recipe       a call laid out once and run many times
 schedule     how the phases of a call run, as LLVM IR
 pool         the threads that share a phase

@@ -29,7 +29,7 @@ engines: list[binding.ExecutionEngine] = []
 
 DIGEST_BYTES = 32
 # Files of this folder that decide when kernels run, not what they are.
-NOT_COMPILED = ("__init__.py", "pages.py", "plan.py", "pool.py", "recipe.py")
+NOT_COMPILED = ("__init__.py", "pages.py", "plan.py", "plan_backward.py", "plan_forward.py", "pool.py", "recipe.py")
 
 
 class Kernel(NamedTuple):

@@ -1,0 +1,215 @@
+"""The backward pass of a layer as a recipe: the time loop, then the products that follow it."""
+
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from rnnfast_kernels.cpu import gradients, loops, products, tasks
+from rnnfast_kernels.cpu.plan import (
+    Shape,
+    even_cuts,
+    final_fields,
+    loop_jobs,
+    loop_phase,
+    pack_all,
+    panel_bytes,
+    slice_fields,
+    state_fields,
+    state_work,
+    threads_for,
+    zeros,
+)
+from rnnfast_kernels.cpu.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.target import widest_panel
+
+# Bytes of a product's left operand that should stay in the second-level cache.
+PRODUCT_BYTES = 1 << 19
+# Rows whose outer products are summed before the sum is added to the gradient of a weight.
+OUTER_BLOCK = 256
+
+
+@functools.lru_cache(maxsize=1024)
+def backward(
+    shape: Shape,
+    kept: tuple[str, ...],
+    given: tuple[str, ...],
+    need_x: bool,
+    need_weights: bool,
+    groups: int,
+    biased: bool,
+) -> Recipe:
+    """The backward pass. `given` names the gradients that are not zero."""
+    recipe = Recipe(shape.threads)
+    weights = []
+    for d in range(shape.directions):
+        weights.append((products.PLAIN_ROWS, Ref(f"w_hh{d}"), shape.width, shape.gate_columns))
+        if shape.projected:
+            weights.append((products.PLAIN_ROWS, Ref(f"w_hr{d}"), shape.hidden, shape.width))
+    panels = pack_all(recipe, shape, weights)
+    each = len(panels) // shape.directions
+    work = gradient_work(recipe, shape)
+    jobs, whole = [], []
+    for d in range(shape.directions):
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work)
+        shared |= zip(("w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
+        whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
+        finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
+        for first, last in pairwise(shape.cuts):
+            rows = last - first
+            fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows)
+            places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
+            fields |= {name: places[name] for name in finals}
+            fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, widest_panel(1)))
+    loop_phase(recipe, tasks.BACKWARD, jobs)
+    if need_x:
+        input_gradient(recipe, shape, work)
+    if need_weights:
+        weight_gradients(recipe, shape, work, whole, groups, biased)
+    return recipe.finish()
+
+
+class GradientWork(NamedTuple):
+    """Scratch for gradients with a row for every step: [rows, D, G*H] by the gates, [rows, D, P] by a projected h."""
+
+    dx_gates: Ref
+    du_gates: Ref
+    dh_total: Ref | int
+
+
+def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
+    """Reserve it."""
+    row = shape.rows * shape.directions * shape.item
+    dx_gates = recipe.buffer(row * shape.gate_columns)
+    du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.gate_columns)
+    return GradientWork(dx_gates, du_gates, recipe.buffer(row * shape.width) if shape.projected else 0)
+
+
+def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
+    """Fields for the gradients of what has a row for every step."""
+    width, hidden = shape.width * shape.item, shape.hidden * shape.item
+    gates = shape.row.gates * hidden
+    fields = {
+        "dx_gates": work.dx_gates.at(direction * gates),
+        "du_gates": work.du_gates.at(direction * gates),
+        "dgates_row": shape.directions * gates,
+        "dh_row": shape.directions * width,
+        "dextra_row": shape.directions * hidden,
+        "dh_total_row": shape.directions * width,
+        "zeros": zeros(max(width, hidden) + shape.target.vector),
+    }
+    if "dh" in given:
+        fields["dh"] = Ref("dh", direction * width)
+    if "dextra" in given:
+        fields["dextra"] = Ref("dextra", direction * hidden)
+    if isinstance(work.dh_total, Ref):
+        fields["dh_total"] = work.dh_total.at(direction * width)
+    return fields
+
+
+def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
+    """dx = the sum over the directions that share an input of dx_gates W_ih."""
+    depth, item = shape.gate_columns, shape.item
+    weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
+    panels = pack_all(recipe, shape, weights)
+    chunk = max(2 * shape.target.accumulators, min(1024, PRODUCT_BYTES // (depth * item)))
+    threads = threads_for(shape.rows * depth * shape.inputs * shape.directions, shape.threads)
+    starts = range(0, shape.directions, shape.sharing)
+    out_row = len(starts) * shape.inputs * item
+    jobs = [
+        recipe.record(
+            gradients.PRODUCT,
+            rows=last - first,
+            depth=depth,
+            units=shape.inputs,
+            parts=shape.sharing,
+            left=work.dx_gates.at((first * shape.directions + start) * depth * item),
+            left_row=shape.directions * depth * item,
+            left_part=depth * item,
+            panels=panels[start],
+            panels_part=panels[-1].offset - panels[-2].offset if shape.sharing > 1 else 0,
+            out=Ref("dx", first * out_row + n * shape.inputs * item),
+            out_row=out_row,
+            tile=recipe.buffer(shape.target.accumulators * shape.target.vector),
+            places=recipe.buffer(8 * chunk),
+            goals=recipe.buffer(8 * chunk),
+            chunk=chunk,
+        )
+        for n, start in enumerate(starts)
+        for first, last in pairwise(even_cuts(shape.rows, -(-threads // len(starts))))
+    ]
+    recipe.phase(tasks.ROWS_PRODUCT, jobs, shared=True)
+
+
+def weight_gradients(
+    recipe: Recipe, shape: Shape, work: GradientWork, whole: Sequence[Ref], groups: int, biased: bool
+) -> None:
+    """Sums of outer products over all rows, group by group."""
+    columns, item = shape.gate_columns, shape.item
+    jobs = []
+    for d, layer in enumerate(whole):
+        dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * columns * item)
+        biases = (f"db_ih{d}", f"db_hh{d}") if biased else ()
+        first, second = (biases, ()) if shape.row.one_gradient else (biases[:1], biases[1:])
+        parts = [
+            (gradients.INPUTS, dx_gates, columns, shape.inputs, f"dw_ih{d}", first),
+            (gradients.ENTERING, du_gates, columns, shape.width, f"dw_hh{d}", second),
+        ]
+        if isinstance(work.dh_total, Ref):
+            total = work.dh_total.at(d * shape.width * item)
+            parts.append((gradients.GIVEN, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
+        for part in parts:
+            jobs += outer(recipe, shape, d, layer, groups, *part)
+    recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)
+
+
+def outer(
+    recipe: Recipe,
+    shape: Shape,
+    direction: int,
+    layer: Ref,
+    groups: int,
+    right: int,
+    left: Ref,
+    columns: int,
+    units: int,
+    out: str,
+    biases: Sequence[str],
+) -> list[Ref]:
+    """The jobs of one weight's gradient."""
+    chosen, item = shape.target, shape.item
+    blocks = -(-columns // chosen.lanes)
+    parts = threads_for(shape.rows * columns * units, shape.threads)
+    block = min(OUTER_BLOCK, max(1, shape.rows))
+    jobs = []
+    for group in range(groups):
+        for first, last in pairwise(even_cuts(blocks, min(parts, blocks))):
+            fields = {
+                "layer": layer,
+                "right": right,
+                "group": group,
+                "groups": groups,
+                "left": left,
+                "left_row": shape.directions * columns * item,
+                "columns": columns,
+                "first": first * chosen.lanes,
+                "last": min(last * chosen.lanes, columns),
+                "units": units,
+                "out": Ref(out, group * columns * units * item),
+                **dict(zip(("bias", "second_bias"), (Ref(b, group * columns * item) for b in biases), strict=False)),
+                "block": OUTER_BLOCK,
+                "tile": recipe.buffer(chosen.accumulators * chosen.vector),
+                "places": recipe.buffer(16 * chosen.lanes),
+                "left_places": recipe.buffer(8 * block),
+                "right_places": recipe.buffer(8 * block),
+                "panels": recipe.buffer(panel_bytes(chosen, units, block)),
+                "strip": recipe.buffer(block * chosen.vector),
+            }
+            if right == gradients.GIVEN:
+                fields |= {
+                    "right_base": Ref("full", direction * units * item),
+                    "right_row": shape.directions * units * item,
+                }
+            jobs.append(recipe.record(gradients.OUTER, **fields))
+    return jobs

@@ -1,0 +1,110 @@
+"""The forward pass of a layer, and of layers on top of one another, as a recipe."""
+
+import functools
+import itertools
+from itertools import pairwise
+
+from rnnfast_kernels.cpu import products, tasks
+from rnnfast_kernels.cpu.plan import (
+    WEIGHTS,
+    Shape,
+    chunk_steps,
+    final_fields,
+    loop_jobs,
+    loop_phase,
+    pack_all,
+    slice_fields,
+    state_fields,
+    state_work,
+    zeros,
+)
+from rnnfast_kernels.cpu.recipe import NOWHERE, Recipe, Ref
+from rnnfast_kernels.cpu.target import widest_panel
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
+    """The forward pass."""
+    recipe = Recipe(shape.threads)
+    write_forward(recipe, shape, biased, kept)
+    return recipe.finish()
+
+
+@functools.lru_cache(maxsize=1024)
+def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero: bool) -> Recipe:
+    """The forward passes of layers on top of one another, with nothing kept between them.
+
+    names: of the bases, in an order that the caller chooses. They are x, h (of the last layer), and h_first, h_final,
+    extra_first and extra_final, whose leading dimension goes over all layers and directions; and `layer_name` of
+    every weight. zero: the initial states are zero, and not given.
+    """
+    recipe = Recipe(shapes[0].threads, names)
+    x = Ref("x")
+    for n, shape in enumerate(shapes):
+        rows = shape.directions * shape.batch * shape.item
+        h = (
+            Ref("h")
+            if n == len(shapes) - 1
+            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.item)
+        )
+        bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
+        for name, width in (("h", shape.width), ("extra", shape.hidden)):
+            bases[f"{name}_final"] = Ref(f"{name}_final", n * rows * width)
+            bases[f"{name}_first"] = (
+                Ref(NOWHERE, zeros(rows * width)) if zero else Ref(f"{name}_first", n * rows * width)
+            )
+        for name, d in itertools.product(WEIGHTS, range(shape.directions)):
+            bases[f"{name}{d}"] = Ref(layer_name(name, d, n))
+        with recipe.renamed(bases):
+            write_forward(recipe, shape, biased, ())
+        x = h
+    return recipe.finish()
+
+
+def layer_name(weight: str, direction: int, layer: int) -> str:
+    """Name of the base that is a weight of a layer of a stack."""
+    return f"{weight}{direction}_l{layer}"
+
+
+def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
+    """Fields for every direction's weights as they are."""
+    names = WEIGHTS[:4] if biased else WEIGHTS[:2]
+    return [{"raw": 1} | {name: Ref(f"{name}{d}") for name in names} for d in range(shape.directions)]
+
+
+def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
+    """Have the weights packed that the forward loop needs: fields for every direction."""
+    weights = []
+    for d in range(shape.directions):
+        bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
+        weights.append((products.GATE_COLUMNS, Ref(f"w_ih{d}"), shape.hidden, shape.inputs, bias_ih))
+        weights.append((products.GATE_COLUMNS, Ref(f"w_hh{d}"), shape.hidden, shape.width, bias_hh))
+        if shape.projected:
+            weights.append((products.PLAIN_COLUMNS, Ref(f"w_hr{d}"), shape.width, shape.hidden))
+    panels = pack_all(recipe, shape, weights)
+    each = len(panels) // shape.directions
+    names = ("w_ih", "w_hh", "w_hr")
+    return [dict(zip(names, panels[d * each : (d + 1) * each], strict=False)) for d in range(shape.directions)]
+
+
+def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
+    """Add a layer's forward pass."""
+    weights = pass_weights(shape, biased) if shape.raw else pack_forward(recipe, shape, biased)
+    jobs = []
+    for d in range(shape.directions):
+        shared = state_fields(shape, d, kept) | weights[d]
+        for first, last in pairwise(shape.cuts):
+            rows, chunk = last - first, chunk_steps(shape, last - first)
+            fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}
+            fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
+            if "gates" not in kept:
+                fields |= gate_work(recipe, shape, rows, chunk)
+            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, widest_panel(shape.row.gates)))
+    loop_phase(recipe, tasks.FORWARD, jobs)
+
+
+def gate_work(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
+    """Scratch for the gates of a chunk of steps, where they are not kept."""
+    gate = shape.target.padded(shape.hidden) * shape.item
+    row = shape.row.gates * gate
+    return {"gates": recipe.buffer(rows * chunk * row), "gates_row": row, "gate_step": gate}
