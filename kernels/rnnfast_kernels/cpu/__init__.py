@@ -1,7 +1,9 @@
 """Numba kernels: a whole recurrent layer, input product included, for one direction and a slice of the batch.
 
 target       the processor, its vectors, and the size of the register tile
-vector       a Numba type for one vector register
+vector       a Numba type for one vector register, and its arithmetic
+memory       loads and stores at raw addresses
+waiting      how threads wait for one another
 activations  sigmoid, tanh, relu over vectors
 tile         the register-tiled product, as LLVM IR
 products     packing of panels, products of rows with panels

@@ -11,7 +11,7 @@ from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import Cell
-from rnnfast_kernels.cpu import activations, gradients, loops, products, schedule, tasks, tile, vector
+from rnnfast_kernels.cpu import activations, gradients, loops, memory, products, schedule, tasks, tile, waiting
 from rnnfast_kernels.cpu.target import Target, widest_panel
 
 HELPERS = (
@@ -65,10 +65,11 @@ def integers(function: Callable) -> Signature:
 
 
 def vectors(target: Target, salt: str) -> dict:
-    """Memory, arithmetic and activations."""
+    """Memory, waiting, arithmetic and activations."""
     namespace = {
         "SALT": salt,
-        **vector.operations(target),
+        **memory.operations(target),
+        **waiting.OPERATIONS,
         **activations.constants(target.dtype),
         "transpose_square": tile.transposer(target),
         "multiply_raw": tile.raw_multiplier(target),

@@ -19,19 +19,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from rnnfast_kernels.cpu.memory import load_all, load_first, pointer, store_all
 from rnnfast_kernels.cpu.target import MOST_RAW_ROWS, Target
-from rnnfast_kernels.cpu.vector import (
-    ELEMENT,
-    INT64,
-    Vec,
-    declared,
-    load_all,
-    load_first,
-    pointer,
-    splat,
-    store_all,
-    suffix,
-)
+from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, declared, splat, suffix
 
 
 def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
