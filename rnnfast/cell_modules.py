@@ -15,12 +15,8 @@ class Cell(nn.RNNCellBase):
     # The number of state tensors, and what torch calls each of them.
     states: tuple[str, ...] = ("hidden",)
 
-    def cell(self) -> str:
-        """Return the cell's name in `rnnfast_kernels.cells`."""
-        raise NotImplementedError
-
-    def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Take one step: input [B, I] or [I], each state [B, H] or [H], zero if None."""
+    def step(self, cell: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Take one step of the cell that has this name: input [B, I] or [I], states [B, H] or [H], zero if None."""
         self.check_dims(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
@@ -30,7 +26,7 @@ class Cell(nn.RNNCellBase):
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         present = [w for w in weights if w is not None]
         initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
-        _, finals = recurrent(Options(self.cell()), x.unsqueeze(0), present, initial)
+        _, finals = recurrent(Options(cell), x.unsqueeze(0), present, initial)
         finals = finals if isinstance(finals, tuple) else (finals,)
         return tuple([state.squeeze(0) if batched else state[0, 0] for state in finals])
 
@@ -60,18 +56,15 @@ class Cell(nn.RNNCellBase):
 class RNNCell(Cell, nn.RNNCell):
     """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell."""
 
-    def cell(self) -> str:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
-
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        return self.step(input, None if hx is None else (hx,))[0]
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self.step(f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(Cell, nn.LSTMCell):
@@ -79,24 +72,18 @@ class LSTMCell(Cell, nn.LSTMCell):
 
     states = ("hx[0]", "hx[1]")
 
-    def cell(self) -> str:
-        return "lstm"
-
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the new states (h, c), each [B, H], for an input [B, I] and states (h, c); or all without B.
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        h, c = self.step(input, None if hx is None else (hx[0], hx[1]))
+        h, c = self.step("lstm", input, None if hx is None else (hx[0], hx[1]))
         return h, c
 
 
 class GRUCell(Cell, nn.GRUCell):
     """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell."""
-
-    def cell(self) -> str:
-        return "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
@@ -104,4 +91,4 @@ class GRUCell(Cell, nn.GRUCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        return self.step(input, None if hx is None else (hx,))[0]
+        return self.step("gru", input, None if hx is None else (hx,))[0]

@@ -72,6 +72,7 @@ def prepare(work: Workload) -> Call:
 
 
 def runs(candidate: Call) -> bool:
+    """Try it: FlashRNN builds a kernel for each size, and says no by an error of build, check or device."""
     try:
         with candidate.context():
             candidate.run()
