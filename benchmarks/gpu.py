@@ -54,8 +54,8 @@ PARTS = (
         "layers",
         0.4,
         (
-            "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "accelerate",
-            "cell_modules", "parametrizations", "compile", "torch_samples",
+            "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles",
+            "accelerate", "cell_modules", "parametrizations", "compile", "torch_samples",
         ),
     ),
     Part("benchmark", 1.0),

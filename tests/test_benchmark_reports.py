@@ -1,0 +1,162 @@
+"""What the benchmark suite says of stored results: changes told from noise, plots, tables, and README's own."""
+
+import pytest
+
+from benchmarks import compare, plot, questions, readme, report, store, tables
+from benchmarks.__main__ import main
+from benchmarks.cases import CELLS, Case, operations, traffic
+
+
+def stored(ratio: float, noise: float = 0.02, status: str = "ok") -> dict:
+    """A results file's content with one case, in which ours is `ratio` times as fast as torch."""
+    ours = {"contender": "rnnfast", "status": status}
+    ours |= {
+        "ms": [10 / ratio] * 3,
+        "ratio": [ratio] * 3,
+        "rounds": 5,
+        "first_ms": 1.0,
+        "error": 1e-7,
+        "worst": "output",
+    }
+    theirs = {"contender": "torch", "status": "ok", "ms": [10.0] * 3, "rounds": 5, "first_ms": 1.0, "error": 1e-7}
+    if status != "ok":
+        ours = {"contender": "rnnfast", "status": status, "reason": "why"}
+    cases = [
+        Case(cell, T, 16, 128, 128, mode=mode) for cell in CELLS for mode in ("inference", "training") for T in (1, 64)
+    ]
+    records = [
+        {"question": "sequence-length", "case": case.to_json(), "noise": noise, "rows": [theirs | {"worst": "h"}, ours]}
+        for case in cases
+    ]
+    machine = {
+        "device": "Test <CPU>",
+        "system": "Linux",
+        "threads": 2,
+        "load": 0.1,
+        "cores": 2,
+        "cpu_capability": "AVX2",
+        "python": "3.11",
+        "commit": "0123456789",
+        "versions": {"torch": "2.13.0"},
+        "gemm_flops": {"float32": 2e11},
+        "bandwidth": {"65536": 1e11, "268435456": 1e10},
+    }
+    return {
+        "schema": store.SCHEMA,
+        "started": "2026-01-02 03:04:05",
+        "finished": "2026-01-02 03:05:05",
+        "command": "python -m benchmarks",
+        "complete": True,
+        "machine": machine,
+        "skipped": {"jax": "not installed: jax"},
+        "startup": [{"what": "import rnnfast, after torch", "ms": 12.5}],
+        "records": records,
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "said"),
+    [
+        (stored(2.0), stored(2.0), 0, "0 changes"),
+        (stored(2.0), stored(1.95), 0, "0 changes"),
+        (stored(2.0), stored(3.0), 0, "faster"),
+        (stored(2.0), stored(1.5), 1, "slower"),
+        (stored(2.0, noise=0.3), stored(1.5, noise=0.3), 0, "0 changes"),
+        (stored(2.0), stored(2.0, status="wrong"), 1, "now wrong"),
+    ],
+)
+def test_compare_tells_a_regression_from_noise(before, after, code, said, tmp_path, capsys):
+    store.save(tmp_path / "a.json", before)
+    store.save(tmp_path / "b.json", after)
+    assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_results_survive_the_store(tmp_path):
+    store.save(tmp_path / "results.json", stored(2.0))
+    assert store.load(tmp_path / "results.json") == stored(2.0)
+
+
+def test_a_file_that_is_no_results_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="no results file"):
+        compare.report(str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+
+
+def test_plots_and_page_need_only_what_is_stored(tmp_path):
+    names = plot.draw_all(stored(2.0), tmp_path)
+    assert {"sequence-length", "sequence-length-speedup", "startup"} <= set(names)
+    for name in names:
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    page = report.write(stored(2.0), tmp_path, names).read_text()
+    assert "Test &lt;CPU&gt;" in page
+    assert page.count("<svg") == len(names)
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_every_question_can_be_drawn():
+    results = stored(2.0)
+    rows = results["records"][0]["rows"]
+    results["records"] = [
+        {"question": question.name, "case": case.to_json(), "noise": 0.1, "rows": rows}
+        for question in (*questions.full("cpu"), questions.grid(3, 0, questions.Limits()))
+        for case in question.cases
+    ]
+    names = [name for name, _ in plot.figures(results)]
+    assert {question.name for question in questions.full("cpu")} <= set(names)
+
+
+def test_marks_are_geometric_means_and_extremes():
+    records = stored(2.0)["records"][:2]
+    records[1] = stored(8.0)["records"][1]
+    (mark,) = tables.marks(records)
+    assert mark[:4] == ("rnn", "inference", "rnnfast", 2)
+    assert mark.mean == pytest.approx(4.0)
+    assert (mark.worst, mark.worst_case) == (2.0, "T=1 B=16 I=128 H=128")
+    assert (mark.best, mark.best_case) == (8.0, "T=64 B=16 I=128 H=128")
+
+
+def test_the_table_says_where_a_peer_wins_and_where_noise_decides():
+    slower = stored(0.5)["records"][0]
+    assert "slower" in tables.case_rows(slower, stored(0.5)["machine"])[1]
+    even = stored(1.1, noise=0.2)["records"][0]
+    assert "even" in tables.case_rows(even, stored(1.1)["machine"])[1]
+
+
+def test_who_cannot_run_a_case_is_named_once():
+    records = [stored(2.0, status="skipped")["records"][0]] * 3
+    assert tables.skips(records) == "left out some cases: rnnfast (why)"
+    assert len(tables.case_rows(records[0], stored(1.0)["machine"])) == 1
+
+
+def test_the_floor_is_operations_or_bytes():
+    machine = stored(1.0)["machine"]
+    case = Case("lstm", T=100, B=64, I=512, H=512)
+    assert store.floor_ms(case, machine) == pytest.approx(1e3 * operations(case) / 2e11)
+    small = Case("lstm", T=1, B=1, I=8, H=8)
+    assert store.floor_ms(small, machine) == pytest.approx(1e3 * traffic(small) / 1e11)
+
+
+def test_readme_shows_what_the_stored_results_give(capsys):
+    assert readme.full_results()
+    assert readme.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_readme_check_sees_another_table(monkeypatch, tmp_path, capsys):
+    results = tmp_path / "benchmarks" / "results"
+    store.save(results / "a-machine" / "results.json", stored(2.0))
+    store.save(results / "a-machine" / "quick" / "results.json", stored(9.0))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", results)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    assert readme.main(["--check"]) == 1
+    assert readme.main(["--write"]) == 0
+    assert readme.main(["--check"]) == 0
+    assert "| LSTM training, rnnfast | 2.00 | 2.00 |" in page.read_text()
+    page.write_text(page.read_text().replace("2.00", "9.00"))
+    assert readme.main(["--check"]) == 1
+    page.write_text("no markers")
+    assert readme.main(["--check"]) == 2
+    assert readme.BEGIN in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The Numba kernels' machine code: for other processors, kept on disk, damaged there, and loaded without Numba."""
+
+import platform
+
+import pytest
+import torch
+from cpu_layers import run_python
+
+from rnnfast.backends import cpu
+
+OTHER_PROCESSORS = {
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2"},
+    "sse": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+def test_other_vector_lengths(processor, cell):
+    code = f"""
+        import torch
+        from cpu_layers import Case
+        Case("{cell}", 9, 13, 7, 21, bidirectional=True).check()
+        Case("{cell}", 5, 3, 33, 34, lengths=[5, 5, 2], layout="packed").check()
+    """
+    done = run_python(code, **OTHER_PROCESSORS[processor])
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_cache_folder(tmp_path):
+    """Kernels are compiled for this process alone, with one warning."""
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    code = """
+        import warnings
+        from cpu_layers import Case
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Case("rnn_relu", 5, 3, 3, 18).check()
+        found = [str(w.message) for w in caught if "NUMBA_CACHE_DIR" in str(w.message)]
+        assert len(found) == 1, caught
+    """
+    done = run_python(code, NUMBA_CACHE_DIR=str(blocked))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_cache_file_is_compiled_again(tmp_path):
+    code = """
+        from cpu_layers import Case
+        Case("rnn_relu", 5, 3, 3, 18).check()
+    """
+    assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).returncode == 0
+    (kept,) = (tmp_path / "rnnfast").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:1000])
+    done = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert kept.read_bytes() == whole
+
+
+def test_kept_code_runs_without_importing_numba():
+    """Once compiled, a kernel needs LLVM alone, so that a first call costs a fraction of a second."""
+    cpu.warmup("lstm", torch.float32)
+    code = """
+        import sys
+        from cpu_layers import Case
+        from rnnfast.backends import cpu
+        import torch
+        assert cpu.unsupported("lstm", torch.device("cpu"), torch.float32) is None
+        Case("lstm", 5, 3, 3, 18).check()
+        assert "numba" not in sys.modules
+    """
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
