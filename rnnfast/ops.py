@@ -211,7 +211,7 @@ def sort_rows(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn the lengths of B rows into `batch_sizes` [T], the order of falling length [B], and its inverse [B].
+    """Turn lengths [*, B] into `batch_sizes` [*, T], the order of falling length [*, B], and its inverse [*, B].
 
     Raises ValueError where a length is outside 0..steps; on a GPU, so as not to wait for it, a device assertion.
     """
@@ -222,16 +222,22 @@ def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"lengths must lie between 0 and the number of steps, {steps}, got {lengths.tolist()}")
     lengths = lengths.long()
     order = torch.sort(lengths, descending=True, stable=True).indices
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    at_step = torch.arange(steps, device=lengths.device)
-    ended = torch.searchsorted(lengths.sort().values, at_step, right=True)
-    return len(lengths) - ended, order, inverse
+    *members, batch = lengths.shape
+    rows, at_step = torch.arange(batch, device=order.device), torch.arange(steps, device=order.device)
+    inverse = torch.empty_like(order).scatter_(-1, order, rows.expand_as(order))
+    rising, at_step = lengths.sort().values.contiguous(), at_step.expand(*members, steps).contiguous()
+    return batch - torch.searchsorted(rising, at_step, right=True), order, inverse
 
 
 def sort_lengths_fake(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of `sort_lengths`; `len` would fix the batch size in the graph, `shape` does not."""
-    order = lengths.new_empty(lengths.shape[0], dtype=torch.int64)
-    return lengths.new_empty(steps, dtype=torch.int64), order, torch.empty_like(order)
+    order = lengths.new_empty(lengths.shape, dtype=torch.int64)
+    return lengths.new_empty((*lengths.shape[:-1], steps), dtype=torch.int64), order, torch.empty_like(order)
+
+
+def sort_lengths_vmap(info, in_dims, lengths: Tensor, steps: int):
+    """Map `sort_lengths`: members are sorted together, each by itself."""
+    return torch.ops.rnnfast.sort_lengths(lengths.movedim(in_dims[0], 0), steps), (0, 0, 0)
 
 
 for name, implementation, fake in (
@@ -244,3 +250,4 @@ for name, implementation, fake in (
     torch.library.register_fake(f"rnnfast::{name}", fake, lib=library)
 torch.library.register_vmap("rnnfast::layer", layer_vmap, lib=library)
 torch.library.register_vmap("rnnfast::layer_backward", layer_backward_vmap, lib=library)
+torch.library.register_vmap("rnnfast::sort_lengths", sort_lengths_vmap, lib=library)

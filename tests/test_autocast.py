@@ -85,6 +85,52 @@ def test_a_gradient_scaler_trains_as_without(backend, device):
     assert_all_close(dict(theirs.named_parameters()), dict(ours.named_parameters()))
 
 
+def train_scaled(layer, x, dtype, scale: float, factors) -> tuple[list[bool], list[float], dict[str, torch.Tensor]]:
+    """Train under autocast with scaled gradients, the loss multiplied by each factor in turn.
+
+    Returns for each step whether it changed the layer, the scale that it left, and the change of all parameters.
+    """
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=scale, growth_interval=2)
+    start, taken, scales = {name: p.detach().clone() for name, p in layer.named_parameters()}, [], []
+    for factor in factors:
+        before = layer.weight_hh_l0.detach().clone()
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            output = layer(x)[0]
+        scaler.scale(output.float().square().sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        taken.append(not torch.equal(layer.weight_hh_l0, before))
+        scales.append(scaler.get_scale())
+    return taken, scales, {name: p.detach() - start[name] for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_a_gradient_scaler_under_autocast_skips_what_overflows_as_with_torch(cell, dtype, backend, device):
+    theirs, ours = (layer.to(device) for layer in pair(cell, 3, 7))
+    x, factors = torch.randn(5, 4, 3, device=device), (1, float("inf"), 1, float("nan"), 1, 1)
+    # torch's LSTM in float16 raises on the CPU.
+    dtype_of_theirs = None if cell == "lstm" and dtype == torch.float16 and device.type == "cpu" else dtype
+    expected_taken, expected_scales, expected = train_scaled(theirs, x, dtype_of_theirs, 2.0**8, factors)
+    taken, scales, got = train_scaled(ours, x, dtype, 2.0**8, factors)
+    assert taken == expected_taken == [True, False, True, False, True, True]
+    assert scales == expected_scales == [256, 128, 128, 64, 64, 128]
+    assert_all_close(expected, got, 2 * TOLERANCES[dtype])  # each may be off by one of them
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])  # of a GRU's output on the CPU autocast makes no half
+def test_a_scale_too_large_for_float16_falls_until_steps_are_taken(cell, backend, device):
+    _, ours = (layer.to(device) for layer in pair(cell, 3, 7))
+    x = torch.randn(5, 4, 3, device=device)
+    taken, scales, change = train_scaled(ours, x, torch.float16, 2.0**20, [1] * 15)
+    skipped = taken.index(True)
+    assert skipped > 0
+    assert scales[skipped] == 2.0 ** (20 - skipped)
+    assert all(part.isfinite().all() for part in change.values())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_checkpointing_changes_no_gradient(cell, reentrant, backend):

@@ -1,13 +1,16 @@
 """`torch.func` passes through every layer: vmap, grad, jacrev, jvp, hessian; also second derivatives."""
 
+import itertools
+
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
-from layers import CELLS, pair
+from layers import CELLS, pair, weights_like
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
 
@@ -98,6 +101,52 @@ def test_vmap_over_inputs_and_states(cell, backend):
     expected = [function(*(s.select(1, n) for s in stacked), *weights) for n in range(3)]
     for n, parts in enumerate(zip(*expected, strict=True)):
         assert_close(f"result {n}", torch.stack(parts), got[n])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared input", "own input"])
+@pytest.mark.parametrize("cell", ["lstm_proj", "gru"])
+def test_vmap_over_lengths(cell, own, backend):
+    _, layer = pair(cell, 3, 6, 2, bidirectional=True, **F64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x, lengths = torch.randn(3, 5, 4, 3, **F64), torch.tensor([[2, 0, 5, 3], [5, 5, 1, 4], [0, 1, 2, 3]])
+
+    def loss(parameters, x, lengths):
+        output = functional_call(layer, parameters, (x,), {"lengths": lengths})[0]
+        return (output * weights_like(output)).sum(), output
+
+    gradients = grad(loss, argnums=(0, 1), has_aux=True)
+    (dparameters, dx), outputs = vmap(gradients, (None, 0 if own else None, 1))(
+        parameters, x if own else x[0], lengths.T
+    )
+    for n in range(3):
+        (wanted, wanted_dx), output = gradients(parameters, x[n if own else 0], lengths[n])
+        assert_all_close(wanted, {name: g[n] for name, g in dparameters.items()})
+        assert_all_close({"dx": wanted_dx, "output": output}, {"dx": dx[n], "output": outputs[n]})
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.count = operator, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is self.operator
+        return function(*args, **(kwargs or {}))
+
+
+def test_lengths_of_all_members_are_sorted_at_once(device):
+    lengths = torch.randint(0, 8, (2, 3, 5), device=device)
+    sort = torch.ops.rnnfast.sort_lengths
+    with Calls(sort.default) as calls:
+        got = vmap(vmap(lambda row: sort(row, 7), in_dims=1), in_dims=2)(lengths)  # [5, 3] members of 2 rows
+    assert calls.count == 1
+    for n, m in itertools.product(range(5), range(3)):
+        for one, every in zip(sort(lengths[:, m, n], 7), got, strict=True):
+            assert torch.equal(one, every[n, m])
+    with pytest.raises(ValueError, match="must lie between 0 and the number of steps, 3"):
+        vmap(lambda row: sort(row, 3))(torch.tensor([[1, 2], [3, 4]]))
 
 
 @pytest.mark.parametrize("cell", CELLS)
