@@ -205,8 +205,16 @@ def test_a_run_measures_stores_and_reports(tmp_path):
     assert {"report.html", "sizes.png", "sizes.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores SIGINT, and so would all that the tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
-def test_an_interrupted_run_keeps_what_is_measured(stop, tmp_path):
+def test_an_interrupted_run_keeps_what_is_measured(stop, tmp_path, interruptible):
     process = run_suite("--question", "sequence-length", "--backend", "reference", folder=tmp_path)
     end = time.monotonic() + 100
     while not (tmp_path / "results.json").exists() and time.monotonic() < end:
