@@ -65,7 +65,7 @@ def remember(kind: Kind) -> None:
         if len(once) >= MOST:
             once.clear()
         once.add(kind)
-    elif kind.strides[-1] == 1 and 0 not in kind.shape and load("numba").can_stack(kind.dtype):
+    elif kind.strides[-1] == 1 and 0 not in kind.shape:
         if len(ready) >= MOST:
             ready.clear()
         ready[kind] = Ready(kind)

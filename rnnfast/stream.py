@@ -46,7 +46,7 @@ class Stream:
         options = self.module.options()
         self.weights = [w.detach().contiguous() for w in self.module._flat_weights]
         self.backend = backend_of(options.cell, self.input.device, self.input.dtype, False)
-        if self.backend == "numba" and load("numba").can_stack(self.input.dtype):
+        if self.backend == "numba":
             self.step = self.lay_out(options)
         else:
             self.step = self.call_module

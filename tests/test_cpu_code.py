@@ -9,7 +9,7 @@ from cpu_layers import run_python
 from rnnfast.backends import cpu
 
 OTHER_PROCESSORS = {
-    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2"},
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+f16c,+fma,+sse4.2"},
     "sse": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
 }
 
@@ -26,6 +26,25 @@ def test_other_vector_lengths(processor, cell):
     """
     done = run_python(code, **OTHER_PROCESSORS[processor])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+def test_half_precision_without_products_of_it(processor, dtype):
+    code = f"""
+        import torch
+        from cpu_layers import Case
+        from rnnfast.backends import cpu
+        if cpu.unsupported("rnn_tanh", torch.device("cpu"), torch.{dtype}):
+            print("unsupported")
+        else:
+            Case("rnn_tanh", 9, 13, 7, 21, dtype=torch.{dtype}, bidirectional=True).check()
+            Case("rnn_tanh", 5, 1, 8, 20, dtype=torch.{dtype}).check()
+    """
+    done = run_python(code, **OTHER_PROCESSORS[processor])
+    assert done.returncode == 0, done.stderr
+    assert ("unsupported" in done.stdout) == ((processor, dtype) == ("sse", "float16"))
 
 
 def test_without_a_cache_folder(tmp_path):

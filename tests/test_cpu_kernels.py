@@ -8,6 +8,10 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast import reference
 from rnnfast.backends import Weights, cpu
 
+# A rectifier's slope jumps where a rounded sum changes its sign: the error of a gradient may be of any size.
+SMOOTH = ["rnn_tanh", "lstm", "gru"]
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
 SIZES = [(1, 1, 1, 1), (3, 2, 7, 5), (7, 5, 3, 16), (5, 13, 33, 17), (4, 65, 1, 33), (9, 3, 65, 130), (40, 8, 16, 64)]
 
 
@@ -34,10 +38,38 @@ def test_projection(dtype, layout, hidden):
     Case("lstm", 6, 4, 3, hidden, lengths=lengths, layout=layout, dtype=dtype, proj_size=3, bidirectional=True).check()
 
 
-@cells
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision(cell, dtype):
-    Case(cell, 6, 4, 5, 20, dtype=dtype, bidirectional=True).check()
+@halves
+@pytest.mark.parametrize("layout", ["dense", "padded", "packed"])
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_half_precision(cell, layout, dtype):
+    """Sizes are odd: the last term of a sum has no neighbour. (test_numerics compares the rectifier with torch's.)"""
+    lengths = None if layout == "dense" else [6, 4, 4, 1]
+    Case(cell, 6, 4, 5, 21, lengths=lengths, layout=layout, dtype=dtype, bidirectional=True).check()
+
+
+@halves
+@pytest.mark.parametrize("cell", SMOOTH)
+@pytest.mark.parametrize("sizes", [(1, 9, 1, 9), (9, 1, 33, 40), (5, 13, 64, 48), (4, 65, 7, 130)], ids=str)
+def test_sizes_in_half_precision(sizes, cell, dtype):
+    Case(cell, *sizes, dtype=dtype).check()
+
+
+@halves
+def test_projection_in_half_precision(dtype):
+    Case("lstm", 6, 4, 3, 19, dtype=dtype, proj_size=5, bidirectional=True).check()
+
+
+@halves
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_neighbours_in_memory_take_no_part(cell, dtype):
+    """Rows of odd width lie side by side; what is beside a row's end is not read as part of it."""
+    case = Case(cell, 4, 5, 3, 7, dtype=dtype)
+    expected = case.run()["output"]
+    layer = case.layer()
+    layer.x[:, 1:] = float("nan")
+    found = case.run(layer)["output"]
+    assert torch.equal(found[:, 0], expected[:, 0])
+    assert found[:, 1:].isnan().all()
 
 
 @cells

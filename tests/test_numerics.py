@@ -35,9 +35,11 @@ def test_error_against_float64_is_no_worse_than_torchs(cell, dtype, size, backen
     exact = run(in_float64(theirs), x.detach().double().requires_grad_(), exact_hx)
     expected, got = run(theirs, x, hx), run(ours, x, hx)
     floor = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    # Both round what enters a product to bfloat16, so the errors are of one size, and which is larger is chance.
+    chance = 1.25 if dtype == torch.bfloat16 else 1
     worse = []
     for name, value in exact.items():
-        error, allowed = relative_error(value, got[name]), max(floor, relative_error(value, expected[name]))
+        error, allowed = relative_error(value, got[name]), max(floor, chance * relative_error(value, expected[name]))
         assert got[name].dtype == expected[name].dtype
         if error > allowed:
             worse.append(f"{name}: {error:.3g}, torch {allowed:.3g}")

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 
-DTYPE_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# What kernels keep for themselves is of the layer's dtype, unless it is one of these.
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 @functools.cache
@@ -151,11 +158,12 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     # The kernels leave what they save of padding as it is; zeros keep the results of equal calls equal.
     padded = call.sizes is not None and call.starts is None
     make = x.new_zeros if padded else functools.partial(room, x)
+    wider = WIDER.get(x.dtype, x.dtype)
     kept = {}
     if shape.extra and keep_extra:
         kept["extra"] = room(x, *call.lead, shape.hidden)
     if save and call.cell.saved:
-        kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden)
+        kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden, dtype=wider)
     if save and call.projected:
         kept["full"] = make(*call.lead, shape.hidden)
     h = room(x, *call.lead, shape.width)
@@ -187,7 +195,8 @@ def run_backward(
     h = states[0].contiguous()
 
     dhx = tuple(torch.empty_like(initial) for initial in call.hx)
-    dx = room(x, *x.shape) if needs.x else None
+    wider = WIDER.get(x.dtype, x.dtype)
+    dx = room(x, *x.shape, dtype=wider) if needs.x else None
     dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
 
     tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
@@ -195,6 +204,9 @@ def run_backward(
         tensors.update(zip(names, weights, strict=True))
     recipe = plan_backward.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
     call.run(recipe, tensors)
+    if wider != x.dtype:
+        dx = None if dx is None else dx.to(x.dtype)
+        dweights = tuple(Weights._make(each if each is None else each.to(x.dtype) for each in w) for w in dweights)
     return Gradients(dx, dhx if needs.hx else (None,) * len(dhx), dweights)
 
 
@@ -204,4 +216,7 @@ NO_WEIGHTS = Weights._make([None] * len(Weights._fields))
 def empty_weights(call: Call, weights: Weights, groups: int) -> Weights:
     """Room for the gradients of one direction's weights, for every group if there are several."""
     lead = (groups,) if groups > 1 else ()
-    return Weights._make(each if each is None else call.x.new_empty(*lead, *each.shape) for each in weights)
+    dtype = WIDER.get(call.x.dtype, call.x.dtype)
+    return Weights._make(
+        each if each is None else call.x.new_empty(*lead, *each.shape, dtype=dtype) for each in weights
+    )

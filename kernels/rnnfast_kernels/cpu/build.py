@@ -11,7 +11,18 @@ from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import Cell
-from rnnfast_kernels.cpu import activations, gradients, loops, memory, products, schedule, tasks, tile, waiting
+from rnnfast_kernels.cpu import (
+    activations,
+    gradients,
+    loops,
+    memory,
+    operands,
+    products,
+    schedule,
+    tasks,
+    tile,
+    waiting,
+)
 from rnnfast_kernels.cpu.target import Target, widest_panel
 
 HELPERS = (
@@ -59,9 +70,9 @@ def inline(function: Callable, namespace: dict, signature: Signature | None = No
     namespace[function.__name__] = njit(signature, **OPTIONS, **options)(bound)
 
 
-def integers(function: Callable) -> Signature:
-    """The signature of a function of integers that returns nothing. (Numba would specialise it for constants.)"""
-    return types.void(*[types.int64] * function.__code__.co_argcount)
+def integers(function: Callable, result: types.Type = types.void) -> Signature:
+    """The signature of a function of integers. (Numba would specialise it for constants.)"""
+    return result(*[types.int64] * function.__code__.co_argcount)
 
 
 def vectors(target: Target, salt: str) -> dict:
@@ -69,17 +80,21 @@ def vectors(target: Target, salt: str) -> dict:
     namespace = {
         "SALT": salt,
         **memory.operations(target),
+        **operands.operations(target),
         **waiting.OPERATIONS,
         **activations.constants(target.dtype),
         "transpose_square": tile.transposer(target),
         "multiply_raw": tile.raw_multiplier(target),
         "ITEM": target.item,
+        "GIVEN": target.given_item,
         "LANES": target.lanes,
         "VECTOR": target.vector,
     }
-    for function in (activations.decay, *activations.ACTIVATIONS):
+    for function in (activations.decay, *activations.ACTIVATIONS, *operands.LINES):
         inline(function, namespace, forceinline=True)
-    for function in (products.copy_row, products.add_row, products.clear_row, products.fill_places):
+    for function in operands.ROWS:
+        inline(function, namespace, integers(function, types.int64))
+    for function in products.ROWS:
         inline(function, namespace, integers(function))
     return namespace
 
@@ -132,6 +147,7 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "load_gates": base["tuple_loader"](cell.gates),
         "load_kept": base["tuple_loader"](cell.saved),
         "load_extra": base["tuple_loader"](extra),
+        "load_given_extra": base["given_tuple_loader"](extra),
         "layer_at": loops.LAYER.reader(),
         "product_at": gradients.PRODUCT.reader(),
         "outer_at": gradients.OUTER.reader(),

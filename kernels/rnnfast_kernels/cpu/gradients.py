@@ -12,7 +12,7 @@ from rnnfast_kernels.cpu.job import Record
 PRODUCT = Record(
     "rows", "depth", "units", "parts",
     "left", "left_row", "left_part", "panels", "panels_part", "out", "out_row",
-    "tile", "places", "goals", "chunk",
+    "tile", "places", "operands", "goals", "chunk",
 )  # fmt: skip
 
 # out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], for the columns first to last;
@@ -26,7 +26,7 @@ OUTER = Record(
 )  # fmt: skip
 
 # Values of `right`: the layer's input, the h that entered a step, or rows at `right_base`.
-INPUTS, ENTERING, GIVEN = 0, 1, 2
+INPUTS, ENTERING, OTHERS = 0, 1, 2
 
 
 def rows_product(address):
@@ -39,7 +39,8 @@ def rows_product(address):
             left = job.left + part * job.left_part + first * job.left_row
             fill_places(job.places, left, job.left_row, count)
             panels = job.panels + part * job.panels_part
-            project_plain(count, job.places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, part > 0)
+            places = as_operands(count, job.places, job.depth, job.operands)
+            project_plain(count, places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, part > 0)
 
 
 def right_address(job, layer, order, step, row):
@@ -54,10 +55,10 @@ def pack_strip(job, column, depth):
     """Copy a vector's width of columns of the left rows side by side, and return their sums."""
     total = zeros()
     lanes = job.columns - column
+    for k in range(0, depth, TERMS):
+        store(job.strip + k // TERMS * VECTOR, load_line(job.left_places, k, depth, column, lanes), LANES)
     for k in range(depth):
-        values = load(load_int(job.left_places + 8 * k) + column * ITEM, lanes)
-        store(job.strip + k * VECTOR, values, LANES)
-        total = total + values
+        total = total + load(load_int(job.left_places + 8 * k) + column * ITEM, lanes)
     return total
 
 

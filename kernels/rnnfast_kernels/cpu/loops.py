@@ -27,7 +27,7 @@ LAYER = Record(
     "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row",
     # Scratch of this job; `zeros` is a row of zeros.
-    "tile", "places", "goals", "h_work", "extra_work", "full_work", "zeros",
+    "tile", "places", "operands", "goals", "h_work", "extra_work", "full_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, others do the rest at the same time; they
     # share the slice's work space, and `met` counts how often they have met. `sched_yield` is that function.
     "first_block", "last_block", "workers", "met", "sched_yield",
@@ -95,14 +95,15 @@ def project_inputs(job, first, last):
         fill_places(job.places + 8 * count, x_address(job, step), job.x_row, live)
         fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
+    places = given_operands(count, job.places, job.inputs, job.operands)
     if job.raw:
         project_raw(
-            count, job.places, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+            count, places, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
             job.goals, job.gate_step, job.tile,
         )  # fmt: skip
         return
     project_gate_blocks(
-        count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+        count, places, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
         job.goals, job.gate_step, job.tile, False,
     )  # fmt: skip
 
@@ -112,13 +113,14 @@ def start_states(job, h_stride, extra_stride):
     live = live_rows(job, 0) if job.steps else 0
     for row in range(job.rows):
         h_first = job.h_first + row * job.h_first_row
-        copy_row(h_first, job.h_work + row * h_stride, job.width)
-        copy_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
+        h_now = job.h_work + row * h_stride
+        take_row(h_first, h_now, job.width)
+        take_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
         if row >= live:
-            copy_row(h_first, job.h_final + row * job.width * ITEM, job.width)
+            give_row(h_now, job.h_final + row * job.width * GIVEN, job.width)
         for state in range(EXTRA):
             source = job.extra_first + state * job.extra_first_step + row * job.extra_first_row
-            copy_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+            take_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
 
 
 def apply_resets(job, step, live, h_now, h_stride, extra_stride):
@@ -133,29 +135,30 @@ def clear_padding(job, step, live):
     """Zero the results of the rows that a step of the padded layout does not have."""
     for row in range(live, job.rows):
         index = first_index(job, step) + row
-        clear_row(job.h + index * job.h_row, job.width)
+        clear_given_row(job.h + index * job.h_row, job.width)
         if job.extra:
             for state in range(EXTRA):
-                clear_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
+                clear_given_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
 
 
 def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     """One step for all live rows: tile by tile the recurrent product, followed at once by the cell."""
     fill_places(job.places, h_now, h_stride, live)
+    places = as_operands(live, job.places, job.width, job.operands)
     index = first_index(job, step)
     cell_out = job.full_work if job.w_hr else h_next
     cell_stride = extra_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
         blocks = 1 if job.raw else gate_blocks(job.last_block - block)
-        panel = job.w_hh + block * (1 + job.width) * GATES * VECTOR
+        panel = job.w_hh + block * (1 + lines(job.width)) * GATES * VECTOR
         first = 0
         while first < live:
             count = gate_rows(live - first)
             if job.raw:
-                multiply_block(count, job.places, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
+                multiply_block(count, places, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
             else:
-                multiply(blocks * GATES, count, job.places + 8 * first, ITEM, panel, job.width, job.tile)
+                multiply(blocks * GATES, count, places + 8 * first, ITEM, panel, lines(job.width), job.tile)
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES
@@ -170,12 +173,12 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
                     store(cell_out + row * cell_stride + place, new_state[0], LANES)
                     store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
-                        store(job.h + (index + row) * job.h_row + place, new_state[0], lanes)
+                        store_given(job.h + (index + row) * job.h_row + unit * GIVEN, new_state[0], lanes)
                     elif job.full:
-                        store(job.full + (index + row) * job.full_row + place, new_state[0], lanes)
+                        store_given(job.full + (index + row) * job.full_row + unit * GIVEN, new_state[0], lanes)
                     if job.extra:
-                        spot = job.extra + (index + row) * job.extra_row + place
-                        store_tuple(spot, job.extra_step, new_state[1:], lanes)
+                        spot = job.extra + (index + row) * job.extra_row + unit * GIVEN
+                        store_given_tuple(spot, job.extra_step, new_state[1:], lanes)
                     if job.keep:
                         store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
             first += count
@@ -186,10 +189,11 @@ def project_output(job, step, live, h_next, h_stride, full_stride):
     """h = W_hr times what the cell put out."""
     fill_places(job.places, job.full_work, full_stride, live)
     fill_places(job.goals, h_next, h_stride, live)
-    project_plain(live, job.places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
+    places = as_operands(live, job.places, job.hidden, job.operands)
+    project_plain(live, places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
     h = job.h + first_index(job, step) * job.h_row
     for row in range(live):
-        copy_row(h_next + row * h_stride, h + row * job.h_row, job.width)
+        give_row(h_next + row * h_stride, h + row * job.h_row, job.width)
 
 
 def layer_forward(address):
@@ -217,34 +221,34 @@ def layer_forward(address):
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
         if job.first_block == 0:
             for row in range(staying, live):
-                copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
+                give_row(h_next + row * h_stride, job.h_final + row * job.width * GIVEN, job.width)
         h_now, h_next = h_next, h_now
     if job.first_block == 0:
         for state in range(EXTRA):
             for row in range(job.rows):
-                goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
-                copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+                goal = job.extra_final + state * job.extra_final_step + row * job.hidden * GIVEN
+                give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def start_gradients(job, h_stride, extra_stride):
     """The gradient by a row's final state is where its recurrence back in time starts."""
     for row in range(job.rows):
         goal = job.h_work + row * h_stride
-        source = job.dh_final + row * job.width * ITEM if job.dh_final else job.zeros
-        copy_row(source, goal, job.width)
+        source = job.dh_final + row * job.width * GIVEN if job.dh_final else job.zeros
+        take_row(source, goal, job.width)
         for state in range(EXTRA):
             goal = job.extra_work + (state * job.rows + row) * extra_stride
-            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * ITEM
-            copy_row(source if job.dextra_final else job.zeros, goal, job.hidden)
+            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * GIVEN
+            take_row(source if job.dextra_final else job.zeros, goal, job.hidden)
 
 
 def end_gradients(job, h_stride, extra_stride):
     """What has come back to the first step is the gradient by the initial state."""
     for row in range(job.rows):
-        copy_row(job.h_work + row * h_stride, job.dh_first + row * job.width * ITEM, job.width)
+        give_row(job.h_work + row * h_stride, job.dh_first + row * job.width * GIVEN, job.width)
         for state in range(EXTRA):
-            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * ITEM
-            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * GIVEN
+            give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def last_unit(job, units):
@@ -259,16 +263,18 @@ def last_width_block(job):
 def add_gradients(job, step, live, h_stride, extra_stride):
     """Add the gradient by the states that the caller saw."""
     index = first_index(job, step)
-    place = job.first_block * VECTOR
-    units = last_unit(job, job.hidden) - job.first_block * LANES
+    start = job.first_block * LANES
+    units = last_unit(job, job.hidden) - start
     h_units = units if job.w_hr == 0 else job.width
     for row in range(live):
         if job.dh:
-            add_row(job.dh + (index + row) * job.dh_row + place, job.h_work + row * h_stride + place, h_units)
+            source = job.dh + (index + row) * job.dh_row
+            add_given_row(source + start * GIVEN, job.h_work + row * h_stride + start * ITEM, h_units)
         if job.dextra:
             for state in range(EXTRA):
                 source = job.dextra + state * job.dextra_step + (index + row) * job.dextra_row
-                add_row(source + place, job.extra_work + (state * job.rows + row) * extra_stride + place, units)
+                goal = job.extra_work + (state * job.rows + row) * extra_stride
+                add_given_row(source + start * GIVEN, goal + start * ITEM, units)
 
 
 def entering_states(job, order, step, row):
@@ -299,11 +305,13 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
     dgates = index * job.dgates_row
     gate_step = job.hidden * ITEM
     for unit in range(job.first_block * LANES, last_unit(job, job.hidden), LANES):
-        place, lanes = unit * ITEM, job.hidden - unit
+        place, given, lanes = unit * ITEM, unit * GIVEN, job.hidden - unit
         dstate = (load(dh_in + place, LANES),) + load_extra(dextra + place, job.rows * extra_stride, LANES)  # noqa: RUF005
         kept = load_kept(gates + place, gate_step, lanes)
-        state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
-        new_state = (load(h_after + place, lanes),) + load_extra(extra_after + place, job.extra_step, lanes)  # noqa: RUF005
+        extra = load_given_extra(extra_before + given, before_step, lanes)
+        state = (load_given(h_before + given, lanes),) + extra  # noqa: RUF005
+        extra = load_given_extra(extra_after + given, job.extra_step, lanes)
+        new_state = (load_given(h_after + given, lanes),) + extra  # noqa: RUF005
         dx, du, direct = cell_backward(dstate, kept, state, new_state)
         store_tuple(job.dx_gates + dgates + place, gate_step, dx, lanes)
         if job.du_gates != job.dx_gates:
@@ -338,7 +346,8 @@ def layer_backward(address):
         add_gradients(job, step, live, h_stride, extra_stride)
         if job.w_hr:
             fill_places(job.places, job.full_work, extra_stride, live)
-            project_plain(live, job.goals, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
+            rows = as_operands(live, job.goals, job.width, job.operands)
+            project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
             for row in range(live):
                 goal = job.dh_total + (index + row) * job.dh_total_row
                 copy_row(job.h_work + row * h_stride, goal, job.width)
@@ -348,8 +357,9 @@ def layer_backward(address):
         depth = GATES * job.hidden
         direct = job.w_hr == 0
         meet(job, job.steps - order + 1)
+        places = as_operands(live, job.places, depth, job.operands)
         project_plain_blocks(
-            live, job.places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+            live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
             job.goals, 0, job.tile, direct,
         )  # fmt: skip
         for row in range(live):

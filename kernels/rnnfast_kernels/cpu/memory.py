@@ -1,15 +1,19 @@
 """Loads and stores of vectors, integers and flags, at raw addresses.
 
 A vector's address is a multiple of its element's size, no more. `operations(target)` gives the functions by the names
-that kernels use; those of vectors need to know the target's type.
+that kernels use; those of vectors need to know the target's types: that of registers, which is also that of what
+kernels keep for themselves, and that of the tensors they are given.
 """
+
+import functools
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from rnnfast_kernels.cpu import halves
 from rnnfast_kernels.cpu.target import Target
-from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, constant, declared, splat, suffix, zeros_like
+from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, declared, splat, suffix, zeros_like
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
@@ -35,6 +39,8 @@ def store_all(builder: ir.IRBuilder, vec: Vec, address: ir.Value, value: ir.Valu
 
 def load_first(builder: ir.IRBuilder, vec: Vec, address: ir.Value, count: ir.Value) -> ir.Value:
     """Load the first `count` lanes; the others are 0 and their memory is not touched."""
+    if isinstance(count, ir.Constant) and count.constant >= vec.lanes:
+        return load_all(builder, vec, address)
     whole = builder.icmp_signed(">=", count, INT64(vec.lanes))
     with builder.if_else(whole, likely=True) as (then, otherwise):
         with then:
@@ -49,7 +55,7 @@ def load_first(builder: ir.IRBuilder, vec: Vec, address: ir.Value, count: ir.Val
                     pointer(builder, address, vec.llvm),
                     INT32(vec.item),
                     lane_mask(builder, vec, count),
-                    constant(vec, 0.0),
+                    ir.Constant(vec.llvm, None),
                 ],
             )
             partial_block = builder.block
@@ -75,6 +81,22 @@ def store_first(builder: ir.IRBuilder, vec: Vec, address: ir.Value, value: ir.Va
                 masked,
                 [value, pointer(builder, address, vec.llvm), INT32(vec.item), lane_mask(builder, vec, count)],
             )
+
+
+def load_given(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
+    """Load the first `count` lanes from a given tensor; the others are 0."""
+    if target.given == target.dtype:
+        return load_first(builder, Vec(target.dtype, target.lanes), address, count)
+    return halves.widened(builder, target.given, load_first(builder, Vec("int16", target.lanes), address, count))
+
+
+def store_given(target: Target, builder: ir.IRBuilder, address: ir.Value, value: ir.Value, count: ir.Value) -> None:
+    """Store the first `count` lanes in a given tensor."""
+    if target.given == target.dtype:
+        store_first(builder, Vec(target.dtype, target.lanes), address, value, count)
+    else:
+        bits = halves.narrowed(builder, target.given, value)
+        store_first(builder, Vec("int16", target.lanes), address, bits, count)
 
 
 @intrinsic
@@ -109,74 +131,98 @@ def load_flag(typing, address):
     return types.boolean(types.int64), lower
 
 
-@intrinsic
-def store_tuple(typing, address, stride, values, count):
-    """Store the first `count` lanes of each vector of a tuple, `stride` bytes apart."""
+def loader(vec: Vec, load):
+    """A function for kernels: the first `count` elements from `address`, 0 in the lanes after them."""
 
-    def lower(context, builder, sig, args):
-        start, step, packed, lanes = args
-        for place in range(len(values)):
-            spot = builder.add(start, builder.mul(step, INT64(place)))
-            store_first(builder, values[place], spot, builder.extract_value(packed, place), lanes)
-        return context.get_dummy_value()
+    @intrinsic
+    def load_vector(typing, address, count):
+        def lower(context, builder, sig, args):
+            return load(builder, *args)
 
-    return types.void(types.int64, types.int64, values, types.int64), lower
+        return vec(types.int64, types.int64), lower
+
+    return load_vector
+
+
+def storer(vec: Vec, store):
+    """A function for kernels: write the first `count` lanes to `address`."""
+
+    @intrinsic
+    def store_vector(typing, address, value, count):
+        def lower(context, builder, sig, args):
+            store(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, vec, types.int64), lower
+
+    return store_vector
+
+
+def tuple_loader(vec: Vec, load, size: int):
+    """A function for kernels: the first `count` lanes of `size` vectors, `stride` bytes apart."""
+
+    @intrinsic
+    def load_tuple(typing, address, stride, count):
+        def lower(context, builder, sig, args):
+            start, step, lanes = args
+            spots = (builder.add(start, builder.mul(step, INT64(place))) for place in range(size))
+            loaded = [load(builder, spot, lanes) for spot in spots]
+            return context.make_tuple(builder, sig.return_type, loaded)
+
+        kind = types.UniTuple(vec, size) if size else types.Tuple(())
+        return kind(types.int64, types.int64, types.int64), lower
+
+    return load_tuple
+
+
+def tuple_storer(store):
+    """A function for kernels: store the first `count` lanes of each vector of a tuple, `stride` bytes apart."""
+
+    @intrinsic
+    def store_tuple(typing, address, stride, values, count):
+        def lower(context, builder, sig, args):
+            start, step, packed, lanes = args
+            for place in range(len(values)):
+                spot = builder.add(start, builder.mul(step, INT64(place)))
+                store(builder, spot, builder.extract_value(packed, place), lanes)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, values, types.int64), lower
+
+    return store_tuple
 
 
 def operations(target: Target) -> dict:
     """Memory functions for the target's vectors, by the names that kernels use."""
     vec = Vec(target.dtype, target.lanes)
 
-    @intrinsic
-    def load(typing, address, count):
-        """The first `count` elements from `address`, 0 in the lanes after them."""
+    def load(builder, *args):
+        return load_first(builder, vec, *args)
 
-        def lower(context, builder, sig, args):
-            return load_first(builder, vec, *args)
+    def store(builder, *args):
+        store_first(builder, vec, *args)
 
-        return vec(types.int64, types.int64), lower
-
-    @intrinsic
-    def store(typing, address, value, count):
-        """Write the first `count` lanes to `address`."""
-
-        def lower(context, builder, sig, args):
-            store_first(builder, vec, *args)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, vec, types.int64), lower
+    take, give = functools.partial(load_given, target), functools.partial(store_given, target)
 
     @intrinsic
     def zeros(typing):
         def lower(context, builder, sig, args):
-            return constant(vec, 0.0)
+            return ir.Constant(vec.llvm, None)
 
         return vec(), lower
 
-    def tuple_loader(size: int):
-        @intrinsic
-        def load_tuple(typing, address, stride, count):
-            """`size` vectors, `stride` bytes apart."""
-
-            def lower(context, builder, sig, args):
-                start, step, lanes = args
-                spots = (builder.add(start, builder.mul(step, INT64(place))) for place in range(size))
-                loaded = [load_first(builder, vec, spot, lanes) for spot in spots]
-                return context.make_tuple(builder, sig.return_type, loaded)
-
-            kind = types.UniTuple(vec, size) if size else types.Tuple(())
-            return kind(types.int64, types.int64, types.int64), lower
-
-        return load_tuple
-
     return {
-        "load": load,
-        "store": store,
+        "load": loader(vec, load),
+        "store": storer(vec, store),
+        "load_given": loader(vec, take),
+        "store_given": storer(vec, give),
+        "tuple_loader": functools.partial(tuple_loader, vec, load),
+        "given_tuple_loader": functools.partial(tuple_loader, vec, take),
+        "store_tuple": tuple_storer(store),
+        "store_given_tuple": tuple_storer(give),
         "zeros": zeros,
-        "tuple_loader": tuple_loader,
+        "zeros_like": zeros_like,
         "load_int": load_int,
         "store_int": store_int,
         "load_flag": load_flag,
-        "store_tuple": store_tuple,
-        "zeros_like": zeros_like,
     }

@@ -68,7 +68,13 @@ class Shape:
 
     @property
     def item(self) -> int:
+        """Bytes of an element of scratch memory."""
         return self.target.item
+
+    @property
+    def given(self) -> int:
+        """Bytes of an element of the layer's tensors."""
+        return self.target.given_item
 
     @property
     def directions(self) -> int:
@@ -131,7 +137,14 @@ def zeros(size: int) -> int:
 
 def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
     """Memory of a matrix [depth, columns], packed."""
-    return chosen.padded(columns) * (1 + depth) * chosen.item
+    return chosen.padded(columns) * (1 + chosen.lines(depth)) * chosen.item
+
+
+def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int:
+    """Scratch for rows of so many terms in the form of operands, where there are any of another form."""
+    if chosen.given == chosen.dtype:
+        return 0
+    return recipe.buffer(8 * rows + chosen.vector + rows * chosen.padded(chosen.lines(depth)) * chosen.item)
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:
@@ -147,7 +160,7 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
     panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
     parts = threads_for(units * depth * gates * 8, shape.threads)
     cuts = panel_cuts(-(-units // shape.target.lanes), widest_panel(gates), parts)
-    fields = {"kind": kind, "weight": weight, "weight_row": units * shape.item, "bias": bias, "units": units}
+    fields = {"kind": kind, "weight": weight, "weight_row": units * shape.given, "bias": bias, "units": units}
     records = [
         recipe.record(
             products.PACK,
@@ -173,7 +186,7 @@ def pack_all(recipe: Recipe, shape: Shape, weights: Sequence[tuple]) -> list[Ref
 
 def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[str, int | Ref]:
     """Fields of a `LAYER` record that say which rows and steps a job has, and where its inputs are."""
-    item = shape.item
+    item = shape.given
     offset = direction * shape.batch + first
     return {
         "steps": shape.steps,
@@ -199,7 +212,7 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
 
 def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str, int | Ref]:
     """Fields for what the forward loop leaves for every step; `kept` names those that there are beside h."""
-    item, hidden = shape.item, shape.hidden * shape.item
+    item, hidden = shape.given, shape.hidden * shape.given
     fields = {
         "h": Ref("h", direction * shape.width * item),
         "h_row": shape.directions * shape.width * item,
@@ -209,6 +222,7 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
     if "full" in kept:
         fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
     if "gates" in kept:
+        hidden = shape.hidden * shape.item
         row = shape.row.saved * hidden
         fields |= {
             "gates": Ref("gates", direction * row),
@@ -230,14 +244,20 @@ def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:
     }
 
 
-def loop_jobs(recipe: Recipe, shape: Shape, fields: dict, rows: int, chunk: int, widest: int) -> list[list[Ref]]:
-    """The jobs of one slice's time loop, one for each worker, and, if there are several, the one that replaces them."""
+def loop_jobs(
+    recipe: Recipe, shape: Shape, fields: dict, rows: int, chunk: int, depth: int, widest: int
+) -> list[list[Ref]]:
+    """The jobs of one slice's time loop, one for each worker, and, if there are several, the one that replaces them.
+
+    depth: terms of its longest sums.
+    """
 
     def job(first: int, last: int, workers: int, met: Ref | int) -> Ref:
         private = {
             "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
             "places": recipe.buffer(8 * rows * chunk),
             "goals": recipe.buffer(8 * rows * chunk),
+            "operands": operands(recipe, shape.target, rows * chunk, depth),
         }
         part = {"first_block": first, "last_block": last, "workers": workers, "met": met}
         part |= {"sched_yield": Ref("sched_yield")}
@@ -255,7 +275,7 @@ def loop_jobs(recipe: Recipe, shape: Shape, fields: dict, rows: int, chunk: int,
 
 def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str]) -> dict[str, Ref]:
     """Places of a slice's rows in tensors [D, B, P or H], which are named by `names`, h's first."""
-    offset = (direction * shape.batch + first) * shape.item
+    offset = (direction * shape.batch + first) * shape.given
     widths = (shape.width, shape.hidden)
     return {name: Ref(name, offset * width) for name, width in zip(names, widths, strict=False)}
 

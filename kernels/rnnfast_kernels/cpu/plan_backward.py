@@ -12,6 +12,7 @@ from rnnfast_kernels.cpu.plan import (
     final_fields,
     loop_jobs,
     loop_phase,
+    operands,
     pack_all,
     panel_bytes,
     slice_fields,
@@ -61,7 +62,7 @@ def backward(
             places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
             fields |= {name: places[name] for name in finals}
             fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
-            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, widest_panel(1)))
+            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.gate_columns, widest_panel(1)))
     loop_phase(recipe, tasks.BACKWARD, jobs)
     if need_x:
         input_gradient(recipe, shape, work)
@@ -88,23 +89,23 @@ def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
 
 def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
     """Fields for the gradients of what has a row for every step."""
-    width, hidden = shape.width * shape.item, shape.hidden * shape.item
-    gates = shape.row.gates * hidden
+    width, hidden = shape.width * shape.given, shape.hidden * shape.given
+    gates, total = shape.gate_columns * shape.item, shape.width * shape.item
     fields = {
         "dx_gates": work.dx_gates.at(direction * gates),
         "du_gates": work.du_gates.at(direction * gates),
         "dgates_row": shape.directions * gates,
         "dh_row": shape.directions * width,
         "dextra_row": shape.directions * hidden,
-        "dh_total_row": shape.directions * width,
-        "zeros": zeros(max(width, hidden) + shape.target.vector),
+        "dh_total_row": shape.directions * total,
+        "zeros": zeros(max(shape.width, shape.hidden) * shape.item + shape.target.vector),
     }
     if "dh" in given:
         fields["dh"] = Ref("dh", direction * width)
     if "dextra" in given:
         fields["dextra"] = Ref("dextra", direction * hidden)
     if isinstance(work.dh_total, Ref):
-        fields["dh_total"] = work.dh_total.at(direction * width)
+        fields["dh_total"] = work.dh_total.at(direction * total)
     return fields
 
 
@@ -133,6 +134,7 @@ def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
             out_row=out_row,
             tile=recipe.buffer(shape.target.accumulators * shape.target.vector),
             places=recipe.buffer(8 * chunk),
+            operands=operands(recipe, shape.target, chunk, depth),
             goals=recipe.buffer(8 * chunk),
             chunk=chunk,
         )
@@ -158,7 +160,7 @@ def weight_gradients(
         ]
         if isinstance(work.dh_total, Ref):
             total = work.dh_total.at(d * shape.width * item)
-            parts.append((gradients.GIVEN, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
+            parts.append((gradients.OTHERS, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
         for part in parts:
             jobs += outer(recipe, shape, d, layer, groups, *part)
     recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)
@@ -206,10 +208,10 @@ def outer(
                 "panels": recipe.buffer(panel_bytes(chosen, units, block)),
                 "strip": recipe.buffer(block * chosen.vector),
             }
-            if right == gradients.GIVEN:
+            if right == gradients.OTHERS:
                 fields |= {
-                    "right_base": Ref("full", direction * units * item),
-                    "right_row": shape.directions * units * item,
+                    "right_base": Ref("full", direction * units * shape.given),
+                    "right_row": shape.directions * units * shape.given,
                 }
             jobs.append(recipe.record(gradients.OUTER, **fields))
     return jobs

@@ -41,11 +41,11 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
     recipe = Recipe(shapes[0].threads, names)
     x = Ref("x")
     for n, shape in enumerate(shapes):
-        rows = shape.directions * shape.batch * shape.item
+        rows = shape.directions * shape.batch * shape.given
         h = (
             Ref("h")
             if n == len(shapes) - 1
-            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.item)
+            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.given)
         )
         bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
         for name, width in (("h", shape.width), ("extra", shape.hidden)):
@@ -90,6 +90,7 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
 def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
     """Add a layer's forward pass."""
     weights = pass_weights(shape, biased) if shape.raw else pack_forward(recipe, shape, biased)
+    depth = max(shape.inputs, shape.width, shape.hidden)
     jobs = []
     for d in range(shape.directions):
         shared = state_fields(shape, d, kept) | weights[d]
@@ -99,7 +100,7 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
             fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
-            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, widest_panel(shape.row.gates)))
+            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, depth, widest_panel(shape.row.gates)))
     loop_phase(recipe, tasks.FORWARD, jobs)
 
 

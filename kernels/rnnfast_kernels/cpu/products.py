@@ -34,39 +34,39 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (1 + depth) * GATES * VECTOR
+        panel = panels + block * (1 + lines(depth)) * GATES * VECTOR
         line = blocks * GATES * VECTOR
         for vector in range(blocks * GATES):
             unit = (block + vector // GATES) * LANES
             count = units - unit
             row = (vector % GATES) * units + unit
             goal = panel + vector * VECTOR
-            store(goal, load(bias + row * ITEM, count) if bias else zeros(), LANES)
-            for k in range(0, depth, LANES):
-                source = weight + (row * depth + k) * ITEM
-                transpose_square(source, depth * ITEM, count, min(LANES, depth - k), goal + line * (1 + k), line)
+            store(goal, load_given(bias + row * GIVEN, count) if bias else zeros(), LANES)
+            for k in range(0, depth, LANES * TERMS):
+                source = weight + (row * depth + k) * GIVEN
+                spot = goal + line * (1 + k // TERMS)
+                transpose_square(source, depth * GIVEN, count, min(LANES * TERMS, depth - k), spot, line)
         block += blocks
 
 
 def pack_rows(places, depth, units, panels, first_block, last_block):
-    """Pack the matrix [depth, units] whose rows are at the addresses `places`."""
+    """Pack the given matrix [depth, units] whose rows are at the addresses `places`."""
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        goal = panels + block * (1 + depth) * VECTOR
+        goal = panels + block * (1 + lines(depth)) * VECTOR
         for i in range(blocks):
             store(goal + i * VECTOR, zeros(), LANES)
-        for k in range(depth):
+        for k in range(0, depth, TERMS):
             goal += blocks * VECTOR
-            source = load_int(places + 8 * k)
             for i in range(blocks):
                 unit = (block + i) * LANES
-                store(goal + i * VECTOR, load(source + unit * ITEM, units - unit), LANES)
+                store(goal + i * VECTOR, load_given_line(places, k, depth, unit, units - unit), LANES)
         block += blocks
 
 
 def project(rows, places, step, panels, depth, units, goals, gate_step, tile, accumulate):
-    """Multiply rows by panels and write, or add, each result [G, units] to the row's address in `goals`."""
+    """Multiply rows, in the form of operands, by panels; write, or add, each result [G, units] at its row's goal."""
     last_block = (units + LANES - 1) // LANES
     project_blocks(rows, places, step, panels, depth, units, 0, last_block, goals, gate_step, tile, accumulate)
 
@@ -75,11 +75,11 @@ def project_blocks(rows, places, step, panels, depth, units, block, last_block, 
     """Do that for some blocks of the units. They begin and end where panels do."""
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (1 + depth) * GATES * VECTOR
+        panel = panels + block * (1 + lines(depth)) * GATES * VECTOR
         first = 0
         while first < rows:
             count = tile_rows(rows - first)
-            multiply(blocks * GATES, count, places + 8 * first, step, panel, depth, tile)
+            multiply(blocks * GATES, count, places + 8 * first, step, panel, lines(depth), tile)
             source = tile
             for row in range(first, first + count):
                 goal = load_int(goals + 8 * row)
@@ -111,9 +111,9 @@ def multiply_block(rows, places, weight, bias, depth, units, unit, tile):
     """The tile of one block of a weight that is not packed."""
     for gate in range(GATES):
         first = gate * units + unit
-        bias_spot = bias + first * ITEM if bias else 0
+        bias_spot = bias + first * GIVEN if bias else 0
         goal = tile + gate * VECTOR
-        spot = weight + first * depth * ITEM
+        spot = weight + first * depth * GIVEN
         multiply_raw(rows, places, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
 
 
@@ -122,15 +122,33 @@ def copy_row(source, goal, units):
         store(goal + unit * ITEM, load(source + unit * ITEM, units - unit), units - unit)
 
 
-def add_row(source, goal, units):
+def take_row(source, goal, units):
+    """Copy from a given tensor."""
+    for unit in range(0, units, LANES):
+        store(goal + unit * ITEM, load_given(source + unit * GIVEN, units - unit), units - unit)
+
+
+def give_row(source, goal, units):
+    """Copy to a given tensor."""
+    for unit in range(0, units, LANES):
+        store_given(goal + unit * GIVEN, load(source + unit * ITEM, units - unit), units - unit)
+
+
+def add_given_row(source, goal, units):
+    """Add from a given tensor."""
     for unit in range(0, units, LANES):
         spot = goal + unit * ITEM
-        store(spot, load(spot, units - unit) + load(source + unit * ITEM, units - unit), units - unit)
+        store(spot, load(spot, units - unit) + load_given(source + unit * GIVEN, units - unit), units - unit)
 
 
 def clear_row(goal, units):
     for unit in range(0, units, LANES):
         store(goal + unit * ITEM, zeros(), units - unit)
+
+
+def clear_given_row(goal, units):
+    for unit in range(0, units, LANES):
+        store_given(goal + unit * GIVEN, zeros(), units - unit)
 
 
 def fill_places(places, start, step, count):
@@ -149,3 +167,6 @@ def pack(address):
     else:
         fill_places(job.places, job.weight, job.weight_row, job.depth)
         pack_rows(job.places, job.depth, job.units, job.panels, job.first, job.last)
+
+
+ROWS = (copy_row, take_row, give_row, add_given_row, clear_row, clear_given_row, fill_places)

@@ -7,7 +7,8 @@ values (a bias) before it. `multiplier(target, ...)` gives the function
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
 `places` is the address of `rows` int64 addresses, one for each row of the left operand; its elements are `step` bytes
-apart, so that a row may be a column of a matrix. `out` is [rows, N vectors].
+apart, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An element of an operand may stand for two
+terms of the sum (see `operands`); `depth` counts elements.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
@@ -19,9 +20,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import load_all, load_first, pointer, store_all
+from rnnfast_kernels.cpu.memory import load_all, load_given, pointer, store_all
+from rnnfast_kernels.cpu.operands import fused_multiply_add, load_given_terms
 from rnnfast_kernels.cpu.target import MOST_RAW_ROWS, Target
-from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, declared, splat, suffix
+from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, splat
 
 
 def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
@@ -31,20 +33,24 @@ def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
     return module.globals[name]
 
 
-def tile_name(vec: Vec, rows: int, vectors: int) -> str:
-    return f"rnnfast_tile_{suffix(vec)}_{rows}x{vectors}"
+def kind_of(target: Target) -> str:
+    return f"{target.given}_{target.dtype}x{target.lanes}x{target.terms}"
 
 
-def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Function:
+def tile_name(target: Target, rows: int, vectors: int) -> str:
+    return f"rnnfast_tile_{kind_of(target)}_{rows}x{vectors}"
+
+
+def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) -> ir.Function:
     """The product for one tile of `rows` x `vectors` registers."""
-    function = external(module, tile_name(vec, rows, vectors), 5)
+    vec = Vec(target.dtype, target.lanes)
+    function = external(module, tile_name(target, rows, vectors), 5)
     places, step, panel, depth, out = function.args
     width = vec.lanes * vec.item
 
     entry = function.append_basic_block("entry")
     head, body, done = (function.append_basic_block(label) for label in ("head", "body", "done"))
     builder = ir.IRBuilder(entry)
-    fused = declared(builder, f"llvm.fmuladd.{suffix(vec)}", vec.llvm, vec.llvm, vec.llvm, vec.llvm)
     left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
     initial = [load_all(builder, vec, builder.add(panel, INT64(width * n))) for n in range(vectors)]
     first = builder.add(panel, INT64(width * vectors))
@@ -63,7 +69,7 @@ def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Fu
     for row in range(rows):
         scalar = builder.load(pointer(builder, builder.add(left[row], offset), ELEMENT[vec.dtype]))
         wide = splat(builder, scalar, vec.lanes)
-        new_sums.append([builder.call(fused, [wide, columns[n], sums[row][n]]) for n in range(vectors)])
+        new_sums.append([fused_multiply_add(builder, target, wide, columns[n], sums[row][n]) for n in range(vectors)])
     following = (
         (k, INT64(0), builder.add(k, INT64(1))),
         (offset, INT64(0), builder.add(offset, step)),
@@ -88,7 +94,6 @@ def tile_function(module: ir.Module, vec: Vec, rows: int, vectors: int) -> ir.Fu
 
 def multiplier(target: Target, gates: int):
     """`multiply` for panels of so many gates, and any number of rows from 1 to `target.rows(gates)`."""
-    vec = Vec(target.dtype, target.lanes)
     widths, most_rows = target.widths(gates), target.rows(gates)
 
     @intrinsic
@@ -101,7 +106,7 @@ def multiplier(target: Target, gates: int):
                 block = builder.append_basic_block(f"tile_{rows}x{vectors}")
                 choice.add_case(INT64(vectors * (most_rows + 1) + rows), block)
                 with builder.goto_block(block):
-                    builder.call(external(builder.module, tile_name(vec, rows, vectors), 5), operands)
+                    builder.call(external(builder.module, tile_name(target, rows, vectors), 5), operands)
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -136,21 +141,23 @@ def transposed(builder: ir.IRBuilder, vec: Vec, rows: list[ir.Value]) -> list[ir
     return rows
 
 
-def transpose_name(vec: Vec) -> str:
-    return f"rnnfast_transpose_{suffix(vec)}"
+def transpose_name(target: Target) -> str:
+    return f"rnnfast_transpose_{kind_of(target)}"
 
 
-def transpose_function(module: ir.Module, vec: Vec) -> ir.Function:
-    """out[k, i] = source[i, k] for i < lanes and k < columns <= lanes; 0 for i >= rows. Steps are in bytes."""
-    function = external(module, transpose_name(vec), 6)
+def transpose_function(module: ir.Module, target: Target) -> ir.Function:
+    """out[k, i] = the k-th terms of source[i] up to `columns`, for i < lanes; 0 for i >= rows. Steps are in bytes."""
+    vec = Vec(target.dtype, target.lanes)
+    function = external(module, transpose_name(target), 6)
     source, source_step, rows, columns, out, out_step = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     loaded = []
     for row in range(vec.lanes):
-        lanes = builder.select(builder.icmp_signed("<", INT64(row), rows), columns, INT64(0))
-        loaded.append(load_first(builder, vec, builder.add(source, builder.mul(source_step, INT64(row))), lanes))
+        count = builder.select(builder.icmp_signed("<", INT64(row), rows), columns, INT64(0))
+        spot = builder.add(source, builder.mul(source_step, INT64(row)))
+        loaded.append(load_given_terms(target, builder, spot, count))
     for k, column in enumerate(transposed(builder, vec, loaded)):
-        with builder.if_then(builder.icmp_signed("<", INT64(k), columns)):
+        with builder.if_then(builder.icmp_signed("<", INT64(k * target.terms), columns)):
             store_all(builder, vec, builder.add(out, builder.mul(out_step, INT64(k))), column)
     builder.ret_void()
     return function
@@ -158,12 +165,11 @@ def transpose_function(module: ir.Module, vec: Vec) -> ir.Function:
 
 def transposer(target: Target):
     """`transpose_square`, which packs `lanes` rows of a matrix as the columns of a panel."""
-    vec = Vec(target.dtype, target.lanes)
 
     @intrinsic
     def transpose_square(typing, source, source_step, rows, columns, out, out_step):
         def lower(context, builder, sig, args):
-            builder.call(external(builder.module, transpose_name(vec), 6), args)
+            builder.call(external(builder.module, transpose_name(target), 6), args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), lower
@@ -171,48 +177,49 @@ def transposer(target: Target):
     return transpose_square
 
 
-def raw_name(vec: Vec, rows: int) -> str:
-    return f"rnnfast_raw_{suffix(vec)}_{rows}"
+def raw_name(target: Target, rows: int) -> str:
+    return f"rnnfast_raw_{kind_of(target)}_{rows}"
 
 
-def raw_function(module: ir.Module, vec: Vec, rows: int) -> ir.Function:
+def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
     """The product of `rows` with some units of a weight as it is, a square of it transposed at a time."""
-    function = external(module, raw_name(vec, rows), 7)
+    vec = Vec(target.dtype, target.lanes)
+    function = external(module, raw_name(target, rows), 7)
     places, weight, units, depth, bias, out, out_step = function.args
-    lanes, item = vec.lanes, vec.item
+    lanes, terms = vec.lanes, target.terms
     entry = function.append_basic_block("entry")
     head, body, rest, tail, done = (function.append_basic_block(s) for s in ("head", "body", "rest", "tail", "done"))
     builder = ir.IRBuilder(entry)
-    fused = declared(builder, f"llvm.fmuladd.{suffix(vec)}", vec.llvm, vec.llvm, vec.llvm, vec.llvm)
     left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
     # Units past the last are those of the last again; nobody reads their sums.
     last = builder.sub(units, INT64(1))
-    unit_row = builder.mul(depth, INT64(item))
+    unit_row = builder.mul(depth, INT64(target.given_item))
     unit_rows = [
         builder.mul(unit_row, builder.select(builder.icmp_signed("<", INT64(n), last), INT64(n), last))
         for n in range(lanes)
     ]
     known = builder.select(builder.icmp_signed("!=", bias, INT64(0)), units, INT64(0))
-    initial = load_first(builder, vec, bias, known)
-    left_over = builder.srem(depth, INT64(lanes))
+    initial = load_given(target, builder, bias, known)
+    left_over = builder.srem(depth, INT64(lanes * terms))
     whole = builder.sub(depth, left_over)
     before = builder.block
     builder.branch(head)
 
-    def add_square(k: ir.Value, sums: list[ir.Value], count: ir.Value | None) -> list[ir.Value]:
-        """Add the terms of `lanes` places from k on, or of the first `count` of them."""
-        offset = builder.mul(k, INT64(item))
-        spots = [builder.add(builder.add(weight, offset), row) for row in unit_rows]
-        loaded = [load_all(builder, vec, s) if count is None else load_first(builder, vec, s, count) for s in spots]
+    def add_square(k: ir.Value, sums: list[ir.Value], count: ir.Value) -> list[ir.Value]:
+        """Add the `count` terms from k on; a square has no more than `lanes * terms`."""
+        start = builder.mul(k, INT64(target.given_item))
+        spots = [builder.add(builder.add(weight, start), row) for row in unit_rows]
+        loaded = [load_given_terms(target, builder, spot, count) for spot in spots]
+        line = builder.mul(builder.sdiv(k, INT64(terms)), INT64(vec.item))
         for j, column in enumerate(transposed(builder, vec, loaded)):
             here, place = None, INT64(j)
-            if count is not None:
-                here = builder.icmp_signed("<", INT64(j), count)
+            if not isinstance(count, ir.Constant):
+                here = builder.icmp_signed("<", INT64(j * terms), count)
                 place = builder.select(here, INT64(j), INT64(0))
-            at = builder.add(offset, builder.mul(place, INT64(item)))
+            at = builder.add(line, builder.mul(place, INT64(vec.item)))
             scalars = [builder.load(pointer(builder, builder.add(row, at), ELEMENT[vec.dtype])) for row in left]
             added = [
-                builder.call(fused, [splat(builder, scalar, lanes), column, old])
+                fused_multiply_add(builder, target, splat(builder, scalar, lanes), column, old)
                 for scalar, old in zip(scalars, sums, strict=True)
             ]
             if here is not None:
@@ -226,9 +233,9 @@ def raw_function(module: ir.Module, vec: Vec, rows: int) -> ir.Function:
     builder.cbranch(builder.icmp_signed("<", k, whole), body, rest)
 
     builder.position_at_end(body)
-    added = add_square(k, sums, None)
+    added = add_square(k, sums, INT64(lanes * terms))
     k.add_incoming(INT64(0), before)
-    k.add_incoming(builder.add(k, INT64(lanes)), builder.block)
+    k.add_incoming(builder.add(k, INT64(lanes * terms)), builder.block)
     for total, new in zip(sums, added, strict=True):
         total.add_incoming(initial, before)
         total.add_incoming(new, builder.block)
@@ -260,7 +267,6 @@ def raw_multiplier(target: Target):
     `weight` and `bias` are the addresses of the first of `units` <= lanes units; a bias of 0 is absent. The sums are
     those of `multiply`, bit by bit.
     """
-    vec = Vec(target.dtype, target.lanes)
 
     @intrinsic
     def multiply_raw(typing, rows, places, weight, units, depth, bias, out, out_step):
@@ -272,7 +278,7 @@ def raw_multiplier(target: Target):
                 block = builder.append_basic_block(f"raw_{rows}")
                 choice.add_case(INT64(rows), block)
                 with builder.goto_block(block):
-                    builder.call(external(builder.module, raw_name(vec, rows), 7), operands)
+                    builder.call(external(builder.module, raw_name(target, rows), 7), operands)
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -287,12 +293,11 @@ def library(target: Target, gates: set[int]) -> ir.Module:
 
     They are a module of their own because Numba optimises what a function contains again for each of its callers.
     """
-    vec = Vec(target.dtype, target.lanes)
     module = ir.Module("rnnfast")
-    transpose_function(module, vec)
+    transpose_function(module, target)
     shapes = {(rows, width) for g in gates for width in target.widths(g) for rows in range(1, target.rows(g) + 1)}
     for rows, width in sorted(shapes):
-        tile_function(module, vec, rows, width)
+        tile_function(module, target, rows, width)
     for rows in range(1, MOST_RAW_ROWS + 1):
-        raw_function(module, vec, rows)
+        raw_function(module, target, rows)
     return module

@@ -15,7 +15,9 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 FLAGS = ("contract",)
-ELEMENT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
+# An int16 stands for a number of half precision in memory, and takes no part in arithmetic.
+ELEMENT = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "int16": ir.IntType(16)}
+BYTES = {"float32": 4, "float64": 8, "int16": 2}
 INTEGER = {"float32": ir.IntType(32), "float64": ir.IntType(64)}
 # Mantissa bits, and the bias of the exponent.
 FORMAT = {"float32": (23, 127), "float64": (52, 1023)}
@@ -31,7 +33,7 @@ class Vec(types.Type):
 
     @property
     def item(self) -> int:
-        return 4 if self.dtype == "float32" else 8
+        return BYTES[self.dtype]
 
     @property
     def llvm(self) -> ir.VectorType:
@@ -64,7 +66,8 @@ def declared(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.T
 
 
 def suffix(vec: Vec) -> str:
-    return f"v{vec.lanes}f{8 * vec.item}"
+    """What LLVM calls the type in the names of its functions."""
+    return f"v{vec.lanes}{vec.dtype[0]}{8 * vec.item}"
 
 
 def element(context, builder: ir.IRBuilder, kind: types.Type, value: ir.Value, vec: Vec) -> ir.Value:

@@ -1,0 +1,135 @@
+"""What products multiply: elements as they are, or pairs of bfloat16 numbers where the processor multiplies those.
+
+A pair takes the place of one element: two terms of a sum that follow one another. So operands in pairs are half as
+long: `TERMS` is 2 for them and else 1, and a sum of `depth` terms is `lines(depth)` elements long. The last pair of an
+odd number ends with a zero. The caller's tensors, `given`, have the form of operands but for odd depths, unless they
+are in half precision and the processor has no products of it; what the kernels computed themselves is float32.
+"""
+
+# ruff: noqa: F821
+
+import functools
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from rnnfast_kernels.cpu import halves
+from rnnfast_kernels.cpu.memory import load_first, load_given, loader
+from rnnfast_kernels.cpu.target import Target
+from rnnfast_kernels.cpu.vector import Vec, declared, suffix
+
+
+def fused_multiply_add(builder: ir.IRBuilder, target: Target, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    """Add the products of a's and b's terms to a sum."""
+    if target.terms == 2:
+        return halves.add_products(builder, a, b, total)
+    vec = Vec(target.dtype, target.lanes)
+    fused = declared(builder, f"llvm.fmuladd.{suffix(vec)}", vec.llvm, vec.llvm, vec.llvm, vec.llvm)
+    return builder.call(fused, [a, b, total])
+
+
+def load_given_terms(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
+    """Load a vector of terms that follow one another in a given tensor, the first `count`; the others are 0."""
+    if target.terms == 1:
+        return load_given(target, builder, address, count)
+    bits = load_first(builder, Vec("int16", 2 * target.lanes), address, count)
+    return builder.bitcast(bits, Vec(target.dtype, target.lanes).llvm)
+
+
+def operations(target: Target) -> dict:
+    """The functions of kernels that make operands, beside those below."""
+    vec = Vec(target.dtype, target.lanes)
+
+    @intrinsic
+    def load_given_pairs(typing, first, second, count):
+        """Pairs of one element at either address."""
+
+        def lower(context, builder, sig, args):
+            *addresses, lanes = args
+            bits = [load_first(builder, Vec("int16", vec.lanes), address, lanes) for address in addresses]
+            return halves.shuffled_in_turn(builder, *bits, vec.lanes)
+
+        return vec(types.int64, types.int64, types.int64), lower
+
+    def of_two(combine):
+        @intrinsic
+        def combined(typing, first, second):
+            def lower(context, builder, sig, args):
+                return combine(builder, *args)
+
+            return vec(vec, vec), lower
+
+        return combined
+
+    return {
+        "TERMS": target.terms,
+        "load_given_terms": loader(vec, functools.partial(load_given_terms, target)),
+        "load_given_pairs": load_given_pairs,
+        "round_neighbours": of_two(halves.pairs),
+        "round_in_turn": of_two(halves.pairs_in_turn),
+    }
+
+
+def lines(depth):
+    return (depth + TERMS - 1) // TERMS
+
+
+def copies_start(rows, room):
+    """Where copies begin in memory that begins with their addresses."""
+    return room + (8 * rows + VECTOR - 1) // VECTOR * VECTOR
+
+
+def as_operands(rows, places, depth, room):
+    """Where the addresses of rows in the form of operands are: `places`, or in `room` with copies of its rows."""
+    if TERMS == 1:
+        return places
+    stride = (lines(depth) + LANES - 1) // LANES * VECTOR
+    copies = copies_start(rows, room)
+    for row in range(rows):
+        source = load_int(places + 8 * row)
+        goal = copies + row * stride
+        for k in range(0, depth, 2 * LANES):
+            first = load(source + k * ITEM, depth - k)
+            second = load(source + (k + LANES) * ITEM, depth - k - LANES)
+            store(goal + k // 2 * ITEM, round_neighbours(first, second), LANES)
+        store_int(room + 8 * row, goal)
+    return room
+
+
+def given_operands(rows, places, depth, room):
+    """The same for rows of given tensors."""
+    if GIVEN * TERMS == ITEM and depth % TERMS == 0:
+        return places
+    stride = (lines(depth) + LANES - 1) // LANES * VECTOR
+    copies = copies_start(rows, room)
+    for row in range(rows):
+        source = load_int(places + 8 * row)
+        goal = copies + row * stride
+        for k in range(0, depth, TERMS * LANES):
+            store(goal + k // TERMS * ITEM, load_given_terms(source + k * GIVEN, depth - k), LANES)
+        store_int(room + 8 * row, goal)
+    return room
+
+
+def load_line(places, k, depth, unit, count):
+    """The terms from number k on of several sums: elements from `unit` on of rows whose addresses are at `places`."""
+    first = load(load_int(places + 8 * k) + unit * ITEM, count)
+    if TERMS == 1:
+        return first
+    second = load(load_int(places + 8 * (k + 1)) + unit * ITEM, count) if k + 1 < depth else zeros()
+    return round_in_turn(first, second)
+
+
+def load_given_line(places, k, depth, unit, count):
+    """The same for rows of given tensors."""
+    first = load_int(places + 8 * k) + unit * GIVEN
+    if TERMS == 1:
+        return load_given(first, count)
+    if k + 1 < depth:
+        return load_given_pairs(first, load_int(places + 8 * (k + 1)) + unit * GIVEN, count)
+    return round_in_turn(load_given(first, count), zeros())
+
+
+LINES = (lines, load_line, load_given_line)
+ROWS = (copies_start, as_operands, given_operands)
