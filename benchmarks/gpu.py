@@ -55,7 +55,7 @@ PARTS = (
         0.4,
         (
             "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles",
-            "accelerate", "cell_modules", "parametrizations", "compile", "torch_samples",
+            "accelerate", "cell_modules", "parametrizations", "compile", "export", "torch_samples",
         ),
     ),
     Part("benchmark", 1.0),
