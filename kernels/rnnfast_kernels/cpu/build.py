@@ -3,7 +3,7 @@
 Every function is bound (see `bind`) over the cell, the target and the functions before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llvmlite import binding
 from numba import cfunc, njit, types
@@ -99,8 +99,8 @@ def vectors(target: Target, salt: str) -> dict:
     return namespace
 
 
-def tiled(target: Target, gates: int, namespace: dict) -> dict:
-    """The functions of `products`, for panels of so many gates."""
+def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Callable]) -> dict:
+    """Functions of `products`, for panels of so many gates."""
     over = {
         **namespace,
         "SALT": f"{namespace['SALT']} {gates}",
@@ -111,14 +111,7 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
     }
     for function in (products.panel_blocks, products.tile_rows):
         inline(function, over, forceinline=True)
-    for function in (
-        products.pack_columns,
-        products.pack_rows,
-        products.project_blocks,
-        products.project,
-        products.multiply_block,
-        products.project_raw,
-    ):
+    for function in functions:
         inline(function, over, integers(function))
     return over
 
@@ -126,8 +119,11 @@ def tiled(target: Target, gates: int, namespace: dict) -> dict:
 def assemble(cell: Cell, target: Target, salt: str) -> dict:
     """Everything that an entry point may call."""
     base = vectors(target, salt)
-    plain = tiled(target, 1, base)
-    gated = plain if cell.gates == 1 else tiled(target, cell.gates, base)
+    if cell.gates == 1:
+        plain = gated = tiled(target, 1, base, dict.fromkeys((*products.PLAIN, *products.GATED)))
+    else:
+        plain = tiled(target, 1, base, products.PLAIN)
+        gated = tiled(target, cell.gates, base, products.GATED)
     extra = len(cell.states) - 1
     namespace = {
         **base,

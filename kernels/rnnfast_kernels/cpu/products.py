@@ -170,3 +170,6 @@ def pack(address):
 
 
 ROWS = (copy_row, take_row, give_row, add_given_row, clear_row, clear_given_row, fill_places)
+# What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
+PLAIN = (pack_columns, pack_rows, project_blocks, project)
+GATED = (pack_columns, project_blocks, multiply_block, project_raw)
