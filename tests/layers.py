@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
+from rnnfast.backends.choice import load
 
 CELLS = {
     "rnn_tanh": ("RNN", {}),
@@ -72,3 +73,17 @@ def weights_like(tensor: Tensor) -> Tensor:
 def in_float64(layer: nn.RNNBase) -> nn.RNNBase:
     """Return a float64 copy of a layer."""
     return copy.deepcopy(layer).double()
+
+
+def count_calls(monkeypatch, backend: str) -> list[str]:
+    """Return a list that grows by a name with every call of the backend."""
+    module, calls = load(backend), []
+    for name in ("forward", "backward"):
+        function = getattr(module, name)
+
+        def counted(*args, name=name, function=function, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return calls

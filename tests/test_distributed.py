@@ -54,5 +54,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-def test_the_example_runs_under_torchrun():
-    assert "2 processes, loss" in launch("-m", "examples.distributed", "--shard", "--batches", "2")
+@pytest.mark.parametrize("words", [(), ("--shard",)], ids=["replicated", "sharded"])
+def test_the_example_runs_under_torchrun(words):
+    assert "2 processes, loss" in launch("-m", "examples.distributed", "--batches", "2", *words)

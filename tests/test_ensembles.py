@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
-from layers import CELLS, as_tuple, pair, random_hx, weights_like
+from layers import CELLS, as_tuple, count_calls, pair, random_hx, weights_like
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
@@ -112,20 +112,6 @@ def test_an_ensemble_has_the_bits_of_its_members(cell, case, backend):
         assert_close("gradient by the input", sum(by_input), found[-1])
     else:
         assert torch.equal(torch.stack(by_input), found[-1])
-
-
-def count_calls(monkeypatch, backend: str) -> list[str]:
-    """Return a list that grows by a name with every call of the backend."""
-    module, calls = load(backend), []
-    for name in ("forward", "backward"):
-        function = getattr(module, name)
-
-        def counted(*args, name=name, function=function, **kwargs):
-            calls.append(name)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-    return calls
 
 
 @pytest.mark.parametrize("option", ["plain", "lengths", "resets"])

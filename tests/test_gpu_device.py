@@ -67,6 +67,27 @@ def test_a_captured_graph_reads_new_input(cell):
         assert torch.equal(output, layer(x)[0])
 
 
+# Inductor imports what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@cells
+def test_reduced_overhead_captures_the_layer_and_trains(cell):
+    layer = CELLS[cell](16, 256, 2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # the third call is the first to replay
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(20, 8, 16)
+        results = []
+        for each in (layer, compiled):
+            layer.zero_grad(set_to_none=True)
+            output = each(x)[0]
+            output.square().sum().backward()
+            results.append((output.detach().clone(), [p.grad.clone() for p in layer.parameters()]))
+        torch.testing.assert_close(results[1], results[0])
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
 @cells
 def test_a_layer_runs_on_the_current_stream(cell):
     layer, x = CELLS[cell](16, 256), torch.randn(50, 8, 16)

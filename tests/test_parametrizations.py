@@ -52,11 +52,20 @@ def train(layer: nn.Module, x) -> dict[str, torch.Tensor]:
     return {"output": output} | dict(layer.state_dict())
 
 
-@pytest.mark.parametrize("weight", ["weight_ih_l0", "weight_hh_l0", "weight_hh_l1_reverse"])
+@pytest.mark.parametrize(
+    ("cell", "weight"),
+    [
+        ("lstm", "weight_ih_l0"),
+        ("lstm", "weight_hh_l0"),
+        ("gru", "weight_ih_l1"),
+        ("rnn_tanh", "weight_hh_l1_reverse"),
+        ("lstm_proj", "weight_hr_l0"),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["made as ours", "accelerated"])
-def test_computed_weights_train_as_with_torch(how, kind, weight, backend):
-    theirs, ours = pair("lstm", 3, 7, 2, bidirectional=True, **F64)
+def test_computed_weights_train_as_with_torch(how, kind, cell, weight, backend):
+    theirs, ours = pair(cell, 3, 7, 2, bidirectional=True, **F64)
     x = torch.randn(5, 4, 3, **F64)
     if how == "accelerated":
         ours = copy.deepcopy(theirs)

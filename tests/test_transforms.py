@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
-from layers import CELLS, pair, weights_like
+from layers import CELLS, count_calls, pair, weights_like
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -90,15 +90,17 @@ def test_third_derivatives_equal_the_plain_loops(backend):
         assert_close("third derivative", third(), got)
 
 
+@pytest.mark.parametrize("mapped", ["inputs", "states", "inputs and states"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_vmap_over_inputs_and_states(cell, backend):
+def test_vmap_over_inputs_and_states(cell, mapped, backend):
     function, (x, *tensors) = as_function(cell, "dense")
     states = 2 if cell.startswith("lstm") else 1
-    stacked = [torch.stack([t.detach() * n for n in (1, 2, 3)], 1) for t in (x, *tensors[:states])]
-    weights = tensors[states:]
-    dims = (1,) * (1 + states) + (None,) * len(weights)
-    got = vmap(function, in_dims=dims)(*stacked, *weights)
-    expected = [function(*(s.select(1, n) for s in stacked), *weights) for n in range(3)]
+    given, weights = (x, *tensors[:states]), tensors[states:]
+    dims = (1 if "inputs" in mapped else None, *(1 if "states" in mapped else None,) * states)
+    members = [[t if d is None else t.detach() * n for t, d in zip(given, dims, strict=True)] for n in (1, 2, 3)]
+    stacked = [t[0] if d is None else torch.stack(t, d) for t, d in zip(zip(*members, strict=True), dims, strict=True)]
+    got = vmap(function, in_dims=(*dims, *(None,) * len(weights)))(*stacked, *weights)
+    expected = [function(*member, *weights) for member in members]
     for n, parts in enumerate(zip(*expected, strict=True)):
         assert_close(f"result {n}", torch.stack(parts), got[n])
 
@@ -162,6 +164,14 @@ def test_per_sample_gradients(cell, backend):
     for n in range(4):
         wanted = grad(loss)(parameters, x[:, n])
         assert_all_close(wanted, {name: g[n] for name, g in got.items()})
+
+
+def test_per_sample_gradients_are_one_call_for_each_layer(monkeypatch, backend):
+    layer, x = rnnfast.LSTM(3, 7, 2), torch.randn(5, 4, 3)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    calls = count_calls(monkeypatch, backend)
+    vmap(grad(lambda p, row: functional_call(layer, p, (row,))[0].sum()), in_dims=(None, 1))(parameters, x)
+    assert calls == ["forward"] * 2 + ["backward"] * 2
 
 
 @pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
