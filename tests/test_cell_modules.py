@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from closeness import assert_all_close
+from closeness import assert_all_close, assert_close
 from layers import as_tuple, weights_like
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import vmap
 
 import rnnfast
 
@@ -46,6 +48,21 @@ def test_steps_and_gradients_equal_torch(cell, bias, batched, backend):
     torch.testing.assert_close(ours(x[0]), theirs(x[0]))
     assert isinstance(ours, type(theirs))
     assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_and_vmap(name, backend):
+    cell, x = getattr(rnnfast, name)(3, 5).double(), torch.randn(3, 4, 3, dtype=torch.float64)
+
+    def step(x):
+        return as_tuple(cell(x))
+
+    row = x[0, :2].requires_grad_()
+    assert gradcheck(step, (row,), check_forward_ad=True)
+    assert gradgradcheck(step, (row,), check_fwd_over_rev=True)
+    for n, every in enumerate(vmap(step)(x)):
+        assert_close(f"state{n}", torch.stack([step(one)[n] for one in x]), every)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -102,6 +102,39 @@ def test_onnx_runtime_gives_the_same_through_standard_operators(cell, ragged, bi
         assert_all_close(expected, dict(zip(expected, got, strict=True)), 1e-5)
 
 
+class Started(nn.Module):
+    """A layer or cell that is called with initial states, by position."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, h, c=None):
+        return tuple(torch.utils._pytree.tree_leaves(self.layer(x, h if c is None else (h, c))))
+
+
+@onnx_warnings
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_initial_states_travel_too(name, kind, backend):
+    if kind == "layer":
+        module = getattr(rnnfast, name)(3, 7, 2, bidirectional=True, batch_first=True)
+        sizes, rows, at = ((4, 5), (2, 9)), (4,), 1
+    else:
+        module, sizes, rows, at = getattr(rnnfast, f"{name}Cell")(3, 7), ((4,), (2,)), (), 0
+    model, states = Started(module).eval(), "hc" if name == "LSTM" else "h"
+    given, other = ((torch.randn(*size, 3), *(torch.randn(*rows, size[0], 7) for _ in states)) for size in sizes)
+    batch, steps = Dim("B"), Dim("T")
+    shapes = {"x": {0: batch, 1: steps} if kind == "layer" else {0: batch}} | {state: {at: batch} for state in states}
+    expected = dict(enumerate(model(*other)))
+    exported = torch.export.export(model, given, dynamic_shapes=shapes).module()
+    assert_all_close(expected, dict(enumerate(exported(*other))))
+    _, session = onnx_session(model, given, shapes)
+    feeds = {i.name: tensor.numpy() for i, tensor in zip(session.get_inputs(), other, strict=True)}
+    got = [torch.from_numpy(each) for each in session.run(None, feeds)]
+    assert_all_close(expected, dict(enumerate(got)), 1e-5)
+
+
 @onnx_warnings
 def test_what_onnx_lacks_is_named(backend):
     pytest.importorskip("onnxscript", reason="onnxscript, which torch's ONNX exporter needs, is not installed")
