@@ -10,6 +10,7 @@ import triton.language as tl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
+    add,
     add_product,
     clear,
     exchange_tile,
@@ -36,6 +37,7 @@ def load_step(
     p,
     span,
     previous,
+    joined,
     k,
     reverse,
     b,
@@ -49,8 +51,14 @@ def load_step(
     STATES: tl.constexpr,
     H: tl.constexpr,
 ):
-    """All that a step of backward reads: dstates, saved tiles, the states that entered it and those that left it."""
+    """All that a step of backward reads: dstates, saved tiles, the states that entered it and those that left it.
+
+    And, unless `joined` is None, dfinals of the rows from that number on, which begin here their way back in time.
+    """
     dstates = load_states(p.dstates, span, b, n, d, D, STATES, H)
+    dfinals = ()
+    if joined is not None:
+        dfinals = load_states(p.dfinals, (d * B, span[1]), b, n, 0, 1, STATES, H, joined)
     new_state = load_states(p.states, span, b, n, d, D, STATES, H)
     saved = ()
     if SAVED > 0:
@@ -63,15 +71,18 @@ def load_step(
     state = select((b < previous[1])[:, None], earlier, initial, STATES)
     if p.resets is not None:
         state = clear(resets_of_step(p, k, reverse, b, span[1], T, B), state, STATES)
-    return dstates, saved, state, new_state
+    return dstates, dfinals, saved, state, new_state
 
 
 @triton.jit
-def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr):
-    """What `load_step` has loaded, in the compute type."""
-    dstates, saved, state, new_state = step
+def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr):
+    """What `load_step` has loaded, in the compute type, with dfinals added to dstates."""
+    dstates, dfinals, saved, state, new_state = step
+    dstates = widen(dstates, STATES, DTYPE)
+    if RAGGED:
+        dstates = add(dstates, widen(dfinals, STATES, DTYPE), STATES)
     return (
-        widen(dstates, STATES, DTYPE),
+        dstates,
         widen(saved, SAVED, DTYPE),
         widen(state, STATES, DTYPE),
         widen(new_state, STATES, DTYPE),
@@ -104,10 +115,11 @@ def backward_loop(
 ):
     """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
 
-    From the last step that ran to the first: `dstate` starts from `dfinals` and ends as `dinitial`. A row that is not
-    live at a step keeps its gradient; a reset clears it.
+    From the last step that ran to the first: `dstate` starts from `dfinals` and ends as `dinitial`, each row at its own
+    steps. What a row sends back from a step where it is reset, or where it is not live, is 0.
     """
     RESIDENT: tl.constexpr = p.exchange is None
+    RAGGED: tl.constexpr = p.rows is not None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
     ENTRIES: tl.constexpr = GATES * WIDTH
     group, d, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
@@ -125,24 +137,37 @@ def backward_loop(
     span = rows_of_step(p, 0, reverse, T, B)
     next_span = rows_of_step(p, 1, reverse, T, B)
     after_next = rows_of_step(p, 2, reverse, T, B)
-    step = load_step(p, span, next_span, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    joined = 0 if RAGGED else None
+    step = load_step(p, span, next_span, joined, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
     dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
+    if RAGGED:
+        # Rows begin with their own last step; those that never run end as they would begin.
+        most = rows_of_step(p, 0, False, T, B)[1]
+        store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H, most)
+        dstate = clear((b < B)[:, None], dstate, STATES)
 
     for k in range(T):
-        next_step = load_step(p, next_span, after_next, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+        joined = span[1] if RAGGED else None
+        next_step = load_step(
+            p, next_span, after_next, joined, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H
+        )
         third_span = rows_of_step(p, k + 3, reverse, T, B)
         if p.resets is not None:
             reset = resets_of_step(p, k, reverse, b, span[1], T, B)
-        dstates, saved, state, new_state = widen_step(step, SAVED, STATES, tl.float32)
-        dnew = ()
-        for s in tl.static_range(STATES):
-            dnew = dnew + (dstate[s] + dstates[s],)
-        dx, du, direct = CELL(dnew, saved, state, new_state)
+        dstates, saved, state, new_state = widen_step(step, SAVED, STATES, RAGGED, tl.float32)
+        dx, du, direct = CELL(add(dstate, dstates, STATES), saved, state, new_state)
+        # Before the product rather than after it, so that nothing is held meanwhile.
+        sent = du
+        if p.resets is not None:
+            sent, direct = clear(reset, sent, GATES), clear(reset, direct, STATES)
+        if RAGGED:
+            ended = (b >= span[1])[:, None]
+            sent, direct = clear(ended, sent, GATES), clear(ended, direct, STATES)
         if not RESIDENT:
             p_slot = tile + k % 2 * slot
             for g in tl.static_range(GATES):
                 p_du = p_slot + g * WIDTH + own
-                tl.store(p_du, du[g].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+                tl.store(p_du, sent[g].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
             arrive(counter)
         store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
         if p.du is not None:
@@ -156,7 +181,7 @@ def backward_loop(
         else:
             operands = ()
             for g in tl.static_range(GATES):
-                operands = operands + ((du[g].to(p.w_hh.dtype.element_ty),),)
+                operands = operands + ((sent[g].to(p.w_hh.dtype.element_ty),),)
         dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
         for g in tl.static_range(GATES):
             product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
@@ -173,14 +198,13 @@ def backward_loop(
         dentering = (direct[0] + finish_product(dh, SPLIT),)
         for s in tl.static_range(1, STATES):
             dentering = dentering + (direct[s],)
-        if p.resets is not None:
-            dentering = clear(reset, dentering, STATES)
-        if p.rows is not None:
-            dentering = select((b < span[1])[:, None], dentering, dstate, STATES)
         dstate = dentering
+        if RAGGED:
+            store_states(p.dinitial, dstate, (d * B, span[1]), b, n, 0, 1, STATES, H, next_span[1])
         step = next_step
         span = next_span
         next_span = after_next
         after_next = third_span
 
-    store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H)
+    if not RAGGED:
+        store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H)

@@ -67,11 +67,11 @@ def store_gates(pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl
 
 
 @triton.jit
-def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
-    """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros where a tensor is None."""
+def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, start=0):
+    """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros before row `start` and for None."""
     first, count = span
     offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
-    mask = (b < count)[:, None] & (n < H)[None, :]
+    mask = ((b >= start) & (b < count))[:, None] & (n < H)[None, :]
     tiles = ()
     for s in tl.static_range(COUNT):
         if pointers[s] is None:
@@ -82,11 +82,11 @@ def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr
 
 
 @triton.jit
-def store_states(pointers, tiles, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
-    """Write one tile per tensor [R, D, H], at one step's rows; nothing where a tensor is None."""
+def store_states(pointers, tiles, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, start=0):
+    """Write one tile per tensor [R, D, H], at one step's rows from row `start` on; nothing where a tensor is None."""
     first, count = span
     offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
-    mask = (b < count)[:, None] & (n < H)[None, :]
+    mask = ((b >= start) & (b < count))[:, None] & (n < H)[None, :]
     for s in tl.static_range(COUNT):
         if pointers[s] is not None:
             tl.store(pointers[s] + offsets, tiles[s].to(pointers[s].dtype.element_ty), mask=mask)
@@ -108,6 +108,15 @@ def select(mask, chosen, others, COUNT: tl.constexpr):
     for s in tl.static_range(COUNT):
         tiles = tiles + (tl.where(mask, chosen[s], others[s]),)
     return tiles
+
+
+@triton.jit
+def add(tiles, others, COUNT: tl.constexpr):
+    """Entry by entry the sum."""
+    sums = ()
+    for s in tl.static_range(COUNT):
+        sums = sums + (tiles[s] + others[s],)
+    return sums
 
 
 @triton.jit
