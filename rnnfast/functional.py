@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rnnfast import autograd, checks, native, ops, quick, reference
 from rnnfast.backends import Layer
 from rnnfast.backends.choice import backend_of
+from rnnfast.stacking import through_layers
 
 States = tuple[Tensor, ...]
 
@@ -152,21 +153,17 @@ def run(call: Call) -> Outcome:
     backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
-    options, directions = call.options, call.options.directions
-    count = len(call.weights) // options.num_layers
-    x, finals = call.x, []
     states: States = ()
-    for n in range(options.num_layers):
-        last = n == options.num_layers - 1
-        hx = call.hx if options.num_layers == 1 else tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
-        weights = call.weights[n * count : (n + 1) * count]
-        states, final = run_layer(call, backend, x, hx, weights, last and call.all_states)
-        finals.append(final)
-        x = states[0].squeeze(-2) if directions == 1 else states[0].flatten(-2)  # [*L, D*P]
-        if options.dropout > 0 and options.training and not last:
-            x = torch.nn.functional.dropout(x, options.dropout)
-    joined = finals[0] if len(finals) == 1 else tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
-    return Outcome(x, joined, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+
+    def run_one(n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, States]:
+        nonlocal states
+        all_states = call.all_states and n == call.options.num_layers - 1
+        states, finals = run_layer(call, backend, x, tuple(hx), weights, all_states)
+        h = states[0]
+        return h.squeeze(-2) if call.options.directions == 1 else h.flatten(-2), finals  # [*L, D*P]
+
+    output, finals = through_layers(call.options, call.x, call.hx, call.weights, run_one)
+    return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
 
 
 def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_states: bool) -> tuple[States, States]:

@@ -39,9 +39,10 @@ def backward(
     need_weights: bool,
     groups: int,
     biased: bool,
+    names: tuple[str, ...] = (),
 ) -> Recipe:
-    """The backward pass. `given` names the gradients that are not zero."""
-    recipe = Recipe(shape.threads)
+    """The backward pass. `given` names the gradients that are not zero, `names` bases that come first, in this order."""
+    recipe = Recipe(shape.threads, names)
     weights = []
     for d in range(shape.directions):
         weights.append((products.PLAIN_ROWS, Ref(f"w_hh{d}"), shape.width, shape.gate_columns))
