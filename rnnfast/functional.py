@@ -89,8 +89,9 @@ def recurrent(
     if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         kind = quick.kind_of(options, input, states, weights)
-        if kind in quick.ready:
-            return quick.ready[kind](input, states, weights)
+        prepared = quick.ready.get(kind)
+        if prepared is not None:
+            return prepared(input, states, weights)
     batched = checks.input_is_batched(options, input)
     if not batched:
         input = input.unsqueeze(0 if options.batch_first else 1)

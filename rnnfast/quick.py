@@ -7,6 +7,7 @@ call is prepared whole (`rnnfast.backends.cpu_stack`), under it layer by layer (
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,41 +23,60 @@ once: set["Kind"] = set()
 ready: dict["Kind", Callable] = {}
 
 
+facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
+
+
 class Kind(NamedTuple):
-    """All that a call depends on, but for values and addresses."""
+    """All that a call depends on, but for values and addresses.
+
+    facts: of the input, the `given` initial states and the weights.
+    """
 
     options: Any  # rnnfast.functional.Options
     differentiated: bool
     threads: int
-    dtype: torch.dtype
-    shape: torch.Size
     strides: tuple[int, ...]
-    states: tuple[torch.Size, ...]
-    weights: tuple[torch.Size, ...]
+    given: int
+    facts: tuple[tuple[torch.Size, torch.dtype, bool], ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return the shape of the input."""
+        return self.facts[0][0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the input, and, for a call that went well, of all others."""
+        return self.facts[0][1]
+
+    @property
+    def weights(self) -> tuple[torch.Size, ...]:
+        """Return the shapes of the weights."""
+        return tuple(shape for shape, *_ in self.facts[1 + self.given :])
 
 
 def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Kind | None:
     """Return the kind of a call, or None if it is not one that can be made quick."""
     tensors = (x, *states, *weights)
-    differentiated = autograd.is_differentiated(tensors)
     if (
-        len(states) not in (0, len(CELLS[options.cell].states))
-        or not autograd.is_plain(tensors)
+        not autograd.is_plain(tensors)
+        or not x.is_cpu
+        or len(states) not in (0, len(CELLS[options.cell].states))
         or torch._C._is_any_autocast_enabled()
-        or not (quick_training.can_prepare(options, x) if differentiated else options.dropout == 0 or not options.training)
+        or torch.autograd.forward_ad._current_level >= 0
         or setting() not in ("auto", "numba")
+        or not all(map(Tensor.is_contiguous, tensors[1:]))
     ):
         return None
-    dtype = x.dtype
-    if not x.is_cpu:
+    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
+    if not (quick_training.can_prepare if differentiated else can_prepare)(options, x):
         return None
-    for each in tensors[1:]:
-        if each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
-            return None
-    shapes = [each.shape for each in tensors]
-    count = 1 + len(states)
-    states, weights = tuple(shapes[1:count]), tuple(shapes[count:])
-    return Kind(options, differentiated, torch.get_num_threads(), dtype, shapes[0], x.stride(), states, weights)
+    return Kind(options, differentiated, torch.get_num_threads(), x.stride(), len(states), tuple(map(facts, tensors)))
+
+
+def can_prepare(options, x: Tensor) -> bool:
+    """Say whether a call through which no derivative is taken can be made quick: nothing happens between its layers."""
+    return options.dropout == 0 or not options.training
 
 
 def remember(kind: Kind) -> None:
@@ -97,7 +117,7 @@ def sizes_of(kind: Kind):
         options.num_layers,
         options.directions,
         kind.weights,
-        zero=not kind.states,
+        zero=kind.given == 0,
         threads=kind.threads,
     )
 

@@ -27,7 +27,6 @@ def can_prepare(options, x: Tensor) -> bool:
     return (
         x.dim() == 3
         and not options.recompute
-        and torch.autograd.forward_ad._current_level < 0
         and sees_hooks()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
@@ -59,6 +58,10 @@ class QuickLayer(torch.autograd.Function):
         return None, *(grad if need else None for grad, need in zip(found, (need_x, *need_tensors), strict=True))
 
 
+# Past the look at the signature, and at transforms, which are not there, that `Function.apply` takes first.
+apply = super(torch.autograd.Function, QuickLayer).apply
+
+
 def by_operators(layer, saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Needs) -> list[Tensor]:
     """Do what `layer.backward` does as the operator that is differentiable, mapped and traced."""
     sizes, given = layer.sizes, len(layer.initial)
@@ -86,11 +89,12 @@ class Training:
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does."""
         options = self.options
-        x = x.transpose(0, 1) if options.batch_first else x
-
-        def run(n: int, x: Tensor, hx, weights):
-            output, *finals = autograd.apply(QuickLayer, self.layers[n], x, *hx, *weights)
-            return output, finals
-
-        output, finals = through_layers(options, x, tuple(states), weights, run)
+        if options.batch_first:
+            x = x.transpose(0, 1)
+        output, finals = through_layers(options, x, states, weights, self.run)
         return output.transpose(0, 1) if options.batch_first else output, finals if len(finals) > 1 else finals[0]
+
+    def run(self, n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]):
+        """Run layer number n."""
+        output, *finals = apply(self.layers[n], x, *hx, *weights)
+        return output, finals

@@ -3,13 +3,17 @@
 It is what `cpu_jobs` does for any call, for training with sizes that stay (`rnnfast.quick_training`).
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan_backward, plan_forward
 from rnnfast_kernels.cpu.compiled import Kernel, kernel
+from rnnfast_kernels.cpu.pages import WORTH_IT
 from rnnfast_kernels.cpu.plan import zeros
 from rnnfast_kernels.cpu.recipe import Recipe
 from torch import Tensor
@@ -25,24 +29,25 @@ Shapes = Sequence[tuple[int, ...]]
 class Pass(NamedTuple):
     """A recipe and all of its addresses that are not those of tensors.
 
-    results: shapes of the tensors that it fills. dropped: offsets, in scratch memory, of results that nobody wants.
-    scratch: bytes of scratch memory, these included. fixed: addresses that are always the same.
+    results: shapes of the tensors that it fills. scratch: elements of scratch memory. dropped: offsets, in that memory, of
+    results that nobody wants. fixed: addresses that are always the same. large: whether large pages are worth asking for.
     """
 
     recipe: Recipe
     results: Shapes
-    dropped: Sequence[int]
     scratch: int
+    dropped: Sequence[int]
     fixed: Sequence[int]
+    large: bool
 
     def run(self, kernel: Kernel, tensors: Tensors) -> list[Tensor]:
         """Run over these tensors and return the results."""
-        like = tensors[0]
-        results = [room(like, *size) for size in self.results]
-        scratch = room(like, self.scratch, dtype=torch.uint8)
+        new = partial(room, tensors[0]) if self.large else tensors[0].new_empty
+        results = [new(*size) for size in self.results]
+        scratch = new(self.scratch)
         place = scratch.data_ptr()
         addresses = [*map(Tensor.data_ptr, (*tensors, *results)), *[place + offset for offset in self.dropped]]
-        self.recipe.call(kernel, place, [*addresses, *self.fixed])
+        self.recipe.call(kernel, place, addresses + self.fixed)
         return results
 
 
@@ -87,20 +92,18 @@ class PreparedLayer:
         unwanted = [name for name in self.named("d{}_first") if plan is plan_backward.backward and name not in results]
         zero = [] if self.initial else self.named("{}_first")
         recipe = plan(*args, names=(*tensors, *results, *unwanted, *zero))
-        scratch, offsets = recipe.scratch, []
-        sizes = [size[0] * size[1] * size[2] * self.shape.item for size in self.sizes.finals]
-        for _, size in zip(unwanted, sizes, strict=False):
-            offsets.append(scratch)
-            scratch += size
-        fixed = [zeros(size) for _, size in zip(zero, sizes, strict=False)]
+        sizes = [math.prod(size) * self.shape.item for size in self.sizes.finals]
+        *dropped, scratch = accumulate(sizes[: len(unwanted)], initial=recipe.scratch)
+        fixed = [zeros(size) for size in sizes[: len(zero)]]
         absent = len(recipe.named) - len(tensors) - len(results) - len(unwanted) - len(zero)
-        return Pass(recipe, tuple(shapes), offsets, scratch, fixed + [0] * absent)
+        large = max(scratch, *(math.prod(size) * self.shape.item for size in shapes)) >= WORTH_IT
+        return Pass(recipe, tuple(shapes), -(-scratch // self.shape.item), dropped, fixed + [0] * absent, large)
 
     def forward(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the output [T, B, D*P], the final states, and what else backward wants."""
-        output, *others = self.forward_pass.run(self.kernel, (x, *tensors))
-        count = len(self.kept)
-        return output, others[count:], others[:count]
+        results = self.forward_pass.run(self.kernel, (x, *tensors))
+        count = 1 + len(self.kept)
+        return results[0], results[count:], results[1:count]
 
     def fits(self, saved: Tensors) -> bool:
         """Say whether tensors for `backward` are laid out as `forward` had them."""

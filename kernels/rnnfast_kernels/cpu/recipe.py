@@ -117,6 +117,7 @@ class Recipe:
         self.kept = values, which = array("q", self.values), array("q", self.which)
         self.named = tuple(self.bases)[FIXED:]
         self.template = array("q", (values.buffer_info()[0], which.buffer_info()[0], len(values)))
+        self.template_address = self.template.buffer_info()[0]
         return self
 
     def program(self, phases: Sequence[Phase]) -> Program:
@@ -139,7 +140,7 @@ class Recipe:
         """
         records = scratch + self.records
         bases = array("q", (0, scratch, records, *team, *addresses))
-        kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
+        kernel.fill(self.template_address, bases.buffer_info()[0], records)
         return records
 
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
