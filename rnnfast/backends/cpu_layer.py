@@ -4,9 +4,8 @@ It is what `cpu_jobs` does for any call, for training with sizes that stay (`rnn
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,35 +18,32 @@ from rnnfast_kernels.cpu.recipe import Recipe
 from torch import Tensor
 
 from rnnfast.backends import Needs
-from rnnfast.backends.cpu_jobs import DTYPE_NAMES, room
+from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, room
 from rnnfast.backends.cpu_stack import Sizes, shape
 
 Tensors = Sequence[Tensor]
-Shapes = Sequence[tuple[int, ...]]
 
 
 class Pass(NamedTuple):
-    """A recipe and all of its addresses that are not those of tensors.
+    """A recipe over tensors and results.
 
-    results: shapes of the tensors that it fills. scratch: elements of scratch memory. dropped: offsets, in that memory, of
-    results that nobody wants. fixed: addresses that are always the same. large: whether large pages are worth asking for.
+    results: shapes, and dtypes where they are not the layer's. scratch: elements of scratch memory. fixed: addresses
+    that are always the same. large: whether large pages are worth asking for.
     """
 
     recipe: Recipe
-    results: Shapes
+    results: Sequence[tuple[Sequence[int], torch.dtype | None]]
     scratch: int
-    dropped: Sequence[int]
-    fixed: Sequence[int]
+    fixed: list[int]
     large: bool
 
     def run(self, kernel: Kernel, tensors: Tensors) -> list[Tensor]:
         """Run over these tensors and return the results."""
         new = partial(room, tensors[0]) if self.large else tensors[0].new_empty
-        results = [new(*size) for size in self.results]
+        results = [new(*size) if dtype is None else new(*size, dtype=dtype) for size, dtype in self.results]
         scratch = new(self.scratch)
-        place = scratch.data_ptr()
-        addresses = [*map(Tensor.data_ptr, (*tensors, *results)), *[place + offset for offset in self.dropped]]
-        self.recipe.call(kernel, place, addresses + self.fixed)
+        addresses = [*map(Tensor.data_ptr, tensors), *map(Tensor.data_ptr, results), *self.fixed]
+        self.recipe.call(kernel, scratch.data_ptr(), addresses)
         return results
 
 
@@ -59,25 +55,26 @@ class PreparedLayer:
     """
 
     def __init__(self, sizes: Sizes):
-        cell = CELLS[sizes.cell]
         self.sizes, self.shape = sizes, shape(sizes)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
         self.biased = "b_ih" in sizes.fields
-        self.states = ("h", "extra")[: len(cell.states)]
-        self.initial = () if sizes.zero else self.named("{}_first")
         self.weights = tuple(f"{name}{d}" for d in range(sizes.directions) for name in sizes.fields)
-        widths = {"extra": sizes.hidden * (len(self.states) - 1), "gates": sizes.hidden * cell.saved}
-        widths["full"] = sizes.hidden * ("w_hr" in sizes.fields)
+        self.states = ("h", "extra")[: len(sizes.finals)]
+        self.initial = () if sizes.zero else self.named("{}_first")
+        widths = {
+            "extra": sizes.hidden * (len(self.states) - 1),
+            "gates": sizes.hidden * CELLS[sizes.cell].saved,
+            "full": sizes.hidden * ("w_hr" in sizes.fields),
+        }
         self.kept = tuple(name for name, width in widths.items() if width)
-        lead = sizes.x_shape[:2]
-        output = (*lead, sizes.directions * sizes.width)
-        kept = [(*lead, sizes.directions, widths[name]) for name in self.kept]
+        lead = (*sizes.x_shape[:2], sizes.directions)
         self.forward_pass = self.prepare(
-            plan_forward.forward,
-            (self.shape, self.biased, self.kept),
+            partial(plan_forward.forward, self.shape, self.biased, self.kept),
             ("x", *self.initial, *self.weights),
-            ("h", *self.kept, *self.named("{}_final")),
-            (output, *kept, *sizes.finals),
+            {"h": (*lead[:2], sizes.directions * sizes.width)}
+            | {name: (*lead, widths[name]) for name in self.kept}
+            | dict(zip(self.named("{}_final"), sizes.finals, strict=True)),
+            wide=("gates",),
         )
         self.backward_passes: dict[tuple, Pass] = {}
 
@@ -86,18 +83,25 @@ class PreparedLayer:
         return tuple(form.format(state) for state in self.states)
 
     def prepare(
-        self, plan: Callable[..., Recipe], args: tuple, tensors: Sequence[str], results: Sequence[str], shapes: Shapes
+        self,
+        plan: Callable[..., Recipe],
+        tensors: Sequence[str],
+        results: dict[str, Sequence[int]],
+        wide: Collection[str],
     ) -> Pass:
-        """Prepare a pass over tensors and results of these names."""
-        unwanted = [name for name in self.named("d{}_first") if plan is plan_backward.backward and name not in results]
-        zero = [] if self.initial else self.named("{}_first")
-        recipe = plan(*args, names=(*tensors, *results, *unwanted, *zero))
-        sizes = [math.prod(size) * self.shape.item for size in self.sizes.finals]
-        *dropped, scratch = accumulate(sizes[: len(unwanted)], initial=recipe.scratch)
-        fixed = [zeros(size) for size in sizes[: len(zero)]]
-        absent = len(recipe.named) - len(tensors) - len(results) - len(unwanted) - len(zero)
-        large = max(scratch, *(math.prod(size) * self.shape.item for size in shapes)) >= WORTH_IT
-        return Pass(recipe, tuple(shapes), -(-scratch // self.shape.item), dropped, fixed + [0] * absent, large)
+        """Prepare a pass over tensors of these names. wide: names of the results that are of the wider dtype."""
+        zero = () if self.initial else self.named("{}_first")
+        recipe = plan(names=(*tensors, *results, *zero))
+        dtype, item = WIDER.get(self.sizes.dtype), self.sizes.dtype.itemsize
+        fixed = [zeros(math.prod(size) * item) for _, size in zip(zero, self.sizes.finals, strict=False)]
+        fixed += [0] * (len(recipe.named) - len(tensors) - len(results) - len(zero))
+        return Pass(
+            recipe,
+            [(size, dtype if name in wide else None) for name, size in results.items()],
+            -(-recipe.scratch // item),
+            fixed,
+            max(recipe.scratch, *(math.prod(size) * item for size in results.values())) >= WORTH_IT,
+        )
 
     def forward(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the output [T, B, D*P], the final states, and what else backward wants."""
@@ -121,7 +125,9 @@ class PreparedLayer:
         if known is None:
             known = self.backward_passes[key] = self.prepare_backward(*key)
         incoming = [grad.contiguous() for grad in grads if grad is not None]
-        results = known.run(self.kernel, (*saved, *incoming))
+        results: list[Tensor | None] = [*known.run(self.kernel, (*saved, *incoming))]
+        if self.sizes.dtype in WIDER:
+            results = [each if each is None else each.to(self.sizes.dtype) for each in results]
         if not needs.x:
             results.insert(0, None)
         if not needs.hx:
@@ -132,15 +138,18 @@ class PreparedLayer:
         """Prepare the backward pass for gradients of results number `given`, 0 being the output."""
         sizes = self.sizes
         incoming = tuple(("dh", *self.named("d{}_final"))[n] for n in given)
-        wanted = (
-            (needs.x, ["dx"], [sizes.x_shape]),
-            (needs.hx, self.named("d{}_first"), sizes.finals),
-            (needs.weights, [f"d{name}" for name in self.weights], sizes.weights),
-        )
+        of_weights = [f"d{name}" for name in self.weights]
+        results: dict[str, Sequence[int]] = {}
+        if needs.x:
+            results["dx"] = sizes.x_shape
+        if needs.hx:
+            results |= zip(self.named("d{}_first"), sizes.finals, strict=True)
+        if needs.weights:
+            results |= zip(of_weights, sizes.weights, strict=True)
+        planned = shape(sizes._replace(threads=threads))
         return self.prepare(
-            plan_backward.backward,
-            (shape(sizes._replace(threads=threads)), self.kept, incoming, needs.x, needs.weights, 1, self.biased),
+            partial(plan_backward.backward, planned, self.kept, incoming, *needs, 1, self.biased),
             ("x", *self.initial, *self.weights, "h", *self.kept, *incoming),
-            [name for want, names, _ in wanted if want for name in names],
-            [size for want, _, shapes in wanted if want for size in shapes],
+            results,
+            wide=("dx", *of_weights),
         )
