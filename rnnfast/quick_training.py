@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rnnfast import autograd
-from rnnfast.backends import Needs
 from rnnfast.stacking import through_layers
 
 
@@ -45,39 +44,37 @@ class QuickLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        layer, (_, need_x, *need_tensors) = ctx.layer, ctx.needs_input_grad
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * (2 + len(need_tensors))
-        saved = ctx.saved_tensors
-        count = len(layer.initial)
-        needs = Needs(need_x, any(need_tensors[:count]), any(need_tensors[count:]))
-        if not torch.is_grad_enabled() and autograd.is_plain((*saved, *given)) and layer.fits(saved):
-            return None, *layer.backward(saved, grads, needs)
-        found = by_operators(layer, saved, grads, needs)
-        return None, *(grad if need else None for grad, need in zip(found, (need_x, *need_tensors), strict=True))
+            return (None,) * len(ctx.needs_input_grad)
+        layer, saved = ctx.layer, ctx.saved_tensors
+        if torch.is_grad_enabled() or not autograd.is_plain((*saved, *given)) or not layer.fits(saved):
+            return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
+        return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
 
 
 # Past the look at the signature, and at transforms, which are not there, that `Function.apply` takes first.
 apply = super(torch.autograd.Function, QuickLayer).apply
 
 
-def by_operators(layer, saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Needs) -> list[Tensor]:
-    """Do what `layer.backward` does as the operator that is differentiable, mapped and traced."""
+def by_operators(
+    layer, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Do what `layer.backward` does by the operator that is differentiable, mapped and traced."""
     sizes, given = layer.sizes, len(layer.initial)
     x, *tensors = saved[: 1 + given + len(layer.weights)]
     output, *kept = saved[1 + len(tensors) :]
     hx = tensors[:given] or [x.new_zeros(size) for size in sizes.finals]
     inputs = (x, *hx, *tensors[given:])
-    doutput, *dfinals = (grad if grad is None else grad.contiguous() for grad in grads)
-    dh = None if doutput is None else doutput.unflatten(-1, (sizes.directions, -1))
-    h = output.unflatten(-1, (sizes.directions, -1))
+    h, dh = (each if each is None else each.unflatten(-1, (sizes.directions, -1)) for each in (output, grads[0]))
     results = autograd.apply(
         autograd.LayerBackward,
-        sizes.cell, "numba", (False, True)[: sizes.directions], *needs, 1, len(inputs), len(kept) - len(hx) + 1,
-        None, None, *inputs, h, *kept, dh, *(None,) * (len(hx) - 1), *dfinals,
+        sizes.cell, "numba", (False, True)[: sizes.directions], *layer.needs(wanted), 1,
+        len(inputs), len(kept) - len(hx) + 1,
+        None, None, *inputs, h, *kept, dh, *(None,) * (len(hx) - 1), *grads[1:],
     )  # fmt: skip
-    return [results[0], *results[1 + len(hx) - given :]]
+    found = (results[0], *results[1 + len(hx) - given :])
+    return [grad if want else None for grad, want in zip(found, wanted, strict=True)]
 
 
 class Training:
@@ -91,8 +88,13 @@ class Training:
         options = self.options
         if options.batch_first:
             x = x.transpose(0, 1)
-        output, finals = through_layers(options, x, states, weights, self.run)
-        return output.transpose(0, 1) if options.batch_first else output, finals if len(finals) > 1 else finals[0]
+        if len(self.layers) == 1:
+            output, *finals = apply(self.layers[0], x, *states, *weights)
+        else:
+            output, finals = through_layers(options, x, states, weights, self.run)
+        return output.transpose(0, 1) if options.batch_first else output, tuple(finals) if len(finals) > 1 else finals[
+            0
+        ]
 
     def run(self, n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]):
         """Run layer number n."""

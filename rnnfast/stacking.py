@@ -10,7 +10,9 @@ Tensors = Sequence[Tensor]
 RunLayer = Callable[[int, Tensor, Tensors, Tensors], tuple[Tensor, Tensors]]
 
 
-def through_layers(options, x: Tensor, hx: Tensors, weights: Tensors, run: RunLayer) -> tuple[Tensor, tuple[Tensor, ...]]:
+def through_layers(
+    options, x: Tensor, hx: Tensors, weights: Tensors, run: RunLayer
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run every layer, with dropout between them: the output of the last, the final states of all."""
     layers, directions = options.num_layers, options.directions
     if layers == 1:

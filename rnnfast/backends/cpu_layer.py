@@ -6,6 +6,7 @@ It is what `cpu_jobs` does for any call, for training with sizes that stay (`rnn
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class PreparedLayer:
     def __init__(self, sizes: Sizes):
         self.sizes, self.shape = sizes, shape(sizes)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
+        self.wider = WIDER.get(sizes.dtype)
         self.biased = "b_ih" in sizes.fields
         self.weights = tuple(f"{name}{d}" for d in range(sizes.directions) for name in sizes.fields)
         self.states = ("h", "extra")[: len(sizes.finals)]
@@ -67,6 +69,7 @@ class PreparedLayer:
             "full": sizes.hidden * ("w_hr" in sizes.fields),
         }
         self.kept = tuple(name for name, width in widths.items() if width)
+        self.saved = ("x", *self.initial, *self.weights, "h", *self.kept)
         lead = (*sizes.x_shape[:2], sizes.directions)
         self.forward_pass = self.prepare(
             partial(plan_forward.forward, self.shape, self.biased, self.kept),
@@ -76,7 +79,7 @@ class PreparedLayer:
             | dict(zip(self.named("{}_final"), sizes.finals, strict=True)),
             wide=("gates",),
         )
-        self.backward_passes: dict[tuple, Pass] = {}
+        self.backward_passes: dict[tuple, tuple[Pass, tuple[int, ...]]] = {}
 
     def named(self, form: str) -> tuple[str, ...]:
         """Return a name for each state."""
@@ -92,12 +95,12 @@ class PreparedLayer:
         """Prepare a pass over tensors of these names. wide: names of the results that are of the wider dtype."""
         zero = () if self.initial else self.named("{}_first")
         recipe = plan(names=(*tensors, *results, *zero))
-        dtype, item = WIDER.get(self.sizes.dtype), self.sizes.dtype.itemsize
+        item = self.sizes.dtype.itemsize
         fixed = [zeros(math.prod(size) * item) for _, size in zip(zero, self.sizes.finals, strict=False)]
         fixed += [0] * (len(recipe.named) - len(tensors) - len(results) - len(zero))
         return Pass(
             recipe,
-            [(size, dtype if name in wide else None) for name, size in results.items()],
+            [(tuple(size), self.wider if name in wide else None) for name, size in results.items()],
             -(-recipe.scratch // item),
             fixed,
             max(recipe.scratch, *(math.prod(size) * item for size in results.values())) >= WORTH_IT,
@@ -113,43 +116,53 @@ class PreparedLayer:
         """Say whether tensors for `backward` are laid out as `forward` had them."""
         return saved[0].stride() == self.sizes.x_strides and all(map(Tensor.is_contiguous, saved[1:]))
 
-    def backward(self, saved: Tensors, grads: Sequence[Tensor | None], needs: Needs) -> list[Tensor | None]:
-        """Return gradients of x, the initial states and the weights, None where not needed.
+    def backward(self, saved: Tensors, grads: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        """Return gradients of x, the initial states and the weights.
 
         saved: x, the initial states, the weights, the output, and what `forward` kept. grads: of the output and the
-        final states.
+        final states. wanted: for each of x, the initial states and the weights, whether its gradient is; the others are
+        None, unless they come with a wanted one.
         """
-        given = tuple([n for n, grad in enumerate(grads) if grad is not None])
-        key = (given, needs, torch.get_num_threads())
+        key = (wanted, tuple([grad is not None for grad in grads]), torch.get_num_threads())
         known = self.backward_passes.get(key)
         if known is None:
             known = self.backward_passes[key] = self.prepare_backward(*key)
+        backward_pass, absent = known
         incoming = [grad.contiguous() for grad in grads if grad is not None]
-        results: list[Tensor | None] = [*known.run(self.kernel, (*saved, *incoming))]
-        if self.sizes.dtype in WIDER:
+        results: list[Tensor | None] = backward_pass.run(self.kernel, (*saved, *incoming))  # type: ignore[assignment]
+        if self.wider is not None:
             results = [each if each is None else each.to(self.sizes.dtype) for each in results]
-        if not needs.x:
-            results.insert(0, None)
-        if not needs.hx:
-            results[1:1] = (None,) * len(self.initial)
-        return results if needs.weights else [*results, *(None,) * len(self.weights)]
+        for place in absent:
+            results.insert(place, None)
+        return results
 
-    def prepare_backward(self, given: Sequence[int], needs: Needs, threads: int) -> Pass:
-        """Prepare the backward pass for gradients of results number `given`, 0 being the output."""
-        sizes = self.sizes
-        incoming = tuple(("dh", *self.named("d{}_final"))[n] for n in given)
-        of_weights = [f"d{name}" for name in self.weights]
-        results: dict[str, Sequence[int]] = {}
-        if needs.x:
-            results["dx"] = sizes.x_shape
-        if needs.hx:
-            results |= zip(self.named("d{}_first"), sizes.finals, strict=True)
-        if needs.weights:
-            results |= zip(of_weights, sizes.weights, strict=True)
-        planned = shape(sizes._replace(threads=threads))
-        return self.prepare(
-            partial(plan_backward.backward, planned, self.kept, incoming, *needs, 1, self.biased),
-            ("x", *self.initial, *self.weights, "h", *self.kept, *incoming),
-            results,
+    def needs(self, wanted: Sequence[bool]) -> Needs:
+        """Say whether the gradient of x, of any initial state, of any weight is wanted."""
+        first = 1 + len(self.initial)
+        return Needs(wanted[0], any(wanted[1:first]), any(wanted[first:]))
+
+    def prepare_backward(
+        self, wanted: tuple[bool, ...], given: tuple[bool, ...], threads: int
+    ) -> tuple[Pass, tuple[int, ...]]:
+        """Prepare the backward pass, and say which gradients it does not compute."""
+        sizes, needs = self.sizes, self.needs(wanted)
+        incoming = tuple(compress(("dh", *self.named("d{}_final")), given))
+        of_states = self.named("d{}_first") if self.initial else ()
+        of_weights = tuple(f"d{name}" for name in self.weights)
+        shapes = (sizes.x_shape, *sizes.finals[: len(of_states)], *sizes.weights)
+        there = (needs.x, *(needs.hx,) * len(of_states), *(needs.weights,) * len(of_weights))
+        found = self.prepare(
+            partial(
+                plan_backward.backward,
+                shape(sizes._replace(threads=threads)),
+                self.kept,
+                incoming,
+                *needs,
+                1,
+                self.biased,
+            ),
+            (*self.saved, *incoming),
+            dict(compress(zip(("dx", *of_states, *of_weights), shapes, strict=True), there)),
             wide=("dx", *of_weights),
         )
+        return found, tuple(n for n, each in enumerate(there) if not each)

@@ -104,7 +104,7 @@ class Stack:
         tensors = (x, output, *finals, *initial, *weights)
         scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
         addresses = [each.data_ptr() for each in tensors]
-        records = self.recipe.fill(self.kernel, scratch.data_ptr(), addresses, NO_TEAM)
+        records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, NO_TEAM)
         self.kernel.run(records + self.recipe.preparation.place.offset)
 
         def step(run=self.kernel.run, program=records + self.recipe.repeated.place.offset, _kept=(scratch, tensors)):
