@@ -136,7 +136,7 @@ class Inference:
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does."""
-        output = x.new_empty(self.output)
-        finals = tuple([x.new_empty(shape) for shape in self.finals])
+        output = x.new_empty(*self.output)
+        finals = tuple([x.new_empty(*shape) for shape in self.finals])
         self.stack.run(x, output, finals, states, weights)
         return output.transpose(0, 1) if self.batch_first else output, finals if len(finals) > 1 else finals[0]

@@ -146,7 +146,7 @@ class Call:
 
 def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor, where it is large in large pages."""
-    tensor = like.new_empty(shape, dtype=dtype)
+    tensor = like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
     if tensor.nbytes >= WORTH_IT:
         ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

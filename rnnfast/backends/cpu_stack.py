@@ -89,11 +89,12 @@ class Stack:
             names += [f"{state}_first" for state in states]
         shapes = tuple(map(shape, sizes.each()))
         self.recipe = plan_forward.stack(shapes, (*names, *weights), "b_ih" in sizes.fields, sizes.zero)
+        self.scratch = -(-self.recipe.scratch // sizes.dtype.itemsize)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
 
     def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:
         """Run over these tensors."""
-        scratch = room(x, self.recipe.scratch, dtype=torch.uint8)
+        scratch = room(x, self.scratch)
         addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, *weights))]
         self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
 

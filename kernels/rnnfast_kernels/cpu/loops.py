@@ -329,7 +329,7 @@ def clear_gradients(job, step, live):
 
 
 def layer_backward(address):
-    """Run the slice back through all steps: gradients by the gates and, if there is room for them, by the initial states."""
+    """Run the slice back through all steps: gradients by the gates and, if wanted, by the initial states."""
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR

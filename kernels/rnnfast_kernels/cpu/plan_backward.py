@@ -42,7 +42,7 @@ def backward(
     biased: bool,
     names: tuple[str, ...] = (),
 ) -> Recipe:
-    """The backward pass. `given` names the gradients that are not zero, `names` bases that come first, in this order."""
+    """The backward pass. `given` names the gradients that are not zero; `names` are bases that come first, in order."""
     recipe = Recipe(shape.threads, names)
     sizes = {}
     if need_hx or shape.steps > 1:

@@ -1,8 +1,8 @@
 """How a call runs, as LLVM IR: from a few addresses to the last job without the interpreter.
 
-`start` makes a call's records from a template (see `recipe`), and runs them. `run` walks the phases of a program; each is shared by an
-OpenMP team (see `pool`) or run alone. `share` runs the jobs of a phase, taking the next one until none is left: any
-number of threads may call it at once, and a late one finds nothing to do.
+`start` makes a call's records from a template (see `recipe`) and runs them. `run` walks the phases of a program; each
+is shared by an OpenMP team (see `pool`) or run alone. `share` runs the jobs of a phase, taking the next one until none
+is left: any number of threads may call it at once, and a late one finds nothing to do.
 """
 
 from collections.abc import Iterator
