@@ -154,30 +154,27 @@ def run(call: Call) -> Outcome:
     backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
-    states: States = ()
-
-    def run_one(n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, States]:
-        nonlocal states
-        all_states = call.all_states and n == call.options.num_layers - 1
-        states, finals = run_layer(call, backend, x, tuple(hx), weights, all_states)
-        h = states[0]
-        return h.squeeze(-2) if call.options.directions == 1 else h.flatten(-2), finals  # [*L, D*P]
-
-    output, finals = through_layers(call.options, call.x, call.hx, call.weights, run_one)
+    output, finals, states = through_layers(
+        call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
+    )
     return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
 
 
-def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_states: bool) -> tuple[States, States]:
-    """Run one layer in all its directions."""
+def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:
+    """Run layer number n in all its directions: its output [*L, D*P], its final states, and its states."""
     cell, reverse = call.options.cell, call.options.reverse
     if backend == "reference":
         named = ops.pack_weights(weights, len(reverse))
-        return reference.run(Layer(cell, x, hx, named, reverse, call.batch_sizes, call.resets))
-    spec = autograd.Spec(cell, backend, reverse, all_states)
-    args = (spec, x, hx, weights, call.batch_sizes, call.resets)
-    if call.options.recompute and torch.is_grad_enabled():
-        return checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
-    return autograd.layer(*args)
+        states, finals = reference.run(Layer(cell, x, tuple(hx), named, reverse, call.batch_sizes, call.resets))
+    else:
+        spec = autograd.Spec(cell, backend, reverse, call.all_states and n == call.options.num_layers - 1)
+        args = (spec, x, hx, weights, call.batch_sizes, call.resets)
+        if call.options.recompute and torch.is_grad_enabled():
+            states, finals = checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            states, finals = autograd.layer(*args)
+    h = states[0]  # [*L, D, P]
+    return h.squeeze(-2) if len(reverse) == 1 else h.flatten(-2), finals, states
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:

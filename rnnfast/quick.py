@@ -20,8 +20,7 @@ from rnnfast.backends.choice import load, setting
 # Kinds that ran once, and calls of kinds that ran at least twice; both are forgotten when there are too many.
 MOST = 512
 once: set["Kind"] = set()
-ready: dict["Kind", Callable] = {}
-
+ready: dict["Kind | None", Callable] = {}
 
 facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
 

@@ -88,15 +88,12 @@ class Training:
         options = self.options
         if options.batch_first:
             x = x.transpose(0, 1)
-        if len(self.layers) == 1:
-            output, *finals = apply(self.layers[0], x, *states, *weights)
-        else:
-            output, finals = through_layers(options, x, states, weights, self.run)
-        return output.transpose(0, 1) if options.batch_first else output, tuple(finals) if len(finals) > 1 else finals[
-            0
-        ]
+        output, finals, _ = through_layers(options, x, states, weights, self.run)
+        if options.batch_first:
+            output = output.transpose(0, 1)
+        return output, finals if len(finals) > 1 else finals[0]
 
     def run(self, n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]):
         """Run layer number n."""
         output, *finals = apply(self.layers[n], x, *hx, *weights)
-        return output, finals
+        return output, finals, ()

@@ -4,7 +4,7 @@ It is what `cpu_jobs` does for any call, for training with sizes that stay (`rnn
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import NamedTuple
@@ -89,7 +89,7 @@ class PreparedLayer:
         self,
         plan: Callable[..., Recipe],
         tensors: Sequence[str],
-        results: dict[str, Sequence[int]],
+        results: Mapping[str, Sequence[int]],
         wide: Collection[str],
     ) -> Pass:
         """Prepare a pass over tensors of these names. wide: names of the results that are of the wider dtype."""
