@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rnnfast import autograd, checks, native, ops, quick, reference
 from rnnfast.backends import Layer
 from rnnfast.backends.choice import backend_of
+from rnnfast.stacking import through_layers
 
 States = tuple[Tensor, ...]
 
@@ -88,8 +89,9 @@ def recurrent(
     if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         kind = quick.kind_of(options, input, states, weights)
-        if kind in quick.ready:
-            return quick.ready[kind](input, states, weights)
+        prepared = quick.ready.get(kind)
+        if prepared is not None:
+            return prepared(input, states, weights)
     batched = checks.input_is_batched(options, input)
     if not batched:
         input = input.unsqueeze(0 if options.batch_first else 1)
@@ -152,34 +154,27 @@ def run(call: Call) -> Outcome:
     backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
-    options, directions = call.options, call.options.directions
-    count = len(call.weights) // options.num_layers
-    x, finals = call.x, []
-    states: States = ()
-    for n in range(options.num_layers):
-        last = n == options.num_layers - 1
-        hx = call.hx if options.num_layers == 1 else tuple(s[n * directions : (n + 1) * directions] for s in call.hx)
-        weights = call.weights[n * count : (n + 1) * count]
-        states, final = run_layer(call, backend, x, hx, weights, last and call.all_states)
-        finals.append(final)
-        x = states[0].squeeze(-2) if directions == 1 else states[0].flatten(-2)  # [*L, D*P]
-        if options.dropout > 0 and options.training and not last:
-            x = torch.nn.functional.dropout(x, options.dropout)
-    joined = finals[0] if len(finals) == 1 else tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
-    return Outcome(x, joined, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+    output, finals, states = through_layers(
+        call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
+    )
+    return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
 
 
-def run_layer(call: Call, backend: str, x: Tensor, hx: States, weights, all_states: bool) -> tuple[States, States]:
-    """Run one layer in all its directions."""
+def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:
+    """Run layer number n in all its directions: its output [*L, D*P], its final states, and its states."""
     cell, reverse = call.options.cell, call.options.reverse
     if backend == "reference":
         named = ops.pack_weights(weights, len(reverse))
-        return reference.run(Layer(cell, x, hx, named, reverse, call.batch_sizes, call.resets))
-    spec = autograd.Spec(cell, backend, reverse, all_states)
-    args = (spec, x, hx, weights, call.batch_sizes, call.resets)
-    if call.options.recompute and torch.is_grad_enabled():
-        return checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
-    return autograd.layer(*args)
+        states, finals = reference.run(Layer(cell, x, tuple(hx), named, reverse, call.batch_sizes, call.resets))
+    else:
+        spec = autograd.Spec(cell, backend, reverse, call.all_states and n == call.options.num_layers - 1)
+        args = (spec, x, hx, weights, call.batch_sizes, call.resets)
+        if call.options.recompute and torch.is_grad_enabled():
+            states, finals = checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            states, finals = autograd.layer(*args)
+    h = states[0]  # [*L, D, P]
+    return h.squeeze(-2) if len(reverse) == 1 else h.flatten(-2), finals, states
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:

@@ -1,62 +1,81 @@
 """Small calls made quick: what a call of known sizes needs, kept from the one before.
 
-A layer of few steps is over before Python has laid it out. Outside of autograd, on plain CPU tensors and for a
-contiguous layout, a call is therefore known by its options and sizes, its `Kind`: the second of a kind is laid out once
-for all (`rnnfast.backends.cpu_stack`), and those after it give addresses alone. Checks of arguments are not repeated:
-they depend on nothing but the kind.
+A layer of few steps is over before Python has laid it out. On plain CPU tensors and for a contiguous layout, a call is
+therefore known by its options and sizes, its `Kind`: the second of a kind is laid out once for all, and those after it
+give addresses alone. Checks of arguments are not repeated: they depend on nothing but the kind. Outside of autograd a
+call is prepared whole (`rnnfast.backends.cpu_stack`), under it layer by layer (`rnnfast.quick_training`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import autograd
+from rnnfast import autograd, quick_training
 from rnnfast.backends.choice import load, setting
 
 # Kinds that ran once, and calls of kinds that ran at least twice; both are forgotten when there are too many.
 MOST = 512
 once: set["Kind"] = set()
-ready: dict["Kind", "Ready"] = {}
+ready: dict["Kind | None", Callable] = {}
+
+facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
 
 
 class Kind(NamedTuple):
-    """All that a call depends on, but for values and addresses."""
+    """All that a call depends on, but for values and addresses.
+
+    facts: of the input, the `given` initial states and the weights.
+    """
 
     options: Any  # rnnfast.functional.Options
+    differentiated: bool
     threads: int
-    dtype: torch.dtype
-    shape: torch.Size
     strides: tuple[int, ...]
-    states: tuple[torch.Size, ...]
-    weights: tuple[torch.Size, ...]
+    given: int
+    facts: tuple[tuple[torch.Size, torch.dtype, bool], ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return the shape of the input."""
+        return self.facts[0][0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the input, and, for a call that went well, of all others."""
+        return self.facts[0][1]
+
+    @property
+    def weights(self) -> tuple[torch.Size, ...]:
+        """Return the shapes of the weights."""
+        return tuple(shape for shape, *_ in self.facts[1 + self.given :])
 
 
 def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Kind | None:
     """Return the kind of a call, or None if it is not one that can be made quick."""
     tensors = (x, *states, *weights)
     if (
-        len(states) not in (0, len(CELLS[options.cell].states))
-        or not autograd.is_plain(tensors)
-        or autograd.is_differentiated(tensors)
+        not autograd.is_plain(tensors)
+        or not x.is_cpu
+        or len(states) not in (0, len(CELLS[options.cell].states))
         or torch._C._is_any_autocast_enabled()
-        or (options.dropout > 0 and options.training)
+        or torch.autograd.forward_ad._current_level >= 0
         or setting() not in ("auto", "numba")
+        or not all(map(Tensor.is_contiguous, tensors[1:]))
     ):
         return None
-    dtype = x.dtype
-    if not x.is_cpu:
+    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
+    if not (quick_training.can_prepare if differentiated else can_prepare)(options, x):
         return None
-    for each in tensors[1:]:
-        if each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
-            return None
-    shapes = [each.shape for each in tensors]
-    count = 1 + len(states)
-    return Kind(
-        options, torch.get_num_threads(), dtype, shapes[0], x.stride(), tuple(shapes[1:count]), tuple(shapes[count:])
-    )
+    return Kind(options, differentiated, torch.get_num_threads(), x.stride(), len(states), tuple(map(facts, tensors)))
+
+
+def can_prepare(options, x: Tensor) -> bool:
+    """Say whether a call through which no derivative is taken can be made quick: nothing happens between its layers."""
+    return options.dropout == 0 or not options.training
 
 
 def remember(kind: Kind) -> None:
@@ -68,43 +87,55 @@ def remember(kind: Kind) -> None:
     elif kind.strides[-1] == 1 and 0 not in kind.shape:
         if len(ready) >= MOST:
             ready.clear()
-        ready[kind] = Ready(kind)
+        ready[kind] = prepare(kind)
 
 
-class Ready:
-    """A call of one kind."""
+def prepare(kind: Kind) -> Callable:
+    """Prepare a kind: a function of the input, the initial states and the weights."""
+    sizes = sizes_of(kind)
+    if not kind.differentiated:
+        return Inference(kind, sizes)
+    return quick_training.Training(kind.options, [load("numba").PreparedLayer(each) for each in sizes.each()])
 
-    def __init__(self, kind: Kind):
-        options = kind.options
+
+def sizes_of(kind: Kind):
+    """Describe a kind to the backend, time-major."""
+    options = kind.options
+    if len(kind.shape) == 2:
+        (steps, inputs), (step, _) = kind.shape, kind.strides
+        batch, row = 1, inputs
+    elif options.batch_first:
+        (batch, steps, inputs), (row, step, _) = kind.shape, kind.strides
+    else:
+        (steps, batch, inputs), (step, row, _) = kind.shape, kind.strides
+    return load("numba").Sizes(
+        options.cell,
+        kind.dtype,
+        (steps, batch, inputs),
+        (step, row, 1),
+        options.num_layers,
+        options.directions,
+        kind.weights,
+        zero=kind.given == 0,
+        threads=kind.threads,
+    )
+
+
+class Inference:
+    """A call of one kind through which no derivative is taken."""
+
+    def __init__(self, kind: Kind, sizes):
         batched = len(kind.shape) == 3
-        self.batch_first = options.batch_first and batched
-        if not batched:
-            (steps, inputs), (step, _) = kind.shape, kind.strides
-            batch, row = 1, inputs
-        elif self.batch_first:
-            (batch, steps, inputs), (row, step, _) = kind.shape, kind.strides
-        else:
-            (steps, batch, inputs), (step, row, _) = kind.shape, kind.strides
-        backend = load("numba")
-        sizes = backend.Sizes(
-            options.cell,
-            kind.dtype,
-            (steps, batch, inputs),
-            (step, row, 1),
-            options.num_layers,
-            options.directions,
-            kind.weights,
-            zero=not kind.states,
-            threads=kind.threads,
-        )
-        self.stack = backend.Stack(sizes)
-        columns = options.directions * sizes.width
+        self.batch_first = kind.options.batch_first and batched
+        self.stack = load("numba").Stack(sizes)
+        steps, batch, _ = sizes.x_shape
+        columns = sizes.directions * sizes.width
         self.output = (steps, batch, columns) if batched else (steps, columns)
         self.finals = [shape if batched else (shape[0], shape[2]) for shape in sizes.finals]
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does."""
-        output = x.new_empty(self.output)
-        finals = tuple([x.new_empty(shape) for shape in self.finals])
+        output = x.new_empty(*self.output)
+        finals = tuple([x.new_empty(*shape) for shape in self.finals])
         self.stack.run(x, output, finals, states, weights)
         return output.transpose(0, 1) if self.batch_first else output, finals if len(finals) > 1 else finals[0]

@@ -16,9 +16,20 @@ from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result
 from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, run_backward, run_forward
+from rnnfast.backends.cpu_layer import PreparedLayer
 from rnnfast.backends.cpu_stack import Sizes, Stack
 
-__all__ = ["Sizes", "Stack", "backward", "describe", "forward", "saved_like", "unsupported", "warmup"]
+__all__ = [
+    "PreparedLayer",
+    "Sizes",
+    "Stack",
+    "backward",
+    "describe",
+    "forward",
+    "saved_like",
+    "unsupported",
+    "warmup",
+]
 
 TAKES_ENSEMBLES = True
 

@@ -146,7 +146,7 @@ class Call:
 
 def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor, where it is large in large pages."""
-    tensor = like.new_empty(shape, dtype=dtype)
+    tensor = like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
     if tensor.nbytes >= WORTH_IT:
         ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
@@ -194,7 +194,7 @@ def run_backward(
     kept = {name: tensor.contiguous() for name, tensor in kept.items()}
     h = states[0].contiguous()
 
-    dhx = tuple(torch.empty_like(initial) for initial in call.hx)
+    dhx = tuple(torch.empty_like(initial) if needs.hx else None for initial in call.hx)
     wider = WIDER.get(x.dtype, x.dtype)
     dx = room(x, *x.shape, dtype=wider) if needs.x else None
     dweights = tuple(empty_weights(call, weights, groups) if needs.weights else NO_WEIGHTS for weights in layer.weights)
@@ -202,12 +202,12 @@ def run_backward(
     tensors = {"h": h, **kept, **given, "dx": dx} | dict(zip(("dh_first", "dextra_first"), dhx, strict=False))
     for names, weights in zip(weight_names(len(dweights), "d"), dweights, strict=True):
         tensors.update(zip(names, weights, strict=True))
-    recipe = plan_backward.backward(shape, tuple(kept), tuple(given), needs.x, needs.weights, groups, call.biased)
+    recipe = plan_backward.backward(shape, tuple(kept), tuple(given), *needs, groups, call.biased)
     call.run(recipe, tensors)
     if wider != x.dtype:
         dx = None if dx is None else dx.to(x.dtype)
         dweights = tuple(Weights._make(each if each is None else each.to(x.dtype) for each in w) for w in dweights)
-    return Gradients(dx, dhx if needs.hx else (None,) * len(dhx), dweights)
+    return Gradients(dx, dhx, dweights)
 
 
 NO_WEIGHTS = Weights._make([None] * len(Weights._fields))

@@ -3,7 +3,7 @@
 `Stack` is for inference with sizes that stay: small calls (`rnnfast.quick`) and single steps (`rnnfast.Stream`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,10 +48,26 @@ class Sizes(NamedTuple):
         return self.weights[1][0] // CELLS[self.cell].gates
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of a direction's weights."""
+        count = len(self.weights) // (self.layers * self.directions)
+        return plan.WEIGHTS[: 4 if count >= 4 else 2] + plan.WEIGHTS[4:] * (count % 2)
+
+    @property
     def finals(self) -> list[tuple[int, int, int]]:
         """Return the shapes of the final states."""
         count = len(CELLS[self.cell].states)
         return [(self.layers * self.directions, self.x_shape[1], size) for size in (self.width, self.hidden)[:count]]
+
+    def each(self) -> Iterator["Sizes"]:
+        """Yield the sizes of each layer by itself."""
+        count = len(self.weights) // self.layers
+        (steps, batch, _), columns = self.x_shape, self.directions * self.width
+        x_shape, x_strides = self.x_shape, self.x_strides
+        for n in range(self.layers):
+            weights = self.weights[n * count : (n + 1) * count]
+            yield self._replace(x_shape=x_shape, x_strides=x_strides, layers=1, weights=weights)
+            x_shape, x_strides = (steps, batch, columns), (batch * columns, columns, 1)
 
 
 class Stack:
@@ -61,25 +77,24 @@ class Stack:
     """
 
     def __init__(self, sizes: Sizes):
-        count = len(sizes.weights) // (sizes.layers * sizes.directions)
-        biased, projected = count >= 4, count % 2 == 1
-        fields = plan.WEIGHTS[: 4 if biased else 2] + plan.WEIGHTS[4:] * projected
         weights = [
             plan_forward.layer_name(name, d, n)
             for n in range(sizes.layers)
             for d in range(sizes.directions)
-            for name in fields
+            for name in sizes.fields
         ]
         states = ("h", "extra")[: len(sizes.finals)]
         names = ["x", "h", *(f"{state}_final" for state in states)]
         if not sizes.zero:
             names += [f"{state}_first" for state in states]
-        self.recipe = plan_forward.stack(shapes(sizes, projected), (*names, *weights), biased, sizes.zero)
+        shapes = tuple(map(shape, sizes.each()))
+        self.recipe = plan_forward.stack(shapes, (*names, *weights), "b_ih" in sizes.fields, sizes.zero)
+        self.scratch = -(-self.recipe.scratch // sizes.dtype.itemsize)
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
 
     def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:
         """Run over these tensors."""
-        scratch = room(x, self.recipe.scratch, dtype=torch.uint8)
+        scratch = room(x, self.scratch)
         addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, *weights))]
         self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
 
@@ -90,7 +105,7 @@ class Stack:
         tensors = (x, output, *finals, *initial, *weights)
         scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
         addresses = [each.data_ptr() for each in tensors]
-        records = self.recipe.fill(self.kernel, scratch.data_ptr(), addresses, NO_TEAM)
+        records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, NO_TEAM)
         self.kernel.run(records + self.recipe.preparation.place.offset)
 
         def step(run=self.kernel.run, program=records + self.recipe.repeated.place.offset, _kept=(scratch, tensors)):
@@ -99,29 +114,21 @@ class Stack:
         return step
 
 
-def shapes(sizes: Sizes, projected: bool) -> tuple[plan.Shape, ...]:
-    """The plan's shape of every layer."""
-    steps, batch, inputs = sizes.x_shape
-    strides = sizes.x_strides
-    found = []
-    for _ in range(sizes.layers):
-        shape = shape_of(
-            sizes.cell,
-            sizes.dtype,
-            torch.Size((steps, batch, inputs)),
-            strides,
-            1,
-            torch.Size((sizes.directions, batch, sizes.width)),
-            sizes.weights[1][0],
-            (False, True)[: sizes.directions],
-            projected=projected,
-            plain=True,
-            packed_steps=None,
-            threads=sizes.threads,
-            cuts=None,
-            repeated=sizes.repeated,
-        )
-        found.append(shape)
-        inputs = sizes.directions * sizes.width
-        strides = (batch * inputs, inputs, 1)
-    return tuple(found)
+def shape(sizes: Sizes) -> plan.Shape:
+    """The plan's shape of a layer."""
+    return shape_of(
+        sizes.cell,
+        sizes.dtype,
+        torch.Size(sizes.x_shape),
+        sizes.x_strides,
+        1,
+        torch.Size((sizes.directions, sizes.x_shape[1], sizes.width)),
+        sizes.weights[1][0],
+        (False, True)[: sizes.directions],
+        projected="w_hr" in sizes.fields,
+        plain=True,
+        packed_steps=None,
+        threads=sizes.threads,
+        cuts=None,
+        repeated=sizes.repeated,
+    )

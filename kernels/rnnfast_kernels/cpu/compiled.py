@@ -21,7 +21,7 @@ import llvmlite
 from llvmlite import binding
 
 from rnnfast_kernels.cells import CELLS, Cell
-from rnnfast_kernels.cpu.job import FILL, JOB, RUN, SHARE
+from rnnfast_kernels.cpu.job import JOB, RUN, SHARE, START
 from rnnfast_kernels.cpu.target import Target, processor, target
 
 lock = threading.RLock()
@@ -33,9 +33,9 @@ NOT_COMPILED = ("__init__.py", "pages.py", "plan.py", "plan_backward.py", "plan_
 
 
 class Kernel(NamedTuple):
-    """A cell's entry points for a dtype (see `schedule`). They take addresses and release the interpreter's lock."""
+    """A cell's entry points for a dtype (see `schedule`). They take an address and release the interpreter's lock."""
 
-    fill: Callable[[int, int, int], None]
+    start: Callable[[int], None]
     run: Callable[[int], None]
     share: Callable[[int], None]
 
@@ -142,7 +142,7 @@ def target_machine() -> binding.TargetMachine:
 
 
 def compile_code(cell: Cell, chosen: Target) -> bytes:
-    """Compile a cell's kernels to an object file, whose entry points are `FILL`, `RUN` and `SHARE`."""
+    """Compile a cell's kernels to an object file, whose entry points are `START`, `RUN` and `SHARE`."""
     from rnnfast_kernels.cpu.build import llvm_ir
 
     (main, *others), entry = llvm_ir(cell, chosen)
@@ -159,8 +159,5 @@ def load(code: bytes) -> Kernel:
     engine.finalize_object()
     engines.append(engine)
 
-    def entry(name: str, arguments: int):
-        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)
-        return kind(engine.get_function_address(name))
-
-    return Kernel(entry(FILL, 3), entry(RUN, 1), entry(SHARE, 1))
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+    return Kernel(*(kind(engine.get_function_address(name)) for name in (START, RUN, SHARE)))

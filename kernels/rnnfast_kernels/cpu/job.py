@@ -6,8 +6,8 @@ A record keeps the cost of a call at that of one argument, and lets a call's rec
 from collections.abc import Mapping
 from typing import Any
 
-# Names in machine code: the records of a call, their run, the sharing of one phase, one job.
-FILL, RUN, SHARE, JOB = "rnnfast_fill", "rnnfast_run", "rnnfast_share", "rnnfast_job"
+# Names in machine code: a call, the run of a program, the sharing of one phase, one job.
+START, RUN, SHARE, JOB = "rnnfast_start", "rnnfast_run", "rnnfast_share", "rnnfast_job"
 
 
 class Record:
@@ -41,11 +41,12 @@ class Record:
         return record_at
 
 
-# How records are filled in: each value is that of `values` plus the base that `which` names; int64 all.
-TEMPLATE = Record("values", "which", "count")
+# A call: its records are filled in, each integer being one of `values` plus the base that `which` names, and then the
+# program at the address `program` is run, if that is not 0. The bases follow.
+CALL = Record("values", "which", "count", "records", "program")
 # A phase of a call: the task, whether a team shares it, the next job, and how many there are; the jobs' addresses
 # follow. With `spare`, all jobs must run at the same time; `team_size` is the address of omp_get_num_threads, and where
 # that says that the team is too small, the `spare` jobs that follow the others do their work instead.
 PHASE = Record("task", "shared", "next", "count", "spare", "team_size")
-# A call: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
+# A program: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
 PROGRAM = Record("team", "threads", "count")

@@ -329,7 +329,7 @@ def clear_gradients(job, step, live):
 
 
 def layer_backward(address):
-    """Run the slice back through all steps: gradients by the gates and by the initial states."""
+    """Run the slice back through all steps: gradients by the gates and, if wanted, by the initial states."""
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
@@ -357,6 +357,8 @@ def layer_backward(address):
         depth = GATES * job.hidden
         direct = job.w_hr == 0
         meet(job, job.steps - order + 1)
+        if order == 0 and job.dh_first == 0:
+            return
         places = as_operands(live, job.places, depth, job.operands)
         project_plain_blocks(
             live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),

@@ -128,9 +128,14 @@ def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
     return max(1, min(batch, -(-threads_for(work, threads) // directions)))
 
 
-@functools.cache
 def zeros(size: int) -> int:
     """The address of so many zero bytes, which stay for as long as the process lives."""
+    return at_least_zeros(1 << max(1, size).bit_length())
+
+
+@functools.cache
+def at_least_zeros(size: int) -> int:
+    """The same for few sizes."""
     ZEROS.append(np.zeros(size, np.uint8))
     return ZEROS[-1].__array_interface__["data"][0]
 

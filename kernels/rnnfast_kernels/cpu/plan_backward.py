@@ -36,24 +36,29 @@ def backward(
     kept: tuple[str, ...],
     given: tuple[str, ...],
     need_x: bool,
+    need_hx: bool,
     need_weights: bool,
     groups: int,
     biased: bool,
+    names: tuple[str, ...] = (),
 ) -> Recipe:
-    """The backward pass. `given` names the gradients that are not zero."""
-    recipe = Recipe(shape.threads)
-    weights = []
-    for d in range(shape.directions):
-        weights.append((products.PLAIN_ROWS, Ref(f"w_hh{d}"), shape.width, shape.gate_columns))
-        if shape.projected:
-            weights.append((products.PLAIN_ROWS, Ref(f"w_hr{d}"), shape.hidden, shape.width))
+    """The backward pass. `given` names the gradients that are not zero; `names` are bases that come first, in order."""
+    recipe = Recipe(shape.threads, names)
+    sizes = {}
+    if need_hx or shape.steps > 1:
+        sizes["w_hh"] = shape.width, shape.gate_columns
+    if shape.projected:
+        sizes["w_hr"] = shape.hidden, shape.width
+    weights = [
+        (products.PLAIN_ROWS, Ref(f"{name}{d}"), *size) for d in range(shape.directions) for name, size in sizes.items()
+    ]
     panels = pack_all(recipe, shape, weights)
     each = len(panels) // shape.directions
     work = gradient_work(recipe, shape)
     jobs, whole = [], []
     for d in range(shape.directions):
         shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work)
-        shared |= zip(("w_hh", "w_hr"), panels[d * each : (d + 1) * each], strict=False)
+        shared |= zip(sizes, panels[d * each : (d + 1) * each], strict=True)
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
         for first, last in pairwise(shape.cuts):
@@ -61,7 +66,8 @@ def backward(
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows)
             places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
             fields |= {name: places[name] for name in finals}
-            fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+            if need_hx:
+                fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
             jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.gate_columns, widest_panel(1)))
     loop_phase(recipe, tasks.BACKWARD, jobs)
     if need_x:

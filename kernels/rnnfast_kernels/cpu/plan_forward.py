@@ -23,9 +23,9 @@ from rnnfast_kernels.cpu.target import widest_panel
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(shape: Shape, biased: bool, kept: tuple[str, ...]) -> Recipe:
-    """The forward pass."""
-    recipe = Recipe(shape.threads)
+def forward(shape: Shape, biased: bool, kept: tuple[str, ...], names: tuple[str, ...] = ()) -> Recipe:
+    """The forward pass. `names` are bases that come first, in this order."""
+    recipe = Recipe(shape.threads, names)
     write_forward(recipe, shape, biased, kept)
     return recipe.finish()
 

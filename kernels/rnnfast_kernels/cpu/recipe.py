@@ -116,7 +116,7 @@ class Recipe:
         self.records = self.buffer(8 * len(self.values)).offset
         self.kept = values, which = array("q", self.values), array("q", self.which)
         self.named = tuple(self.bases)[FIXED:]
-        self.template = array("q", (values.buffer_info()[0], which.buffer_info()[0], len(values)))
+        self.template = (values.buffer_info()[0], which.buffer_info()[0], len(values))
         return self
 
     def program(self, phases: Sequence[Phase]) -> Program:
@@ -132,29 +132,32 @@ class Recipe:
         """
         return [0 if (each := tensors.get(name)) is None else each.data_ptr() for name in self.named]
 
-    def fill(self, kernel: Kernel, scratch: int, addresses: Sequence[int], team: pool.Team) -> int:
-        """Write the records into the scratch memory and return their address.
+    def start(
+        self, kernel: Kernel, scratch: int, addresses: Sequence[int], team: pool.Team, program: Program | None = None
+    ) -> int:
+        """Write the records into the scratch memory, run a program if one is given, and return the records' address.
 
         scratch: address of `self.scratch` bytes. addresses: of the named bases, in their order.
         """
         records = scratch + self.records
-        bases = array("q", (0, scratch, records, *team, *addresses))
-        kernel.fill(self.template.buffer_info()[0], bases.buffer_info()[0], records)
+        first = 0 if program is None else records + program.place.offset
+        call = array("q", (*self.template, records, first, 0, scratch, records, *team, *addresses))
+        kernel.start(call.buffer_info()[0])
         return records
 
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
         if program.alone or not pool.borrow(self.threads):
-            kernel.run(self.fill(kernel, scratch, addresses, pool.NO_TEAM) + program.place.offset)
+            self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
         try:
             team = pool.team()
-            records = self.fill(kernel, scratch, addresses, team)
             if team.start:
-                kernel.run(records + program.place.offset)
-            else:
-                for phase in program.phases:
-                    pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+                self.start(kernel, scratch, addresses, team, program)
+                return
+            records = self.start(kernel, scratch, addresses, team)
+            for phase in program.phases:
+                pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
         finally:
             pool.give_back(self.threads)

@@ -1,8 +1,8 @@
 """How a call runs, as LLVM IR: from a few addresses to the last job without the interpreter.
 
-`fill` makes a call's records from a template (see `recipe`). `run` walks the phases of a program; each is shared by an
-OpenMP team (see `pool`) or run alone. `share` runs the jobs of a phase, taking the next one until none is left: any
-number of threads may call it at once, and a late one finds nothing to do.
+`start` makes a call's records from a template (see `recipe`) and runs them. `run` walks the phases of a program; each
+is shared by an OpenMP team (see `pool`) or run alone. `share` runs the jobs of a phase, taking the next one until none
+is left: any number of threads may call it at once, and a late one finds nothing to do.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu.job import FILL, JOB, PHASE, PROGRAM, RUN, SHARE, TEMPLATE, Record
+from rnnfast_kernels.cpu.job import CALL, JOB, PHASE, PROGRAM, RUN, SHARE, START, Record
 
 VOID, BOOL, INT32, INT64 = ir.VoidType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 ENTRY = ir.FunctionType(VOID, [INT64])
@@ -54,24 +54,26 @@ def counted(builder: ir.IRBuilder, count: ir.Value) -> Iterator[ir.Value]:
 
 
 def module() -> ir.Module:
-    """`fill(template, bases, records)`, `run(program)` and `share(phase)`; `JOB` is defined elsewhere."""
+    """`start(call)`, `run(program)` and `share(phase)`; `JOB` is defined elsewhere."""
     module = ir.Module("rnnfast_schedule")
     job = ir.Function(module, ir.FunctionType(VOID, [INT64] * 2), JOB)
-    share = ir.Function(module, ENTRY, SHARE)
+    start, run, share = (ir.Function(module, ENTRY, name) for name in (START, RUN, SHARE))
     define_share(share, job)
-    define_run(ir.Function(module, ENTRY, RUN), share)
-    define_fill(ir.Function(module, ir.FunctionType(VOID, [INT64] * 3), FILL))
+    define_run(run, share)
+    define_start(start, run)
     return module
 
 
-def define_fill(function: ir.Function) -> None:
-    template, bases, records = function.args
+def define_start(function: ir.Function, run: ir.Function) -> None:
+    call = function.args[0]
     builder = ir.IRBuilder(function.append_basic_block())
-    values, which, count = fields(builder, template, TEMPLATE)
+    values, which, count, records, program = fields(builder, call, CALL)
     with counted(builder, count) as index:
-        base = builder.load(word(builder, bases, builder.load(word(builder, which, index))))
+        base = following(builder, call, CALL, builder.load(word(builder, which, index)))
         value = builder.load(word(builder, values, index))
         builder.store(builder.add(base, value), word(builder, records, index))
+    with builder.if_then(builder.icmp_signed("!=", program, INT64(0))):
+        builder.call(run, [program])
     builder.ret_void()
 
 

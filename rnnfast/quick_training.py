@@ -1,0 +1,99 @@
+"""Small calls made quick where derivatives are wanted: layers prepared once per kind of call (see `rnnfast.quick`).
+
+What is prepared is the plain first derivative. Whatever else is asked of the graph afterwards, derivatives of
+derivatives, maps over incoming gradients, tracing, is given to `autograd.LayerBackward` like any other layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnnfast import autograd
+from rnnfast.stacking import through_layers
+
+
+def sees_hooks() -> bool:
+    """Say whether this torch tells which hooks there are on tensors that are saved for backward."""
+    return hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
+
+def can_prepare(options, x: Tensor) -> bool:
+    """Say whether a call through which a derivative may be taken can be made quick.
+
+    Hooks on saved tensors, those of checkpoints among them, count what is saved, call by call.
+    """
+    return (
+        x.dim() == 3
+        and not options.recompute
+        and sees_hooks()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+class QuickLayer(torch.autograd.Function):
+    """A prepared layer: the output [T, B, D*P] and the final states of x, the initial states if given, and weights."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *tensors):
+        output, finals, kept = layer.forward(x, *tensors)
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *tensors, output, *kept)
+        return output, *finals
+
+    @staticmethod
+    def backward(ctx, *grads):
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        layer, saved = ctx.layer, ctx.saved_tensors
+        if torch.is_grad_enabled() or not autograd.is_plain((*saved, *given)) or not layer.fits(saved):
+            return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
+        return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
+
+
+# Past the look at the signature, and at transforms, which are not there, that `Function.apply` takes first.
+apply = super(torch.autograd.Function, QuickLayer).apply
+
+
+def by_operators(
+    layer, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Do what `layer.backward` does by the operator that is differentiable, mapped and traced."""
+    sizes, given = layer.sizes, len(layer.initial)
+    x, *tensors = saved[: 1 + given + len(layer.weights)]
+    output, *kept = saved[1 + len(tensors) :]
+    hx = tensors[:given] or [x.new_zeros(size) for size in sizes.finals]
+    inputs = (x, *hx, *tensors[given:])
+    h, dh = (each if each is None else each.unflatten(-1, (sizes.directions, -1)) for each in (output, grads[0]))
+    results = autograd.apply(
+        autograd.LayerBackward,
+        sizes.cell, "numba", (False, True)[: sizes.directions], *layer.needs(wanted), 1,
+        len(inputs), len(kept) - len(hx) + 1,
+        None, None, *inputs, h, *kept, dh, *(None,) * (len(hx) - 1), *grads[1:],
+    )  # fmt: skip
+    found = (results[0], *results[1 + len(hx) - given :])
+    return [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+
+
+class Training:
+    """A call of one kind."""
+
+    def __init__(self, options, layers: Sequence):
+        self.options, self.layers = options, layers
+
+    def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
+        """Return the output and the final states, as a module does."""
+        options = self.options
+        if options.batch_first:
+            x = x.transpose(0, 1)
+        output, finals, _ = through_layers(options, x, states, weights, self.run)
+        if options.batch_first:
+            output = output.transpose(0, 1)
+        return output, finals if len(finals) > 1 else finals[0]
+
+    def run(self, n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]):
+        """Run layer number n."""
+        output, *finals = apply(self.layers[n], x, *hx, *weights)
+        return output, finals, ()
