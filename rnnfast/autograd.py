@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
 from rnnfast import batching, onnx_export, ops, reference, second_order
-from rnnfast.second_order import Changes, Pushed
+from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
+from rnnfast.backends.choice import load
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -140,13 +141,44 @@ def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Say whether nothing would happen to these in torch's dispatcher; small calls do well without its microseconds."""
+    return is_concrete(tensors) and not torch._C._autograd._profiler_enabled()
+
+
+def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether these hold numbers that no transform, mode or tracer stands before."""
     return (
         PLAIN.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
         and not torch._C._is_tracing()
     )
+
+
+def is_last(tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether nobody can differentiate what is now computed from these, so that it may be opaque."""
+    present = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        return False
+    pushing = torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return is_concrete(present) and not pushing
+
+
+def asked_for(ctx) -> tuple[bool, ...]:
+    """Take from `ctx.needs_input_grad` what the backward pass under way has no use for.
+
+    That is worth much to `torch.autograd.grad(y, x, create_graph=True)`, which wants no gradients of the weights.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return ctx.needs_input_grad
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return tuple(need and will_run(next(nodes)) for need in ctx.needs_input_grad)
+
+
+def will_run(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what it says of a leaf that is asked for
+        return True
 
 
 class LayerFunction(torch.autograd.Function):
@@ -174,12 +206,12 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         count = ctx.spec.states
-        needs = ctx.needs_input_grad[6:]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        flags = (needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
         # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
         function = partial(apply, LayerBackward) if torch.is_grad_enabled() else LayerBackward.forward
+        needs = (asked_for(ctx) if torch.is_grad_enabled() else ctx.needs_input_grad)[6:]
+        flags = group_needs(needs, count)
         results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
@@ -231,8 +263,8 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        bent, pushed = bend_gradients(ctx, grads)
-        needs = ctx.needs_input_grad[9:]
+        needs = asked_for(ctx)[9:]
+        bent, pushed = bend_gradients(ctx, grads, needs[2:])
         incoming = (*pushed.states, *pushed.finals)
         constants = (None,) * (len(needs) - 2 - len(bent) - len(incoming))
         found = (None, None, *bent, *constants, *incoming)
@@ -241,7 +273,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         count, tensor_count = len(CELLS[ctx.constants[0]].states), ctx.constants[7]
-        bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count])
+        bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count], (True,) * tensor_count)
         along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * count], *tangents[-2 * count :])
         return tuple(a + b if a.shape == b.shape else a for a, b in zip(along, bent, strict=True))
 
@@ -258,21 +290,42 @@ class LayerBackward(torch.autograd.Function):
         return batching.map_backward(apply, constants, info.batch_size, inputs[9:], in_dims[9:], states, saved)
 
 
-def bend_gradients(ctx, changes) -> tuple[list[Tensor], Pushed]:
-    """Differentiate the gradients that `LayerBackward` computes along changes of x, hx and weights."""
-    cell, backend, reverse, need_x, need_hx, need_weights, _, tensor_count, saved_count = ctx.constants
-    (x, hx, weights, *options), states, _, dstates, dfinals = split(cell, tensor_count, saved_count, ctx.saved_tensors)
+def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | None], Pushed]:
+    """Differentiate the gradients that `LayerBackward` computes along changes of x, hx and weights.
+
+    wanted: which of the results will be used, in the order of x, hx and weights.
+    """
+    cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count = ctx.constants
+    args = split(cell, tensor_count, saved_count, ctx.saved_tensors)
+    (x, hx, weights, *options), states, saved, dstates, dfinals = args
     count = len(hx)
+    layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
     needs = (need_x, *(need_hx,) * count, *(need_weights,) * len(weights))
+    changes = [c if need else None for c, need in zip(changes, needs, strict=True)]
+    along = make_changes(cell, reverse, changes)
+    kernels = load(backend)
+    if groups == 1 and hasattr(kernels, "bend") and is_last((*ctx.saved_tensors, *changes)):
+        with below_autograd():
+            found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
+        return flatten(layer, found), pushed
 
     def backward(dstates):
         constants = (cell, backend, reverse, True, True, True, 1, tensor_count, saved_count)
         return LayerBackward.apply(*constants, *ctx.saved_tensors[: -2 * count], *dstates, *(None,) * count)
 
-    return second_order.bend(
-        ops.make_layer(cell, reverse, x, hx, weights, *options), states, dstates, dfinals,
-        make_changes(cell, reverse, [c if need else None for c, need in zip(changes, needs, strict=True)]), backward,
-    )  # fmt: skip
+    return second_order.bend(layer, states, dstates, dfinals, along, backward)
+
+
+def group_needs(needs: Sequence[bool], states: int) -> Needs:
+    """Sum up which of x, hx and weights need a gradient."""
+    return Needs(needs[0], any(needs[1 : 1 + states]), any(needs[1 + states :]))
+
+
+def flatten(layer: Layer, gradients: Gradients) -> list[Tensor | None]:
+    """List gradients in the order of x, hx and the weights that there are."""
+    pairs = zip(layer.weights, gradients.weights, strict=True)
+    weights = (g for given, found in pairs for w, g in zip(given, found, strict=True) if w is not None)
+    return [gradients.x, *gradients.hx, *weights]
 
 
 def make_changes(cell: str, reverse: tuple[bool, ...], changes) -> Changes:

@@ -8,14 +8,14 @@ time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.backends import Layer, Weights
+from rnnfast.backends import Changes, Layer, Pushed, Weights
 from rnnfast.linearised import (
     Adjoint,
     Linear,
@@ -29,21 +29,6 @@ from rnnfast.linearised import (
     total,
     unshifted,
 )
-
-
-class Changes(NamedTuple):
-    """A direction in which x, hx and the weights change, in the shapes of these; None for no change."""
-
-    x: Tensor | None
-    hx: Sequence[Tensor | None]
-    weights: Sequence[Weights]
-
-
-class Pushed(NamedTuple):
-    """The change of every state of a layer after every step, [*L, D, P or H], and of its final states."""
-
-    states: States
-    finals: States
 
 
 def push_forward(layer: Layer, states: States, changes: Changes) -> Pushed:

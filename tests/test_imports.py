@@ -27,6 +27,7 @@ LAYERS = (
     ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference", "rnnfast.stacking"),
     ("rnnfast.backends",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
+    ("rnnfast_kernels.derive",),
     ("rnnfast_kernels.bind",),
     ("rnnfast_kernels.cells", "rnnfast_kernels"),
 )

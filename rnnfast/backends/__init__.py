@@ -1,7 +1,8 @@
 """Who runs a layer: the contract of a backend, and the table of backends.
 
 A backend is two functions, `forward` and `backward`, over one recurrent layer in one or more directions. They are
-called below autograd, with detached tensors of one floating dtype on one device, already validated.
+called below autograd, with detached tensors of one floating dtype on one device, already validated. Two more, `push` and
+`bend`, are for derivatives of a higher order; a backend may leave them out, and torch's operators do their work.
 
 Dimensions: T steps, B batch rows, I input width, H hidden units, P width of the output state (H, or `proj_size`),
 G gates, D directions. Everything is time-major.
@@ -17,6 +18,7 @@ Ensembles. Layers of equal sizes that run over the same steps are one layer: the
 another. Where each member has an input of its own, these stand side by side in x, [T, B, N*I] or [rows, N*I].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -89,6 +91,21 @@ class Gradients(NamedTuple):
     weights: tuple[Weights, ...]  # of gradients; each field None where not asked for
 
 
+class Changes(NamedTuple):
+    """A direction in which x, hx and the weights change, in the shapes of these; None for no change."""
+
+    x: Tensor | None
+    hx: Sequence[Tensor | None]
+    weights: Sequence[Weights]
+
+
+class Pushed(NamedTuple):
+    """The change of every state of a layer after every step, [*L, D, P or H], and of its final states [D, B, P or H]."""
+
+    states: tuple[Tensor, ...]
+    finals: tuple[Tensor, ...]
+
+
 class Needs(NamedTuple):
     """Which gradients `backward` must compute; the weights' flags hold for every direction."""
 
@@ -135,3 +152,27 @@ class Backend(Protocol):
 
     def describe(self, cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
         """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
+
+
+class SecondOrderBackend(Backend, Protocol):
+    """A backend with these functions too: the derivatives of `forward` and `backward` along changes of the tensors.
+
+    In both, `states` and `saved` are what `forward` left. The results share no memory with anything.
+    """
+
+    def push(
+        self, layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes
+    ) -> Pushed:
+        """Return what the changes do to the states."""
+
+    def bend(
+        self,
+        layer: Layer,
+        states: tuple[Tensor, ...],
+        saved: tuple[Tensor, ...],
+        dstates: tuple[Tensor | None, ...],
+        dfinals: tuple[Tensor | None, ...],
+        changes: Changes,
+        needs: Needs,
+    ) -> tuple[Gradients, Pushed]:
+        """Return what the changes do to the results of `backward`, at fixed dstates and dfinals; and to the states."""

@@ -14,9 +14,10 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 from torch import Tensor
 
-from rnnfast.backends import Gradients, Layer, Needs, Result
+from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed, Result
 from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, run_backward, run_forward
 from rnnfast.backends.cpu_layer import PreparedLayer
+from rnnfast.backends.cpu_second import run_bend, run_push
 from rnnfast.backends.cpu_stack import Sizes, Stack
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "Sizes",
     "Stack",
     "backward",
+    "bend",
     "describe",
     "forward",
+    "push",
     "saved_like",
     "unsupported",
     "warmup",
@@ -69,6 +72,24 @@ def backward(
 ) -> Gradients:
     """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
     return run_backward(layer, states, saved, dstates, dfinals, needs, groups)
+
+
+def push(layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes) -> Pushed:
+    """Return what changes of a layer's tensors do to its states."""
+    return run_push(layer, states, saved, changes)
+
+
+def bend(
+    layer: Layer,
+    states: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+    dstates: tuple[Tensor | None, ...],
+    dfinals: tuple[Tensor | None, ...],
+    changes: Changes,
+    needs: Needs,
+) -> tuple[Gradients, Pushed]:
+    """Return what changes of a layer's tensors do to the results of `backward`, and to the states."""
+    return run_bend(layer, states, saved, dstates, dfinals, changes, needs)
 
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from llvmlite import binding
 from numba import cfunc, njit, types
 from numba.core.typing.templates import Signature
 
+from rnnfast_kernels import derive
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import Cell
 from rnnfast_kernels.cpu import (
@@ -19,6 +20,7 @@ from rnnfast_kernels.cpu import (
     operands,
     products,
     schedule,
+    second,
     tasks,
     tile,
     waiting,
@@ -55,6 +57,7 @@ HELPERS = (
     loops.layer_backward,
     gradients.rows_product,
     gradients.outer_product,
+    *second.HELPERS,
 )
 
 # Functions are called by one another alone, so nothing is compiled that Python would call them by.
@@ -90,7 +93,7 @@ def vectors(target: Target, salt: str) -> dict:
         "LANES": target.lanes,
         "VECTOR": target.vector,
     }
-    for function in (activations.decay, *activations.ACTIVATIONS, *operands.LINES):
+    for function in (activations.decay, *activations.ACTIVATIONS, *activations.BENT, *operands.LINES):
         inline(function, namespace, forceinline=True)
     for function in operands.ROWS:
         inline(function, namespace, integers(function, types.int64))
@@ -151,20 +154,25 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
     }
     for module in (products, gradients, loops, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
-    for name, equations in (("cell_forward", cell.forward), ("cell_backward", cell.backward)):
+    for name, equations in (
+        ("cell_forward", cell.forward),
+        ("cell_backward", cell.backward),
+        ("cell_push", derive.push(cell)),
+        ("cell_bend", derive.bend(cell)),
+    ):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
     for function in HELPERS:
         inline(function, namespace)
     return namespace
 
 
-def llvm_ir(cell: Cell, target: Target) -> tuple[list[str], str]:
+def llvm_ir(cell: Cell, target: Target, derivatives: int) -> tuple[list[str], str]:
     """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
     salt = f"{cell.name} {target}"
     library = tile.library(target, {1, cell.gates})
     for function in library.functions:
         # Numba resolves all names at once, but the code that is run is linked with `library`.
         binding.add_symbol(function.name, 1)
-    entry = bind(tasks.run_job, assemble(cell, target, salt), salt)
+    entry = bind(tasks.ENTRIES[derivatives], assemble(cell, target, salt), salt)
     compiled = cfunc("void(int64, int64)", error_model="numpy")(entry)
     return [compiled.inspect_llvm(), str(library), str(schedule.module())], compiled.native_name

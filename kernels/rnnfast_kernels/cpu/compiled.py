@@ -29,7 +29,16 @@ engines: list[binding.ExecutionEngine] = []
 
 DIGEST_BYTES = 32
 # Files of this folder that decide when kernels run, not what they are.
-NOT_COMPILED = ("__init__.py", "pages.py", "plan.py", "plan_backward.py", "plan_forward.py", "pool.py", "recipe.py")
+NOT_COMPILED = (
+    "__init__.py",
+    "pages.py",
+    "plan.py",
+    "plan_backward.py",
+    "plan_forward.py",
+    "plan_second.py",
+    "pool.py",
+    "recipe.py",
+)
 
 
 class Kernel(NamedTuple):
@@ -41,14 +50,15 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def kernel(cell_name: str, dtype: str) -> Kernel:
-    """The machine code of a cell and a dtype."""
+def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
+    """The machine code of a cell and a dtype: of a layer and its gradients, or, with 2, of its second derivatives."""
     with lock:
         cell, chosen = CELLS[cell_name], target(dtype)
-        name = f"{cell_name}-{dtype}-{key(cell, chosen)}.bin"
+        order = "" if derivatives == 1 else f"-{derivatives}"
+        name = f"{cell_name}-{dtype}{order}-{key(cell, chosen)}.bin"
         code = read(name)
         if code is None:
-            code = compile_code(cell, chosen)
+            code = compile_code(cell, chosen, derivatives)
             write(name, code)
         return load(code)
 
@@ -56,7 +66,7 @@ def kernel(cell_name: str, dtype: str) -> Kernel:
 def key(cell: Cell, chosen: Target) -> str:
     """A hash of the sources, the compiler and the processor."""
     here = Path(__file__).parent
-    files = {*here.glob("*.py"), here.parent / "bind.py", Path(cell.forward.__code__.co_filename)}
+    files = {*here.glob("*.py"), here.parent / "bind.py", here.parent / "derive.py", Path(cell.forward.__code__.co_filename)}
     files -= {here / name for name in NOT_COMPILED}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
     everything = f"{sources}\0{cell.name}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
@@ -141,11 +151,11 @@ def target_machine() -> binding.TargetMachine:
     )
 
 
-def compile_code(cell: Cell, chosen: Target) -> bytes:
+def compile_code(cell: Cell, chosen: Target, derivatives: int) -> bytes:
     """Compile a cell's kernels to an object file, whose entry points are `START`, `RUN` and `SHARE`."""
     from rnnfast_kernels.cpu.build import llvm_ir
 
-    (main, *others), entry = llvm_ir(cell, chosen)
+    (main, *others), entry = llvm_ir(cell, chosen, derivatives)
     module = binding.parse_assembly(main.replace(f"@{entry}(", f"@{JOB}("))
     for other in others:
         module.link_in(binding.parse_assembly(other))

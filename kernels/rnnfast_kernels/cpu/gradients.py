@@ -8,11 +8,12 @@ in blocks whose bounds depend on the layer alone: results do not depend on the n
 
 from rnnfast_kernels.cpu.job import Record
 
+# With `add`, a product is added to what stands there.
 # out[rows, units] = sum over parts of left[part][rows, depth] * panels[part]
 PRODUCT = Record(
     "rows", "depth", "units", "parts",
     "left", "left_row", "left_part", "panels", "panels_part", "out", "out_row",
-    "tile", "places", "operands", "goals", "chunk",
+    "tile", "places", "operands", "goals", "chunk", "add",
 )  # fmt: skip
 
 # out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], for the columns first to last;
@@ -22,7 +23,7 @@ OUTER = Record(
     "layer", "right", "group", "groups",
     "left", "left_row", "columns", "first", "last", "units", "right_base", "right_row",
     "out", "bias", "second_bias", "block",
-    "tile", "places", "left_places", "right_places", "panels", "strip",
+    "tile", "places", "left_places", "right_places", "panels", "strip", "add",
 )  # fmt: skip
 
 # Values of `right`: the layer's input, the h that entered a step, or rows at `right_base`.
@@ -40,7 +41,8 @@ def rows_product(address):
             fill_places(job.places, left, job.left_row, count)
             panels = job.panels + part * job.panels_part
             places = as_operands(count, job.places, job.depth, job.operands)
-            project_plain(count, places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, part > 0)
+            adds = part + job.add > 0
+            project_plain(count, places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, adds)
 
 
 def right_address(job, layer, order, step, row):
@@ -86,7 +88,7 @@ def outer_product(address):
     """The product of `OUTER`."""
     job = outer_at(address)
     layer = layer_at(job.layer)
-    depth, accumulate = 0, False
+    depth, accumulate = 0, job.add > 0
     for order in range(layer.steps):
         step = step_at(layer, order)
         index = first_index(layer, step)

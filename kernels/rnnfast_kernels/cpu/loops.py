@@ -31,6 +31,9 @@ LAYER = Record(
     # Blocks of hidden units that this job computes. If these are not all, others do the rest at the same time; they
     # share the slice's work space, and `met` counts how often they have met. `sched_yield` is that function.
     "first_block", "last_block", "workers", "met", "sched_yield",
+    # Where this record is of a layer's changes (see `second`): the record of the layer itself, and scratch for the
+    # recurrent part of a step's gates, [rows, G, hidden].
+    "around", "u_work", "u_row",
 )  # fmt: skip
 
 # Looks at a counter before the core is offered to another thread.

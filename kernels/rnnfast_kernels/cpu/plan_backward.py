@@ -44,21 +44,11 @@ def backward(
 ) -> Recipe:
     """The backward pass. `given` names the gradients that are not zero; `names` are bases that come first, in order."""
     recipe = Recipe(shape.threads, names)
-    sizes = {}
-    if need_hx or shape.steps > 1:
-        sizes["w_hh"] = shape.width, shape.gate_columns
-    if shape.projected:
-        sizes["w_hr"] = shape.hidden, shape.width
-    weights = [
-        (products.PLAIN_ROWS, Ref(f"{name}{d}"), *size) for d in range(shape.directions) for name, size in sizes.items()
-    ]
-    panels = pack_all(recipe, shape, weights)
-    each = len(panels) // shape.directions
+    panels = pack_backward(recipe, shape, need_hx or shape.steps > 1)
     work = gradient_work(recipe, shape)
     jobs, whole = [], []
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work)
-        shared |= zip(sizes, panels[d * each : (d + 1) * each], strict=True)
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d]
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
         for first, last in pairwise(shape.cuts):
@@ -75,6 +65,21 @@ def backward(
     if need_weights:
         weight_gradients(recipe, shape, work, whole, groups, biased)
     return recipe.finish()
+
+
+def pack_backward(recipe: Recipe, shape: Shape, recurrent: bool = True) -> list[dict[str, Ref]]:
+    """Have the weights packed that the backward loop needs, the `recurrent` ones if so: fields for every direction."""
+    sizes = {}
+    if recurrent:
+        sizes["w_hh"] = shape.width, shape.gate_columns
+    if shape.projected:
+        sizes["w_hr"] = shape.hidden, shape.width
+    weights = [
+        (products.PLAIN_ROWS, Ref(f"{name}{d}"), *size) for d in range(shape.directions) for name, size in sizes.items()
+    ]
+    panels = pack_all(recipe, shape, weights)
+    each = len(panels) // shape.directions
+    return [dict(zip(sizes, panels[d * each : (d + 1) * each], strict=True)) for d in range(shape.directions)]
 
 
 class GradientWork(NamedTuple):
@@ -115,8 +120,8 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
     return fields
 
 
-def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
-    """dx = the sum over the directions that share an input of dx_gates W_ih."""
+def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork, add: bool = False) -> None:
+    """dx = the sum over the directions that share an input of dx_gates W_ih. add: to what dx is already."""
     depth, item = shape.gate_columns, shape.item
     weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
     panels = pack_all(recipe, shape, weights)
@@ -143,6 +148,7 @@ def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
             operands=operands(recipe, shape.target, chunk, depth),
             goals=recipe.buffer(8 * chunk),
             chunk=chunk,
+            add=int(add),
         )
         for n, start in enumerate(starts)
         for first, last in pairwise(even_cuts(shape.rows, -(-threads // len(starts))))
@@ -151,9 +157,16 @@ def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork) -> None:
 
 
 def weight_gradients(
-    recipe: Recipe, shape: Shape, work: GradientWork, whole: Sequence[Ref], groups: int, biased: bool
+    recipe: Recipe,
+    shape: Shape,
+    work: GradientWork,
+    whole: Sequence[Ref],
+    groups: int,
+    biased: bool,
+    inputs: bool = True,
+    add: bool = False,
 ) -> None:
-    """Sums of outer products over all rows, group by group."""
+    """Sums of outer products over all rows, group by group. inputs: also those of x. add: to what there is already."""
     columns, item = shape.gate_columns, shape.item
     jobs = []
     for d, layer in enumerate(whole):
@@ -167,8 +180,8 @@ def weight_gradients(
         if isinstance(work.dh_total, Ref):
             total = work.dh_total.at(d * shape.width * item)
             parts.append((gradients.OTHERS, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
-        for part in parts:
-            jobs += outer(recipe, shape, d, layer, groups, *part)
+        for part in parts if inputs else parts[1:]:
+            jobs += outer(recipe, shape, d, layer, groups, add, *part)
     recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)
 
 
@@ -178,6 +191,7 @@ def outer(
     direction: int,
     layer: Ref,
     groups: int,
+    add: bool,
     right: int,
     left: Ref,
     columns: int,
@@ -207,6 +221,7 @@ def outer(
                 "out": Ref(out, group * columns * units * item),
                 **dict(zip(("bias", "second_bias"), (Ref(b, group * columns * item) for b in biases), strict=False)),
                 "block": OUTER_BLOCK,
+                "add": int(add),
                 "tile": recipe.buffer(chosen.accumulators * chosen.vector),
                 "places": recipe.buffer(16 * chosen.lanes),
                 "left_places": recipe.buffer(8 * block),

@@ -1,11 +1,12 @@
 """The one entry point of the compiled code, and what it can be asked to do.
 
-One, because what several tasks share is then compiled once.
+One, because what several tasks share is then compiled once. Second derivatives, which few programs take, have a file of
+machine code of their own, and so an entry point of their own.
 """
 
 # ruff: noqa: F821
 
-PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT = range(5)
+PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT, PUSH, BEND = range(7)
 
 
 def run_job(task, address):
@@ -20,3 +21,21 @@ def run_job(task, address):
         rows_product(address)
     else:
         outer_product(address)
+
+
+def run_second_job(task, address):
+    """Do a task of the second derivative."""
+    if task == PACK_WEIGHT:
+        pack(address)
+    elif task == PUSH:
+        layer_push(address)
+    elif task == BEND:
+        layer_bend(address)
+    elif task == ROWS_PRODUCT:
+        rows_product(address)
+    else:
+        outer_product(address)
+
+
+# By the number of derivatives.
+ENTRIES = {1: run_job, 2: run_second_job}

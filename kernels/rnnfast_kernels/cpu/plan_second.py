@@ -1,0 +1,140 @@
+"""How a layer and its gradients change, as recipes: the loops of `second`, then the products of the backward pass.
+
+Every base `name` of the other recipes that a layer is given has a second one here, `name_dot`, which holds its change.
+Records and panels of changes are written as those of the layer itself, with the bases renamed.
+"""
+
+import functools
+from dataclasses import replace
+from itertools import pairwise
+
+from rnnfast_kernels.cpu import loops, tasks
+from rnnfast_kernels.cpu.plan import (
+    WEIGHTS,
+    Shape,
+    chunk_steps,
+    final_fields,
+    loop_jobs,
+    loop_phase,
+    slice_fields,
+    state_fields,
+    state_work,
+    zeros,
+)
+from rnnfast_kernels.cpu.plan_backward import (
+    gradient_fields,
+    gradient_work,
+    input_gradient,
+    pack_backward,
+    weight_gradients,
+)
+from rnnfast_kernels.cpu.plan_forward import gate_work, pack_forward
+from rnnfast_kernels.cpu.recipe import Recipe, Ref
+
+CHANGING = ("x", "h", "extra", "gates", "full", "h_first", "extra_first", "h_final", "extra_final")
+
+
+@functools.lru_cache(maxsize=1024)
+def push(shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool) -> Recipe:
+    """The changes of the states. moves_x, moves_weights: whether x changes, and whether the weights do."""
+    recipe = Recipe(shape.threads)
+    write_push(recipe, replace(shape, workers=1), kept, moves_x, moves_weights, biased)
+    return recipe.finish()
+
+
+@functools.lru_cache(maxsize=1024)
+def bend(
+    shape: Shape,
+    kept: tuple[str, ...],
+    given: tuple[str, ...],
+    moves_x: bool,
+    moves_weights: bool,
+    need_x: bool,
+    need_weights: bool,
+    biased: bool,
+) -> Recipe:
+    """Also the changes of the gradients. `given` names the incoming gradients that are not zero; they do not change."""
+    recipe = Recipe(shape.threads)
+    shape = replace(shape, workers=1)
+    write_push(recipe, shape, kept, moves_x, moves_weights, biased)
+    names = changed(shape)
+    panels, dot_panels = pack_backward(recipe, shape), [{}] * shape.directions
+    if moves_weights:
+        with recipe.renamed(names):
+            dot_panels = pack_backward(recipe, shape)
+    work, dot_work = gradient_work(recipe, shape), gradient_work(recipe, shape)
+    jobs, whole, dot_whole = [], [], []
+    for d in range(shape.directions):
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d]
+        dot_shared = state_fields(shape, d, kept) | gradient_fields(shape, d, (), dot_work) | dot_panels[d]
+        whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
+        with recipe.renamed(names):
+            fields = slice_fields(shape, d, 0, shape.batch) | input_fields(shape, d, moves_x)
+            dot_whole.append(recipe.record(loops.LAYER, **dot_shared, **fields))
+        for first, last in pairwise(shape.cuts):
+            rows = last - first
+            where = slice_fields(shape, d, first, last)
+            places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
+            finals = {name: place for name, place in places.items() if name in given}
+            around = where | shared | state_work(recipe, shape, rows) | finals | {"last_block": blocks(shape)}
+            fields = dot_shared | where | state_work(recipe, shape, rows)
+            fields |= {"around": recipe.record(loops.LAYER, **around)}
+            fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+            with recipe.renamed(names):
+                jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 1))
+    loop_phase(recipe, tasks.BEND, jobs)
+    if need_x:
+        input_gradient(recipe, shape, dot_work)
+        if moves_weights:
+            with recipe.renamed(names):
+                input_gradient(recipe, shape, work, add=True)
+    if need_weights:
+        weight_gradients(recipe, shape, dot_work, whole, 1, biased)
+        with recipe.renamed(names):
+            weight_gradients(recipe, shape, work, dot_whole, 1, False, inputs=moves_x, add=True)
+    return recipe.finish()
+
+
+def changed(shape: Shape) -> dict[str, Ref]:
+    """For the name of every base that changes, that of its change."""
+    weights = (f"{name}{d}" for name in WEIGHTS for d in range(shape.directions))
+    return {name: Ref(f"{name}_dot") for name in (*CHANGING, *weights)}
+
+
+def blocks(shape: Shape) -> int:
+    """Vectors of hidden units."""
+    return -(-shape.hidden // shape.target.lanes)
+
+
+def input_fields(shape: Shape, direction: int, moves_x: bool) -> dict[str, int | Ref]:
+    """Fields for the change of x, which is contiguous, or absent."""
+    row = shape.directions // shape.sharing * shape.inputs * shape.item
+    offset = direction // shape.sharing * shape.inputs * shape.item
+    return {"x": Ref("x", offset) if moves_x else 0, "x_row": row, "x_step": shape.batch * row}
+
+
+def write_push(
+    recipe: Recipe, shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool
+) -> None:
+    """Add the recurrence of the changes."""
+    names = changed(shape)
+    panels, dot_panels = pack_forward(recipe, shape, False), [{}] * shape.directions
+    if moves_weights:
+        with recipe.renamed(names):
+            dot_panels = pack_forward(recipe, shape, biased)
+    jobs = []
+    for d in range(shape.directions):
+        for first, last in pairwise(shape.cuts):
+            rows, chunk = last - first, chunk_steps(shape, last - first)
+            where = slice_fields(shape, d, first, last) | state_fields(shape, d, kept)
+            where |= {"zeros": zeros(shape.target.padded(max(shape.width, shape.hidden)) * shape.item)}
+            fields = where | dot_panels[d] | input_fields(shape, d, moves_x) | state_work(recipe, shape, rows)
+            fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
+            if "gates" not in kept:
+                fields |= gate_work(recipe, shape, rows, chunk)
+            u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.item
+            fields |= {"u_work": recipe.buffer(rows * u_row), "u_row": u_row, "chunk": chunk}
+            fields |= {"around": recipe.record(loops.LAYER, **where | panels[d])}
+            with recipe.renamed(names):
+                jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, 1))
+    loop_phase(recipe, tasks.PUSH, jobs)

@@ -1,0 +1,255 @@
+"""The time loops of the second derivative: how a layer changes, and how its gradients do; generic over the cell.
+
+A layer's tensors change by given amounts. `layer_push` runs from the first step to the last and finds the changes of the
+states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_bend` runs back through
+time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
+(Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both comes from `derive`.
+
+Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field
+`around` is the first. The change of a product has two terms, `at`'s panels by the changes and `job`'s by the values;
+what does not change is absent from `job`. Panels of `at` have no bias, those of `job` the bias' change.
+"""
+
+# ruff: noqa: F821
+
+
+def gather_inputs(job, source, first, last):
+    """Fill in where the rows of the steps at places first to last stand in `source`, and where their gates do."""
+    count = 0
+    for order in range(first, last):
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        fill_places(job.places + 8 * count, x_address(source, step), source.x_row, live)
+        fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
+        count += live
+    return count
+
+
+def push_inputs(job, at, first, last):
+    """Change of the input part of the gates."""
+    blocks = (job.hidden + LANES - 1) // LANES
+    if job.x:
+        count = gather_inputs(job, job, first, last)
+        project_gate_blocks(
+            count, job.places, ITEM, at.w_ih, job.inputs, job.hidden, 0, blocks,
+            job.goals, job.gate_step, job.tile, False,
+        )  # fmt: skip
+    if job.w_ih:
+        count = gather_inputs(job, at, first, last)
+        project_gate_blocks(
+            count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, 0, blocks,
+            job.goals, job.gate_step, job.tile, job.x != 0,
+        )  # fmt: skip
+
+
+def push_recurrent(job, at, order, step, live, h_now, h_stride):
+    """Change of the recurrent part of the gates of one step."""
+    blocks = (job.hidden + LANES - 1) // LANES
+    fill_places(job.places, h_now, h_stride, live)
+    fill_places(job.goals, job.u_work, job.u_row, live)
+    project_gate_blocks(
+        live, job.places, ITEM, at.w_hh, job.width, job.hidden, 0, blocks, job.goals, job.gate_step, job.tile, False
+    )
+    if job.w_hh:
+        for row in range(live):
+            store_int(job.places + 8 * row, entering_states(at, order, step, row)[0])
+        project_gate_blocks(
+            live, job.places, ITEM, job.w_hh, job.width, job.hidden, 0, blocks, job.goals, job.gate_step, job.tile, True
+        )
+
+
+def push_cell(job, at, order, step, row, h_now, h_goal):
+    """Change of a row's states, in place but for h, and of what the cell saved."""
+    index = first_index(job, step) + row
+    h_before, extra_before, before_step = entering_states(at, order, step, row)
+    h_after, extra_after = at.h + index * at.h_row, at.extra + index * at.extra_row
+    if at.w_hr:
+        h_before, h_after = at.zeros, at.full + index * at.full_row
+    kept, u = at.gates + index * at.gates_row, job.u_work + row * job.u_row
+    gates = gates_address(job, order, step) + row * job.gates_row
+    extra = job.extra_work + row * padded_row(job.hidden)
+    extra_step = job.rows * padded_row(job.hidden)
+    for unit in range(0, job.hidden, LANES):
+        place, lanes = unit * ITEM, job.hidden - unit
+        x_dot = load_gates(gates + place, job.gate_step, lanes)
+        u_dot = load_gates(u + place, job.gate_step, lanes)
+        state_dot = (load(h_now + place, LANES),) + load_extra(extra + place, extra_step, LANES)  # noqa: RUF005
+        saved = load_kept(kept + place, job.hidden * ITEM, lanes)
+        state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
+        new_state = (load(h_after + place, lanes),) + load_extra(extra_after + place, at.extra_step, lanes)  # noqa: RUF005
+        new_state_dot, saved_dot = cell_push(x_dot, u_dot, state_dot, saved, state, new_state)
+        store(h_goal + place, new_state_dot[0], LANES)
+        store_tuple(extra + place, extra_step, new_state_dot[1:], LANES)
+        if job.full:
+            store(job.full + index * job.full_row + place, new_state_dot[0], lanes)
+        store_tuple(job.extra + index * job.extra_row + place, job.extra_step, new_state_dot[1:], lanes)
+        if job.keep:
+            store_tuple(gates + place, job.gate_step, saved_dot, lanes)
+
+
+def push_output(job, at, step, live, h_next, h_stride):
+    """Change of h, from that of what the cell put out where a projection follows."""
+    h = job.h + first_index(job, step) * job.h_row
+    if at.w_hr:
+        fill_places(job.goals, h_next, h_stride, live)
+        fill_places(job.places, job.full_work, padded_row(job.hidden), live)
+        project_plain(live, job.places, ITEM, at.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
+        if job.w_hr:
+            fill_places(job.places, at.full + first_index(at, step) * at.full_row, at.full_row, live)
+            project_plain(live, job.places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, True)
+    for row in range(live):
+        copy_row(h_next + row * h_stride, h + row * job.h_row, job.width)
+
+
+def padded_row(units):
+    """Bytes of a row of whole vectors."""
+    return (units + LANES - 1) // LANES * VECTOR
+
+
+def layer_push(address):
+    """Run the slice through all steps."""
+    job = layer_at(address)
+    at = layer_at(job.around)
+    h_stride, extra_stride = padded_row(job.width), padded_row(job.hidden)
+    h_now, h_next = job.h_work, job.h_work + job.rows * h_stride
+    start_states(job, h_stride, extra_stride)
+    for order in range(job.steps):
+        if order % job.chunk == 0:
+            push_inputs(job, at, order, min(order + job.chunk, job.steps))
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        if job.starts == 0:
+            clear_padding(job, step, live)
+        if job.resets:
+            apply_resets(job, step, live, h_now, h_stride, extra_stride)
+        push_recurrent(job, at, order, step, live, h_now, h_stride)
+        for row in range(live):
+            goal = job.full_work + row * extra_stride if at.w_hr else h_next + row * h_stride
+            push_cell(job, at, order, step, row, h_now + row * h_stride, goal)
+        push_output(job, at, step, live, h_next, h_stride)
+        staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
+        for row in range(staying, live):
+            copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
+        h_now, h_next = h_next, h_now
+    for state in range(EXTRA):
+        for row in range(job.rows):
+            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
+            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+
+
+def cell_operands(job, projected, order, step, row, unit):
+    """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their changes."""
+    index = first_index(job, step) + row
+    place, lanes = unit * ITEM, job.hidden - unit
+    h_before, extra_before, before_step = entering_states(job, order, step, row)
+    h_after, dh = job.h + index * job.h_row, job.h_work + row * padded_row(job.width)
+    if projected:
+        h_before, h_after, dh = job.zeros, job.full + index * job.full_row, job.full_work + row * padded_row(job.hidden)
+    dextra = job.extra_work + row * padded_row(job.hidden) + place
+    extra_after = job.extra + index * job.extra_row + place
+    dstate = (load(dh + place, LANES),) + load_extra(dextra, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
+    saved = load_kept(job.gates + index * job.gates_row + place, job.hidden * ITEM, lanes)
+    state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
+    new_state = (load(h_after + place, lanes),) + load_extra(extra_after, job.extra_step, lanes)  # noqa: RUF005
+    return dstate, saved, state, new_state
+
+
+def keep_gradients(job, projected, step, row, unit, dx, du, direct):
+    """Keep the gradient by the gates and, in place, by the states that entered the step; or its change."""
+    place, lanes = unit * ITEM, job.hidden - unit
+    dgates = (first_index(job, step) + row) * job.dgates_row + place
+    store_tuple(job.dx_gates + dgates, job.hidden * ITEM, dx, lanes)
+    if job.du_gates != job.dx_gates:
+        store_tuple(job.du_gates + dgates, job.hidden * ITEM, du, lanes)
+    dextra = job.extra_work + row * padded_row(job.hidden) + place
+    store_tuple(dextra, job.rows * padded_row(job.hidden), direct[1:], LANES)
+    if not projected:
+        store(job.h_work + row * padded_row(job.width) + place, direct[0], LANES)
+
+
+def bend_cell(job, at, order, step, row):
+    """Gradient by a row's gates and by the states that entered the step, and the change of both."""
+    projected = at.w_hr != 0
+    for unit in range(0, job.hidden, LANES):
+        dstate, saved, state, new_state = cell_operands(at, projected, order, step, row, unit)
+        dstate_dot, saved_dot, state_dot, new_state_dot = cell_operands(job, projected, order, step, row, unit)
+        found, found_dot = cell_bend(
+            dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot
+        )
+        keep_gradients(at, projected, step, row, unit, found[0], found[1], found[2])
+        keep_gradients(job, projected, step, row, unit, found_dot[0], found_dot[1], found_dot[2])
+
+
+def both_places(places, start, step, start_dot, step_dot, count):
+    """Write the addresses of `count` rows, then those of their changes."""
+    fill_places(places, start, step, count)
+    fill_places(places + 8 * count, start_dot, step_dot, count)
+
+
+def bend_projection(job, at, step, live):
+    """Gradient by what the cell put out, from that by the projected h; and its change."""
+    index, h_stride, stride = first_index(job, step), padded_row(job.width), padded_row(job.hidden)
+    both_places(job.places, at.h_work, h_stride, job.h_work, h_stride, live)
+    both_places(job.goals, at.full_work, stride, job.full_work, stride, live)
+    project_plain(2 * live, job.places, ITEM, at.w_hr, job.width, job.hidden, job.goals, 0, job.tile, False)
+    if job.w_hr:
+        goals = job.goals + 8 * live
+        project_plain(live, job.places, ITEM, job.w_hr, job.width, job.hidden, goals, 0, job.tile, True)
+    for row in range(live):
+        goal = (index + row) * job.dh_total_row
+        copy_row(at.h_work + row * h_stride, at.dh_total + goal, job.width)
+        copy_row(job.h_work + row * h_stride, job.dh_total + goal, job.width)
+
+
+def bend_recurrent(job, at, step, live):
+    """Send the gradient by the gates back to the h that entered the step, and its change."""
+    start, row, h_stride = first_index(job, step) * job.dgates_row, job.dgates_row, padded_row(job.width)
+    both_places(job.places, at.du_gates + start, row, job.du_gates + start, row, live)
+    both_places(job.goals, at.h_work, h_stride, job.h_work, h_stride, live)
+    depth, direct = GATES * job.hidden, at.w_hr == 0
+    project_plain(2 * live, job.places, ITEM, at.w_hh, depth, job.width, job.goals, 0, job.tile, direct)
+    if job.w_hh:
+        project_plain(live, job.places, ITEM, job.w_hh, depth, job.width, job.goals + 8 * live, 0, job.tile, True)
+
+
+def layer_bend(address):
+    """Run the slice back through all steps."""
+    job = layer_at(address)
+    at = layer_at(job.around)
+    h_stride, extra_stride = padded_row(job.width), padded_row(job.hidden)
+    start_gradients(at, h_stride, extra_stride)
+    start_gradients(job, h_stride, extra_stride)
+    for order in range(job.steps - 1, -1, -1):
+        step = step_at(job, order)
+        live = live_rows(job, step)
+        if job.starts == 0:
+            clear_gradients(at, step, live)
+            clear_gradients(job, step, live)
+        add_gradients(at, step, live, h_stride, extra_stride)
+        if at.w_hr:
+            bend_projection(job, at, step, live)
+        for row in range(live):
+            bend_cell(job, at, order, step, row)
+        bend_recurrent(job, at, step, live)
+        if job.resets:
+            apply_resets(at, step, live, at.h_work, h_stride, extra_stride)
+            apply_resets(job, step, live, job.h_work, h_stride, extra_stride)
+    end_gradients(job, h_stride, extra_stride)
+
+
+HELPERS = (
+    padded_row,
+    gather_inputs,
+    push_inputs,
+    push_recurrent,
+    push_cell,
+    push_output,
+    layer_push,
+    cell_operands,
+    keep_gradients,
+    bend_cell,
+    both_places,
+    bend_projection,
+    bend_recurrent,
+    layer_bend,
+)
