@@ -12,8 +12,13 @@ BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 MODES = {
     "inference": "forward without gradients, the initial state left out",
     "training": "forward, then the gradients of the input and of all parameters",
+    "penalty": "forward, the gradient of the input, and all parameters' gradients by a penalty on its norm (WGAN-GP)",
     "step": "one step forward without gradients, the state handed in, as in streaming",
 }
+
+# Products of every weight, in terms of the forward pass. A penalty on the gradient: forward; back to x; how that
+# changes; the penalty back through time, where x is not wanted; two products for each weight's gradient.
+PASSES = {"training": 3, "penalty": 5.5}
 
 FORMS = {
     "dense": "every row runs all T steps",
@@ -109,10 +114,9 @@ def parameter_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def operations(case: Case) -> float:
-    """Floating-point operations of the matrix products: 2 per weight and live row, thrice that with the gradients."""
+    """Floating-point operations of the matrix products: 2 per weight and live row, and as many times that as PASSES."""
     weights = sum(shape[0] * shape[1] for shape in parameter_shapes(case).values() if len(shape) == 2)
-    forward = 2.0 * weights * case.T * case.B * case.live
-    return 3 * forward if case.mode == "training" else forward
+    return 2.0 * weights * case.T * case.B * case.live * PASSES.get(case.mode, 1)
 
 
 def traffic(case: Case) -> float:
@@ -120,4 +124,4 @@ def traffic(case: Case) -> float:
     weights = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in parameter_shapes(case).values())
     rows = case.T * case.B * case.live
     forward = BYTES[case.dtype] * (rows * (case.I + case.directions * case.out) + weights)
-    return 2 * forward if case.mode == "training" else forward
+    return 2 * forward if case.mode in PASSES else forward

@@ -27,7 +27,12 @@ STYLES = {
     "haste": ("#e69f00", "*"),
 }
 BACKEND_STYLES = (("#d55e00", "<"), ("#a63e00", ">"), ("#ff9d5c", "p"), ("#7a2e00", "h"))
-MODE_TITLES = {"inference": "forward", "training": "forward + backward", "step": "one step"}
+MODE_TITLES = {
+    "inference": "forward",
+    "training": "forward + backward",
+    "penalty": "gradient penalty",
+    "step": "one step",
+}
 SETTINGS = {
     "font.size": 8,
     "axes.titlesize": 9,

@@ -86,6 +86,12 @@ def dtype(device: str) -> Question:
     return Question("dtype", "Number formats", "", FAST_PEERS, cases)
 
 
+def penalty(device: str) -> Question:
+    sizes = ((64, 32, 128), (200, 8, 32), (50, 64, 64), (20, 16, 256))
+    cases = each((replace(base(device), T=T, B=B, I=H, H=H, dtype="float32") for T, B, H in sizes), modes=("penalty",))
+    return Question("penalty", "A penalty on the norm of the input's gradient, as in WGAN-GP", "", (), cases)
+
+
 def real_layers(device: str) -> Question:
     return Question("real-layers", "Layers that people run", "", FAST_PEERS, REAL_LAYERS)
 
@@ -189,7 +195,7 @@ def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:
     return Question("sizes", f"T={T} B={B} I={I} H={H}", "", EVERY_PEER, cases)
 
 
-FULL = (sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, real_layers)
+FULL = (sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, penalty, real_layers)
 
 
 def full(device: str) -> tuple[Question, ...]:

@@ -7,13 +7,14 @@ Functions take flat positional arguments: first the constants that describe the 
 (x, the initial states, the weights), in the order of the operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
 from rnnfast import batching, onnx_export, ops, reference, second_order
@@ -208,22 +209,23 @@ class LayerFunction(torch.autograd.Function):
         count = ctx.spec.states
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        # The second Function is there for `create_graph=True`; Dynamo traces without it and cannot follow one there.
-        function = partial(apply, LayerBackward) if torch.is_grad_enabled() else LayerBackward.forward
-        needs = (asked_for(ctx) if torch.is_grad_enabled() else ctx.needs_input_grad)[6:]
+        # The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it
+        # and cannot follow one there.
+        again = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+        function = partial(apply, LayerBackward) if again else LayerBackward.forward
+        needs = (asked_for(ctx) if again else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)
         results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        cell, _, reverse, _ = ctx.spec
-        tensor_count, saved_count = ctx.counts
-        none = (None,) * 2 * ctx.spec.states
-        (x, hx, weights, *options), states, *_ = split(cell, tensor_count, saved_count, (*ctx.saved_tensors, *none))
-        layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
-        pushed = second_order.push_forward(layer, states, make_changes(cell, reverse, tangents[6:]))
-        return (*pushed.states, *pushed.finals, *(None,) * saved_count)
+        tensors = (*ctx.saved_tensors, *tangents[6:])
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            pushed = push_layer(ctx, tensors)
+        else:
+            pushed = below_one_jvp(partial(push_layer, ctx), tensors)
+        return (*pushed.states, *pushed.finals, *(None,) * ctx.counts[1])
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -234,6 +236,35 @@ class LayerFunction(torch.autograd.Function):
 
         states = len(CELLS[cell].states)
         return batching.map_layer(apply, backend, reverse, info.batch_size, inputs[4:], in_dims[4:], states)
+
+
+def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:
+    """Return what changes do to a layer's states. tensors: what `LayerFunction` saved, and the changes."""
+    (cell, backend, reverse, _), (tensor_count, saved_count) = ctx.spec, ctx.counts
+    none = (None,) * 2 * ctx.spec.states
+    args = split(cell, tensor_count, saved_count, (*tensors[:-tensor_count], *none))
+    (x, hx, weights, *options), states, saved, *_ = args
+    layer, changes = ops.make_layer(cell, reverse, x, hx, weights, *options), tensors[-tensor_count:]
+    along = make_changes(cell, reverse, changes)
+    kernels = load(backend)
+    if hasattr(kernels, "push") and is_last(tensors):
+        with below_autograd():
+            return kernels.push(layer, states, saved, along)
+    return second_order.push_forward(layer, states, along)
+
+
+def below_one_jvp(function: Callable[[Sequence[Tensor | None]], Pushed], tensors: Sequence[Tensor | None]) -> Pushed:
+    """Call a function on what lies below `torch.func.jvp`, if that is the only transform around.
+
+    A derivative by forward mode is not itself differentiated in the same level.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    if interpreter.key() != torch._C._functorch.TransformType.Jvp or interpreter.level() > 1:
+        return function(tensors)
+    level, unwrap, wrap = interpreter.level(), torch._C._functorch._unwrap_for_grad, torch._C._functorch._wrap_for_grad
+    with interpreter.lower():
+        pushed = function([t if t is None else unwrap(t, level) for t in tensors])
+    return Pushed(*(tuple(wrap(t, level) for t in each) for each in pushed))
 
 
 class LayerBackward(torch.autograd.Function):
@@ -264,7 +295,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = asked_for(ctx)[9:]
-        bent, pushed = bend_gradients(ctx, grads, needs[2:])
+        bent, pushed = bend_gradients(ctx, grads, needs[2 : 2 + ctx.constants[7]])
         incoming = (*pushed.states, *pushed.finals)
         constants = (None,) * (len(needs) - 2 - len(bent) - len(incoming))
         found = (None, None, *bent, *constants, *incoming)
@@ -275,7 +306,8 @@ class LayerBackward(torch.autograd.Function):
         count, tensor_count = len(CELLS[ctx.constants[0]].states), ctx.constants[7]
         bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count], (True,) * tensor_count)
         along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * count], *tangents[-2 * count :])
-        return tuple(a + b if a.shape == b.shape else a for a, b in zip(along, bent, strict=True))
+        pairs = zip(along, bent, strict=True)
+        return tuple(a if b is None or a.shape != b.shape else a + b for a, b in pairs)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -313,7 +345,8 @@ def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | 
         constants = (cell, backend, reverse, True, True, True, 1, tensor_count, saved_count)
         return LayerBackward.apply(*constants, *ctx.saved_tensors[: -2 * count], *dstates, *(None,) * count)
 
-    return second_order.bend(layer, states, dstates, dfinals, along, backward)
+    bent, pushed = second_order.bend(layer, states, dstates, dfinals, along, backward)
+    return [*bent], pushed
 
 
 def group_needs(needs: Sequence[bool], states: int) -> Needs:

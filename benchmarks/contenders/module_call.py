@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from benchmarks.cases import PASSES
 from benchmarks.contenders import Call
 from benchmarks.workload import Workload, torch_dtype
 
@@ -41,7 +42,7 @@ def build(namespace: Any, work: Workload) -> nn.Module:
     # In the case's dtype before the weights are loaded, or they would be rounded to float32 on their way to float64.
     module = module.to(device=work.device, dtype=torch_dtype(case.dtype))
     module.load_state_dict(work.weights)
-    return module.train(case.mode == "training")
+    return module.train(case.mode in PASSES)
 
 
 def inputs(work: Workload) -> Inputs:
@@ -52,10 +53,10 @@ def inputs(work: Workload) -> Inputs:
     if case.form == "packed":
         packed = pack_padded_sequence(x, work.lengths, enforce_sorted=False)
         dy = pack_padded_sequence(dy, work.lengths, enforce_sorted=False).data
-        leaf = packed.data.detach().requires_grad_(case.mode == "training")
+        leaf = packed.data.detach().requires_grad_(case.mode in PASSES)
         x = packed._replace(data=leaf)
     else:
-        x = leaf = x.requires_grad_(case.mode == "training")
+        x = leaf = x.requires_grad_(case.mode in PASSES)
     states = tuple(work.cast(state) for state in work.hx)
     return Inputs(
         x=x,
@@ -95,17 +96,26 @@ def call(
     """
     given = inputs(work)
     parameters = list(module.parameters())
-    training = work.case.mode == "training"
+    training = work.case.mode in PASSES
 
     def infer() -> Result:
         return forward(module, given)
 
+    def forget() -> None:
+        for tensor in (given.leaf, *parameters):
+            tensor.grad = None
+
     def train() -> Result:
-        given.leaf.grad = None
-        for parameter in parameters:
-            parameter.grad = None
+        forget()
         result = forward(module, given)
         result.output.backward(given.dy)
+        return result
+
+    def penalize() -> Result:
+        forget()
+        result = forward(module, given)
+        (gradient,) = torch.autograd.grad(result.output, given.leaf, given.dy, create_graph=True)
+        (gradient.norm(dim=-1) - 1).square().sum().backward(inputs=parameters)
         return result
 
     def read(result: Result) -> dict[str, Tensor]:
@@ -113,7 +123,7 @@ def call(
         if result.c_states is not None:
             tensors["every c"] = result.c_states
         if training:
-            tensors["grad x"] = given.leaf.grad
+            tensors |= {} if given.leaf.grad is None else {"grad x": given.leaf.grad}
             tensors |= gradients() if gradients else named_gradients(module)
         return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
 
@@ -125,7 +135,8 @@ def call(
             stack.enter_context(context())
             yield
 
-    return Call(train if training else infer, read, surroundings, note)
+    run = {"training": train, "penalty": penalize}.get(work.case.mode, infer)
+    return Call(run, read, surroundings, note)
 
 
 @contextmanager

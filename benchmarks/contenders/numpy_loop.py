@@ -17,6 +17,8 @@ DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
 def unsupported(case: Case) -> str | None:
+    if case.mode == "penalty":
+        return "the suite does not ask it for second derivatives"
     plain = case.layers == 1 and not case.bidirectional and case.bias and case.form in ("dense", "permuted")
     if case.cell != "rnn" or not plain:
         return "the notes' loop is one Elman layer in one direction over dense input"

@@ -50,9 +50,7 @@ class Symbol:
 
 
 Symbols = tuple[Symbol, ...]
-FUNCTIONS = {
-    name: (lambda *operands, name=name: Symbol(name, *operands)) for name in CHANGES if name.isidentifier()
-}
+FUNCTIONS = {name: (lambda *operands, name=name: Symbol(name, *operands)) for name in CHANGES if name.isidentifier()}
 
 
 def symbols(count: int) -> Symbols:

@@ -1,8 +1,8 @@
 """Who runs a layer: the contract of a backend, and the table of backends.
 
 A backend is two functions, `forward` and `backward`, over one recurrent layer in one or more directions. They are
-called below autograd, with detached tensors of one floating dtype on one device, already validated. Two more, `push` and
-`bend`, are for derivatives of a higher order; a backend may leave them out, and torch's operators do their work.
+called below autograd, with detached tensors of one floating dtype on one device, already validated. Two more, `push`
+and `bend`, are for derivatives beyond the gradient; a backend may leave them out, and torch's operators do their work.
 
 Dimensions: T steps, B batch rows, I input width, H hidden units, P width of the output state (H, or `proj_size`),
 G gates, D directions. Everything is time-major.
@@ -100,7 +100,7 @@ class Changes(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """The change of every state of a layer after every step, [*L, D, P or H], and of its final states [D, B, P or H]."""
+    """The change of every state after every step, [*L, D, P or H], and of the final states, [D, B, P or H]."""
 
     states: tuple[Tensor, ...]
     finals: tuple[Tensor, ...]
@@ -160,9 +160,7 @@ class SecondOrderBackend(Backend, Protocol):
     In both, `states` and `saved` are what `forward` left. The results share no memory with anything.
     """
 
-    def push(
-        self, layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes
-    ) -> Pushed:
+    def push(self, layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes) -> Pushed:
         """Return what the changes do to the states."""
 
     def bend(

@@ -42,14 +42,16 @@ class SecondCall(Call):
         self.pushed = tuple(room(x, *self.lead, size) for size in (shape.width, shape.hidden)[: len(states)])
         self.finals = tuple(torch.empty_like(initial) for initial in self.hx)
         found = dict(zip(("h", "extra"), self.pushed, strict=False))
-        found |= {name: room(x, *self.tensors[name].shape) for name in self.kept if name != "extra"}
+        found |= {name: room(x, *left[name].shape) for name in self.kept if name != "extra"}
         found |= zip(("h_final", "extra_final"), self.finals, strict=False)
         self.tensors |= {f"{name}_dot": tensor for name, tensor in found.items()}
 
     def change(self, name: str, change: Tensor | None, like: Tensor | None) -> None:
         """Take the change of a tensor that there is; None for no change."""
         if like is not None:
-            given = torch.zeros_like(like, memory_format=torch.contiguous_format) if change is None else change.contiguous()
+            given = (
+                torch.zeros_like(like, memory_format=torch.contiguous_format) if change is None else change.contiguous()
+            )
             self.tensors[f"{name}_dot"] = given
 
     def run_second(self, recipe: Recipe) -> Pushed:

@@ -66,7 +66,12 @@ def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
 def key(cell: Cell, chosen: Target) -> str:
     """A hash of the sources, the compiler and the processor."""
     here = Path(__file__).parent
-    files = {*here.glob("*.py"), here.parent / "bind.py", here.parent / "derive.py", Path(cell.forward.__code__.co_filename)}
+    files = {
+        *here.glob("*.py"),
+        here.parent / "bind.py",
+        here.parent / "derive.py",
+        Path(cell.forward.__code__.co_filename),
+    }
     files -= {here / name for name in NOT_COMPILED}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
     everything = f"{sources}\0{cell.name}\0{chosen}\0{processor()}\0{llvmlite.__version__}"

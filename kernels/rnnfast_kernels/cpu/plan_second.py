@@ -58,10 +58,9 @@ def bend(
     shape = replace(shape, workers=1)
     write_push(recipe, shape, kept, moves_x, moves_weights, biased)
     names = changed(shape)
-    panels, dot_panels = pack_backward(recipe, shape), [{}] * shape.directions
-    if moves_weights:
-        with recipe.renamed(names):
-            dot_panels = pack_backward(recipe, shape)
+    panels = pack_backward(recipe, shape)
+    with recipe.renamed(names):
+        dot_panels = pack_backward(recipe, shape) if moves_weights else [{}] * shape.directions
     work, dot_work = gradient_work(recipe, shape), gradient_work(recipe, shape)
     jobs, whole, dot_whole = [], [], []
     for d in range(shape.directions):
@@ -118,10 +117,9 @@ def write_push(
 ) -> None:
     """Add the recurrence of the changes."""
     names = changed(shape)
-    panels, dot_panels = pack_forward(recipe, shape, False), [{}] * shape.directions
-    if moves_weights:
-        with recipe.renamed(names):
-            dot_panels = pack_forward(recipe, shape, biased)
+    panels = pack_forward(recipe, shape, False)
+    with recipe.renamed(names):
+        dot_panels = pack_forward(recipe, shape, biased) if moves_weights else [{}] * shape.directions
     jobs = []
     for d in range(shape.directions):
         for first, last in pairwise(shape.cuts):

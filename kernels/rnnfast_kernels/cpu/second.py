@@ -1,8 +1,8 @@
 """The time loops of the second derivative: how a layer changes, and how its gradients do; generic over the cell.
 
-A layer's tensors change by given amounts. `layer_push` runs from the first step to the last and finds the changes of the
-states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_bend` runs back through
-time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
+A layer's tensors change by given amounts. `layer_push` runs from the first step to the last and finds the changes of
+the states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_bend` runs back
+through time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
 (Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both comes from `derive`.
 
 Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field
@@ -173,9 +173,7 @@ def bend_cell(job, at, order, step, row):
     for unit in range(0, job.hidden, LANES):
         dstate, saved, state, new_state = cell_operands(at, projected, order, step, row, unit)
         dstate_dot, saved_dot, state_dot, new_state_dot = cell_operands(job, projected, order, step, row, unit)
-        found, found_dot = cell_bend(
-            dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot
-        )
+        found, found_dot = cell_bend(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
         keep_gradients(at, projected, step, row, unit, found[0], found[1], found[2])
         keep_gradients(job, projected, step, row, unit, found_dot[0], found_dot[1], found_dot[2])
 
