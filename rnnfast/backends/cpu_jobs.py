@@ -91,7 +91,12 @@ def row_cuts(sizes: Tensor, batch: int, slices: int) -> tuple[int, ...]:
 
 
 class Call:
-    """A layer's tensors, contiguous where kernels want them so, by the names of their bases; and its `plan.Shape`."""
+    """A layer's tensors, contiguous where kernels want them so, by the names of their bases; and its `plan.Shape`.
+
+    derivatives: which kernels run it.
+    """
+
+    derivatives = 1
 
     def __init__(self, layer: Layer):
         x = layer.x
@@ -113,7 +118,7 @@ class Call:
         self.biased, self.projected = first.b_ih is not None, first.w_hr is not None
         self.shape = self.measure(layer)
         self.lead = (*x.shape[:-1], len(layer.reverse))
-        self.kernel = kernel(layer.cell, self.shape.dtype)
+        self.kernel = kernel(layer.cell, self.shape.dtype, self.derivatives)
 
     def measure(self, layer: Layer) -> plan.Shape:
         """Collect what a plan depends on."""

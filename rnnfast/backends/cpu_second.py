@@ -1,18 +1,20 @@
-"""Second derivatives as calls of the Numba kernels.
+"""Second derivatives as calls of the Numba kernels, which know float32 and float64; halves are converted.
 
 The names are those of the fields and bases in `rnnfast_kernels.cpu.plan_second`.
 """
 
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from rnnfast_kernels.cpu import plan_second
-from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.recipe import Recipe
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
-from rnnfast.backends.cpu_jobs import NO_WEIGHTS, Call, empty_weights, room, weight_names
+from rnnfast.backends.cpu_jobs import NO_WEIGHTS, WIDER, Call, empty_weights, room, weight_names
 
 
 class SecondCall(Call):
@@ -20,6 +22,8 @@ class SecondCall(Call):
 
     moves_x, moves_weights: whether x changes, and whether the weights do. kept: names of what forward left beside h.
     """
+
+    derivatives = 2
 
     def __init__(self, layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes):
         super().__init__(layer)
@@ -55,14 +59,27 @@ class SecondCall(Call):
             self.tensors[f"{name}_dot"] = given
 
     def run_second(self, recipe: Recipe) -> Pushed:
-        """Run a recipe."""
-        scratch = room(self.x, recipe.scratch, dtype=torch.uint8)
-        code = kernel(self.shape.cell, self.shape.dtype, 2)
-        recipe.call(code, scratch.data_ptr(), recipe.addresses(self.tensors))
+        """Run a recipe over all of them."""
+        self.run(recipe, {})
         return Pushed(self.pushed, self.finals)
 
 
+def in_dtype(tensors: Any, dtype: torch.dtype) -> Any:
+    """Convert all tensors of a structure."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype), tensors)
+
+
+def convert(layer: Layer, dtype: torch.dtype) -> Layer:
+    """Return the layer with its tensors in `dtype`."""
+    x, hx, weights = in_dtype((layer.x, layer.hx, layer.weights), dtype)
+    return replace(layer, x=x, hx=hx, weights=weights)
+
+
 def run_push(layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes) -> Pushed:
+    dtype = layer.x.dtype
+    if dtype in WIDER:
+        wider = WIDER[dtype]
+        return in_dtype(run_push(convert(layer, wider), *in_dtype((states, saved, changes), wider)), dtype)
     call = SecondCall(layer, states, saved, changes)
     return call.run_second(plan_second.push(call.shape, call.kept, call.moves_x, call.moves_weights, call.biased))
 
@@ -76,6 +93,11 @@ def run_bend(
     changes: Changes,
     needs: Needs,
 ) -> tuple[Gradients, Pushed]:
+    dtype = layer.x.dtype
+    if dtype in WIDER:
+        wider = WIDER[dtype]
+        given = in_dtype((states, saved, dstates, dfinals, changes, needs), wider)
+        return in_dtype(run_bend(convert(layer, wider), *given), dtype)
     call = SecondCall(layer, states, saved, changes)
     incoming = zip(("dh", "dextra"), dstates, strict=False), zip(("dh_final", "dextra_final"), dfinals, strict=False)
     given = {name: gradient.contiguous() for name, gradient in chain(*incoming) if gradient is not None}

@@ -80,7 +80,7 @@ def bend(
             fields |= {"around": recipe.record(loops.LAYER, **around)}
             fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
             with recipe.renamed(names):
-                jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 1))
+                jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 0, 1))
     loop_phase(recipe, tasks.BEND, jobs)
     if need_x:
         input_gradient(recipe, shape, dot_work)
@@ -134,5 +134,5 @@ def write_push(
             fields |= {"u_work": recipe.buffer(rows * u_row), "u_row": u_row, "chunk": chunk}
             fields |= {"around": recipe.record(loops.LAYER, **where | panels[d])}
             with recipe.renamed(names):
-                jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, 1))
+                jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, 0, 1))
     loop_phase(recipe, tasks.PUSH, jobs)

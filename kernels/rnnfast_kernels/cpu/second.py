@@ -7,7 +7,8 @@ through time with the gradients and with their changes, side by side; it is the 
 
 Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field
 `around` is the first. The change of a product has two terms, `at`'s panels by the changes and `job`'s by the values;
-what does not change is absent from `job`. Panels of `at` have no bias, those of `job` the bias' change.
+what does not change is absent from `job`. Panels of `at` have no bias, those of `job` the bias' change. All tensors are
+of the dtype computed in.
 """
 
 # ruff: noqa: F821
