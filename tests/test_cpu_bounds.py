@@ -34,7 +34,7 @@ def at_the_end(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_at_the_end(cell: str, dtype: torch.dtype) -> None:
-    """Train and infer with every tensor at the end of its pages."""
+    """Train, differentiate twice and infer with every tensor at the end of its pages."""
     for steps, batch, inputs, hidden, directions in SIZES:
         module = MODULES[cell](inputs, hidden, bidirectional=directions == 2, dtype=dtype)
         for parameter in module.parameters():
@@ -43,7 +43,10 @@ def run_at_the_end(cell: str, dtype: torch.dtype) -> None:
         x, *hx = (at_the_end(torch.randn(shape, dtype=dtype)).requires_grad_() for shape in shapes)
         states = tuple(hx) if cell == "lstm" else hx[0]
         output, _ = module(x, states)
-        torch.autograd.backward(output, at_the_end(torch.randn_like(output)))
+        leaves = (x, *hx, *module.parameters())
+        gradients = torch.autograd.grad(output, leaves, at_the_end(torch.randn_like(output)), create_graph=True)
+        changes = [at_the_end(torch.randn_like(gradient)) for gradient in gradients]
+        torch.autograd.grad(gradients, leaves, changes)
         with torch.no_grad():
             for _ in range(3):
                 module(x, states)

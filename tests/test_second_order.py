@@ -8,7 +8,7 @@ from rnnfast_kernels import cells as table
 from rnnfast_kernels import derive
 from rnnfast_kernels.bind import bind
 from torch.autograd import forward_ad
-from torch.func import jvp
+from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
@@ -51,7 +51,7 @@ def make(cell, options, sizes=(5, 4, 3, 17), dtype=torch.float64):
         state = rest[: len(hx)] if len(hx) > 1 else rest[0]
         given = PackedSequence(x, torch.tensor([4, 3, 3, 1, 1], device="cpu")) if "packed" in options else x
         functional = dict(zip(names, rest[len(hx) :], strict=True))
-        results = torch.func.functional_call(layer, functional, (given, state), {**at_call, "all_states": True})
+        results = functional_call(layer, functional, (given, state), {**at_call, "all_states": True})
         output, finals, states = results
         found = (output, *as_tuple(finals), *states)
         return tuple(each.data if isinstance(each, PackedSequence) else each for each in found)
@@ -153,6 +153,31 @@ def test_gradients_of_any_strides(cell, backend):
         assert_all_close(second(x, *rest), got, 1e-11)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["inputs of their own", "one input"])
+@pytest.mark.parametrize("cell", ["lstm_proj", "gru"])
+def test_second_derivatives_of_an_ensemble(cell, own, backend):
+    members = [pair(cell, 3, 7, bidirectional=own, **F64)[1] for _ in range(3)]
+    weights, _ = stack_module_state(members)
+    tensors = (torch.randn(*[3] * own, 5, 4, 3, **F64, requires_grad=True), *weights.values())
+
+    def function(x, *rest):
+        def member(weights, x):
+            return functional_call(members[0], weights, (x,))[0]
+
+        return (vmap(member, (0, 0 if own else None))(dict(zip(weights, rest, strict=True)), x),)
+
+    got = penalty(function, tensors, tensors)
+    with use_backend("reference"):
+        assert_all_close(penalty(function, tensors, tensors), got, 1e-11)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (4, 0)])
+def test_second_derivatives_of_nothing(steps, batch, backend):
+    function, tensors = make("lstm", {}, (steps, batch, 3, 5))
+    got = penalty(function, tensors, tensors[:1])
+    assert not any(gradient.any() for gradient in got.values())
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @options
 def test_second_derivatives_have_the_same_bits_on_any_number_of_threads(options, threads, backend):
@@ -210,7 +235,7 @@ def test_forward_mode_runs_in_kernels_where_nobody_differentiates_it(calls):
     frozen = {name: p.detach() for name, p in layer.named_parameters()}
 
     def output(x):
-        return torch.func.functional_call(layer, frozen, (x,))[0]
+        return functional_call(layer, frozen, (x,))[0]
 
     _, expected = jvp(output, (x,), (dx,))
     with torch.no_grad(), forward_ad.dual_level():
