@@ -71,7 +71,7 @@ def test_the_grid_follows_its_seed_and_limits():
 
 BAD_INPUT = [
     (["--cell", "lsmt"], "rnn, lstm, gru"),
-    (["--mode", "backward"], "inference, training, step"),
+    (["--mode", "backward"], "inference, training, penalty, step"),
     (["--peer", "cudnn"], "onnxruntime"),
     (["--backend", "cuda"], "auto, triton, numba, reference, torch"),
     (["--device", "tpu"], "cpu, cuda"),
