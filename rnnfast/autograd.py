@@ -134,6 +134,8 @@ def forward_nesting() -> int:
 
 def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
     """Call an operator below autograd: through torch's dispatcher, unless nothing would happen there."""
+    if torch.compiler.is_dynamo_compiling():
+        return getattr(torch.ops.rnnfast, name)(*args)
     if is_plain(tensors):
         return getattr(ops, name)(*args)
     with below_autograd():
@@ -205,6 +207,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.save_for_forward(*inputs[4:], *states, *saved)
 
     @staticmethod
+    @batching.takes_batched_gradients
     def backward(ctx, *grads):
         count = ctx.spec.states
         if all(g is None for g in grads):
@@ -293,6 +296,7 @@ class LayerBackward(torch.autograd.Function):
         ctx.save_for_forward(*inputs[9:])
 
     @staticmethod
+    @batching.takes_batched_gradients
     def backward(ctx, *grads):
         needs = asked_for(ctx)[9:]
         bent, pushed = bend_gradients(ctx, grads, needs[2 : 2 + ctx.constants[7]])

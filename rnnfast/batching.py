@@ -8,14 +8,49 @@ becomes number n * D + d, again one call, on backends that take ensembles. On ot
 an ensemble shares, they run one after another.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnfast.backends.choice import load
+
+
+def takes_batched_gradients(backward: Callable) -> Callable:
+    """Let a Function's `backward` take what `torch.autograd.grad(..., is_grads_batched=True)` hands it.
+
+    Those tensors belong to an older kind of vmap, which knows no rules for operators like ours: they are handed on as
+    those of `torch.func.vmap`.
+    """
+
+    @wraps(backward)
+    def mapped(ctx, *grads):
+        if torch.compiler.is_dynamo_compiling():
+            return backward(ctx, *grads)
+        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        if not any(grad is not None and is_batched(grad) for grad in grads):
+            return backward(ctx, *grads)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        found: list[int] = []
+
+        def those_that_there_are(*grads):
+            results = backward(ctx, *grads)
+            found[:] = [n for n, result in enumerate(results) if result is not None]
+            return tuple(results[n] for n in found)
+
+        dims = tuple(None if grad is None or not is_batched(grad) else 0 for grad in grads)
+        members = [
+            grad if dim is None else torch._remove_batch_dim(grad, level, 0, 0)
+            for grad, dim in zip(grads, dims, strict=True)
+        ]
+        results = torch.func.vmap(those_that_there_are, dims)(*members)
+        batched = {n: torch._add_batch_dim(result, 0, level) for n, result in zip(found, results, strict=True)}
+        return tuple(batched.get(n) for n in range(len(ctx.needs_input_grad)))
+
+    return mapped
 
 
 def fold(tensor: Tensor | None, dim: int | None, size: int, at: int) -> Tensor | None:

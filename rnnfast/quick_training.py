@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import autograd
+from rnnfast.batching import takes_batched_gradients
 from rnnfast.stacking import through_layers
 
 
@@ -43,12 +44,18 @@ class QuickLayer(torch.autograd.Function):
         return output, *finals
 
     @staticmethod
+    @takes_batched_gradients
     def backward(ctx, *grads):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         layer, saved = ctx.layer, ctx.saved_tensors
-        if torch.is_grad_enabled() or not autograd.is_plain((*saved, *given)) or not layer.fits(saved):
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or torch.is_grad_enabled()
+            or not autograd.is_plain((*saved, *given))
+            or not layer.fits(saved)
+        ):
             return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
         return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import assert_close
 from conftest import INTERPRETED
 from layers import CELLS, pair, random_hx, run
 from torch.autograd import gradcheck, gradgradcheck
@@ -146,3 +147,34 @@ def test_bytes_saved_for_backward(cell, units, backend):
     x = torch.randn(200, 8, 64, requires_grad=True)
     one = 200 * 8 * 64 * 4
     assert saved_bytes(ours, x) <= (units + 0.1) * one
+
+
+@cells
+@pytest.mark.parametrize("calls", [1, 3])
+def test_batches_of_gradients_at_once(cell, calls, backend):
+    """In a first call, and in one that may have been prepared."""
+    _, layer = pair(cell, 3, 9, bidirectional=True, **F64)
+    x = torch.randn(4, 2, 3, **F64, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    for _ in range(calls):
+        output, _ = layer(x)
+    grads = torch.randn(6, *output.shape, **F64)
+    got = torch.autograd.grad(output, wanted, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(output, wanted, grad, retain_graph=True) for grad in grads]
+    for name, stacked, parts in zip(
+        ("x", *dict(layer.named_parameters())), got, zip(*one_by_one, strict=True), strict=True
+    ):
+        assert_close(name, torch.stack(parts), stacked)
+
+
+@cells
+def test_vectorized_hessian(cell, backend):
+    _, layer = pair(cell, 2, 6, **F64)
+    x = torch.randn(3, 2, 2, **F64)
+
+    def loss(weight):
+        return torch.func.functional_call(layer, {"weight_hh_l0": weight}, (x,))[0].square().sum()
+
+    weight = layer.weight_hh_l0.detach()
+    expected, got = (torch.autograd.functional.hessian(loss, weight, vectorize=each) for each in (False, True))
+    assert_close("hessian", expected, got)

@@ -212,3 +212,20 @@ def test_opcheck_passes_for_every_operator(cell, ragged, members, backend):
     opcheck(
         torch.ops.rnnfast.layer_backward.default, (*constants, True, True, True, 1, *given, states, saved, *incoming)
     )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiled_autograd(cell, calls, backend):
+    """The backward pass compiled too: of a first call, and of one that may have been prepared."""
+    _, layer = pair(cell, 3, 5)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    for _ in range(calls):
+        layer(x)
+    wanted = {"x": x, **dict(layer.named_parameters())}
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), list(wanted.values()))
+    output, _ = layer(x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        output.square().sum().backward()
+    assert_all_close(dict(zip(wanted, expected, strict=True)), {name: each.grad for name, each in wanted.items()})
