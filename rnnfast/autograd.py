@@ -166,6 +166,11 @@ def is_last(tensors: Sequence[Tensor | None]) -> bool:
     return is_concrete(present) and not pushing
 
 
+def goes_on() -> bool:
+    """Say whether what a backward pass computes may be differentiated again."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def asked_for(ctx) -> tuple[bool, ...]:
     """Take from `ctx.needs_input_grad` what the backward pass under way has no use for.
 
@@ -214,7 +219,7 @@ class LayerFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         # The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it
         # and cannot follow one there.
-        again = torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+        again = goes_on()
         function = partial(apply, LayerBackward) if again else LayerBackward.forward
         needs = (asked_for(ctx) if again else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)

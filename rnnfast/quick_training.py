@@ -50,12 +50,10 @@ class QuickLayer(torch.autograd.Function):
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         layer, saved = ctx.layer, ctx.saved_tensors
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or torch.is_grad_enabled()
-            or not autograd.is_plain((*saved, *given))
-            or not layer.fits(saved)
-        ):
+        if autograd.goes_on():
+            return None, *by_operators(layer, saved, grads, autograd.asked_for(ctx)[1:])
+        tracing = torch.compiler.is_dynamo_compiling()
+        if tracing or not autograd.is_plain((*saved, *given)) or not layer.fits(saved):
             return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
         return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
 

@@ -373,5 +373,5 @@ def layer_backward(address):
                 for state in range(EXTRA):
                     clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
     meet(job, job.steps + 2)
-    if job.first_block == 0:
+    if job.first_block == 0 and job.dh_first:
         end_gradients(job, h_stride, extra_stride)
