@@ -171,6 +171,15 @@ def goes_on() -> bool:
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
+def backward_function() -> Callable[..., tuple[Tensor, ...]]:
+    """Return what computes a layer's gradients.
+
+    The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it and
+    cannot follow one there.
+    """
+    return partial(apply, LayerBackward) if goes_on() else LayerBackward.forward
+
+
 def asked_for(ctx) -> tuple[bool, ...]:
     """Take from `ctx.needs_input_grad` what the backward pass under way has no use for.
 
@@ -217,13 +226,9 @@ class LayerFunction(torch.autograd.Function):
         count = ctx.spec.states
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        # The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it
-        # and cannot follow one there.
-        again = goes_on()
-        function = partial(apply, LayerBackward) if again else LayerBackward.forward
-        needs = (asked_for(ctx) if again else ctx.needs_input_grad)[6:]
+        needs = (asked_for(ctx) if goes_on() else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)
-        results = function(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
+        results = backward_function()(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     @staticmethod

@@ -72,8 +72,8 @@ def by_operators(
     hx = tensors[:given] or [x.new_zeros(size) for size in sizes.finals]
     inputs = (x, *hx, *tensors[given:])
     h, dh = (each if each is None else each.unflatten(-1, (sizes.directions, -1)) for each in (output, grads[0]))
-    results = autograd.apply(
-        autograd.LayerBackward,
+    function = autograd.backward_function()
+    results = function(
         sizes.cell, "numba", (False, True)[: sizes.directions], *layer.needs(wanted), 1,
         len(inputs), len(kept) - len(hx) + 1,
         None, None, *inputs, h, *kept, dh, *(None,) * (len(hx) - 1), *grads[1:],
