@@ -174,10 +174,7 @@ def test_second_derivatives_of_an_ensemble(cell, own, backend):
 @pytest.mark.parametrize(("steps", "batch"), [(0, 3), (4, 0)])
 def test_second_derivatives_of_nothing(steps, batch, backend):
     function, tensors = make("lstm", {}, (steps, batch, 3, 5))
-    for first in (tensors, tensors[:1]):
-        got = penalty(function, tensors, first)
-        with use_backend("reference"):
-            assert_all_close(penalty(function, tensors, first), got)
+    assert not any(gradient.any() for gradient in penalty(function, tensors, tensors[:1]).values())
 
 
 @pytest.mark.parametrize("threads", [2, 3])
