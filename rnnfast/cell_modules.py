@@ -1,11 +1,13 @@
 """`RNNCell`, `LSTMCell` and `GRUCell`: one time step, as drop-in replacements for the modules in `torch.nn`.
 
 They are torch's modules with another `forward`: a step is a layer over a sequence of one step, on the same kernels.
+Where the choice of a backend falls on torch, it is torch's own step.
 """
 
 import torch
 from torch import Tensor, nn
 
+from rnnfast.backends.choice import steps_by_torch
 from rnnfast.functional import Options, recurrent, single
 
 
@@ -15,8 +17,15 @@ class Cell(nn.RNNCellBase):
     # The number of state tensors, and what torch calls each of them.
     states: tuple[str, ...] = ("hidden",)
 
-    def step(self, cell: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Take one step of the cell that has this name: input [B, I] or [I], states [B, H] or [H], zero if None."""
+    # The cell's name in the table of equations.
+    equations: str
+
+    def is_for_torch(self, input: Tensor) -> bool:
+        """Say whether torch is to take the step."""
+        return steps_by_torch(self.equations, input.device, input.dtype)
+
+    def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Take one step: input [B, I] or [I], states [B, H] or [H], zero if None."""
         self.check_dims(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
@@ -26,7 +35,7 @@ class Cell(nn.RNNCellBase):
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         present = [w for w in weights if w is not None]
         initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
-        _, finals = recurrent(Options(cell), x.unsqueeze(0), present, initial)
+        _, finals = recurrent(Options(self.equations), x.unsqueeze(0), present, initial)
         finals = finals if isinstance(finals, tuple) else (finals,)
         return tuple([state.squeeze(0) if batched else state[0, 0] for state in finals])
 
@@ -56,6 +65,11 @@ class Cell(nn.RNNCellBase):
 class RNNCell(Cell, nn.RNNCell):
     """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell."""
 
+    @property
+    def equations(self) -> str:  # type: ignore[override]
+        """Return the name that goes with the nonlinearity."""
+        return f"rnn_{self.nonlinearity}"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
 
@@ -64,12 +78,15 @@ class RNNCell(Cell, nn.RNNCell):
         """
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self.step(f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
+        if self.is_for_torch(input):
+            return super().forward(input, hx)
+        return self.step(input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(Cell, nn.LSTMCell):
     """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell."""
 
+    equations = "lstm"
     states = ("hx[0]", "hx[1]")
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -78,12 +95,16 @@ class LSTMCell(Cell, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        h, c = self.step("lstm", input, None if hx is None else (hx[0], hx[1]))
+        if self.is_for_torch(input):
+            return super().forward(input, hx)
+        h, c = self.step(input, None if hx is None else (hx[0], hx[1]))
         return h, c
 
 
 class GRUCell(Cell, nn.GRUCell):
     """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell."""
+
+    equations = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
@@ -91,4 +112,6 @@ class GRUCell(Cell, nn.GRUCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        return self.step("gru", input, None if hx is None else (hx,))[0]
+        if self.is_for_torch(input):
+            return super().forward(input, hx)
+        return self.step(input, None if hx is None else (hx,))[0]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.backends.choice import BACKENDS, Choice, choose, load, setting, unsupported
+from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
+from rnnfast.cell_modules import Cell
 from rnnfast.modules import Recurrent
 
 
@@ -26,7 +27,7 @@ class Explanation:
 
 
 def explain(
-    module: Recurrent, input: Tensor | PackedSequence, *, resets: Tensor | None = None, all_states: bool = False
+    module: Recurrent | Cell, input: Tensor | PackedSequence, *, resets: Tensor | None = None, all_states: bool = False
 ) -> Explanation:
     """Say which backend and kernel would run `module(input, ...)` here and now, and why. Runs nothing.
 
@@ -34,21 +35,25 @@ def explain(
         TypeError: `module` is not one of rnnfast's.
         RuntimeError: the backend asked for by name cannot run the case.
     """
-    if not isinstance(module, Recurrent):
-        raise TypeError(f"explain: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    cell = module.options().cell
-    choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
-    return Explanation(choice.backend, kernel_of(choice, cell, module, data), choice.reason)
+    if isinstance(module, Cell):
+        cell, projection = module.equations, 0
+        choice = choose_step(cell, data.device, data.dtype)
+    elif isinstance(module, Recurrent):
+        cell, projection = module.options().cell, module.proj_size
+        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+    else:
+        raise TypeError(f"explain: expected an rnnfast RNN, LSTM, GRU or a cell of them, got {type(module).__name__}")
+    return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
 
 
-def kernel_of(choice: Choice, cell: str, module: Recurrent, data: Tensor) -> str:
+def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:
     """Name what a backend launches."""
     if choice.backend == "torch":
         return f"torch.{cell}"
     if choice.backend == "reference":
         return f"plain loop over {cell}"
-    return load(choice.backend).describe(cell, module.hidden_size, module.proj_size, data.device, data.dtype)
+    return load(choice.backend).describe(cell, hidden, projection, data.device, data.dtype)
 
 
 def environment() -> str:

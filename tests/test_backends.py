@@ -117,7 +117,7 @@ def test_explain_names_backend_kernel_and_reason():
         explanation = rnnfast.explain(layer, x)
     assert explanation.backend == "numba"
     assert "lstm" in explanation.kernel
-    with pytest.raises(TypeError, match="expected an rnnfast RNN, LSTM or GRU, got Linear"):
+    with pytest.raises(TypeError, match="expected an rnnfast RNN, LSTM, GRU or a cell of them, got Linear"):
         rnnfast.explain(torch.nn.Linear(3, 5), x)
 
 

@@ -71,3 +71,27 @@ def test_cells_compile_in_one_graph(name, backend):
     torch._dynamo.reset()
     x = torch.randn(4, 3)
     torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x), cell(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_takes_the_steps_that_it_is_asked_for(name):
+    theirs, ours = (getattr(module, name)(3, 5) for module in (nn, rnnfast))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3)
+    with rnnfast.use_backend("torch"):
+        assert rnnfast.explain(ours, x).backend == "torch"
+        for expected, got in zip(as_tuple(theirs(x)), as_tuple(ours(x)), strict=True):
+            assert torch.equal(expected, got)
+            assert type(expected.grad_fn) is type(got.grad_fn)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_auto_leaves_what_torch_does_faster_to_torch(nonlinearity):
+    cell, x = rnnfast.RNNCell(3, 5, nonlinearity=nonlinearity), torch.randn(4, 3)
+    with rnnfast.use_backend("auto"):
+        assert rnnfast.explain(cell, x).backend == "torch"
+        assert "faster" in rnnfast.explain(cell, x).reason
+        assert type(cell(x).grad_fn) is type(nn.RNNCell(3, 5, nonlinearity=nonlinearity)(x).grad_fn)
+        assert rnnfast.explain(rnnfast.GRUCell(3, 5), x).backend == "numba"
+    with rnnfast.use_backend("numba"):
+        assert rnnfast.explain(cell, x).backend == "numba"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("auto", "triton", "numba", "reference", "torch")
+# Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
+QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
 MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
 
 
@@ -90,6 +92,21 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool
     if problem is not None:
         raise RuntimeError(f"the {asked!r} backend cannot run this: {problem}")
     return Choice(asked, "asked for by name")
+
+
+def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Choose the backend of one call of a cell module, a single step."""
+    if setting() == "auto" and device.type == "cpu" and cell in QUICKER_BY_TORCH:
+        return Choice("torch", "for a single step of this cell torch's operator is faster")
+    return choose(cell, device, dtype, False)
+
+
+def steps_by_torch(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether `choose_step` chooses torch. A compiled graph keeps the answer it was traced with."""
+    return choose_step(cell, device, dtype).backend == "torch"
+
+
+steps_by_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
