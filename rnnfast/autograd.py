@@ -158,7 +158,9 @@ def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def is_last(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether nobody can differentiate what is now computed from these, so that it may be opaque."""
+    """Say whether nobody can differentiate or trace what is now computed from these, so that it may be opaque."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
     present = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return False
@@ -185,7 +187,7 @@ def asked_for(ctx) -> tuple[bool, ...]:
 
     That is worth much to `torch.autograd.grad(y, x, create_graph=True)`, which wants no gradients of the weights.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return ctx.needs_input_grad
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return tuple(need and will_run(next(nodes)) for need in ctx.needs_input_grad)
