@@ -4,6 +4,8 @@ import atexit
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -14,6 +16,30 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rnnfast-inducto
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# Kernels in about the order in which tests want them; those of second derivatives are marked by a 2.
+COMPILE_ALL = """
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.compiled import kernel
+for dtype, order in (("float32", 1), ("bfloat16", 1), ("float64", 1), ("float64", 2), ("float16", 1), ("float32", 2)):
+    for cell in CELLS:
+        kernel(cell, dtype, order)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled_beside_the_first_tests():
+    """Without machine code from an earlier run, compiling takes minutes: let another core do that meanwhile."""
+    if backends_under_test() != ["numba"]:
+        yield
+        return
+    compiler = subprocess.Popen(
+        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    yield
+    compiler.kill()
+    compiler.wait()
 
 
 def backends_under_test() -> list[str]:
