@@ -51,6 +51,16 @@ def train(model: nn.Module, batches, device: torch.device, rate: float = 1e-3) -
     return losses
 
 
+def leave() -> None:
+    """End this process's part in the group, once nothing of DistributedDataParallel is left that holds it.
+
+    gloo's thread may still be letting go of the last gradients. It needs Python's lock for that, and the process would
+    hang or abort where the group is torn down with the lock held, or after Python's end. Hence the barrier, too.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """Train for some batches and print the loss."""
     parser = argparse.ArgumentParser(description="Train the language model on several processes.")
@@ -64,11 +74,11 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
     corpus = Corpus()
-    model = spread(LanguageModel(rnnfast.LSTM, len(corpus.characters)), device, options.shard)
-    losses = train(model, corpus.batches(options.batches), device)
+    model = LanguageModel(rnnfast.LSTM, len(corpus.characters))
+    losses = train(spread(model, device, options.shard), corpus.batches(options.batches), device)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import rnnfast
-from examples.distributed import spread, train
+from examples.distributed import leave, spread, train
 from examples.language_model import LanguageModel
 
 LAYERS = {"LSTM": rnnfast.LSTM, "GRU": rnnfast.GRU}
@@ -25,18 +25,19 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): p.detach().cpu() for name, p in full.items()}
 
 
+def trained(name: str, shard: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return the losses and the parameters after them; nothing stays that holds the group."""
+    model, batches = model_and_batches(name)
+    model = spread(model, torch.device("cpu"), shard)
+    return train(model, batches, torch.device("cpu")), whole(model)
+
+
 def main(path: str) -> None:
     dist.init_process_group("gloo")
-    results = {}
-    for name in LAYERS:
-        for shard in (False, True):
-            model, batches = model_and_batches(name)
-            model = spread(model, torch.device("cpu"), shard)
-            losses = train(model, batches, torch.device("cpu"))
-            results[name, shard] = losses, whole(model)
+    results = {(name, shard): trained(name, shard) for name in LAYERS for shard in (False, True)}
     if dist.get_rank() == 0:
         torch.save(results, path)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
