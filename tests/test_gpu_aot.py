@@ -68,3 +68,11 @@ def test_the_command_names_its_targets():
         [sys.executable, "-m", "rnnfast_kernels.gpu.aot", "--help"], capture_output=True, text=True, check=True
     )
     assert all(target in result.stdout for target in aot.TARGETS)
+
+
+@pytest.mark.timeout(900)
+def test_the_representative_set_compiles():
+    """Every cell and precision, forward and backward, rows of one length and of several, for one target."""
+    command = [sys.executable, "-m", "rnnfast_kernels.gpu.aot", "--quick", "--target", "sm_90", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -137,8 +137,7 @@ def backward_loop(
     span = rows_of_step(p, 0, reverse, T, B)
     next_span = rows_of_step(p, 1, reverse, T, B)
     after_next = rows_of_step(p, 2, reverse, T, B)
-    joined = 0 if RAGGED else None
-    step = load_step(p, span, next_span, joined, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    step = load_step(p, span, next_span, 0 if RAGGED else None, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
     dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
     if RAGGED:
         # Rows begin with their own last step; those that never run end as they would begin.
@@ -147,9 +146,23 @@ def backward_loop(
         dstate = clear((b < B)[:, None], dstate, STATES)
 
     for k in range(T):
-        joined = span[1] if RAGGED else None
         next_step = load_step(
-            p, next_span, after_next, joined, k + 1, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H
+            p,
+            next_span,
+            after_next,
+            span[1] if RAGGED else None,
+            k + 1,
+            reverse,
+            b,
+            n,
+            d,
+            T,
+            B,
+            D,
+            GATES,
+            SAVED,
+            STATES,
+            H,
         )
         third_span = rows_of_step(p, k + 3, reverse, T, B)
         if p.resets is not None:
