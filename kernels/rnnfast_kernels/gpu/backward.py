@@ -14,7 +14,7 @@ from rnnfast_kernels.gpu.tiles import (
     add_product,
     clear,
     exchange_tile,
-    finish_product,
+    finish_products,
     load_gates,
     load_operand,
     load_operands,
@@ -102,6 +102,7 @@ def backward_loop(
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
     H: tl.constexpr,
+    ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,8 +128,8 @@ def backward_loop(
     reverse = ((reversals >> d) & 1) == 0
     whole = (d * B, B)
 
-    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
-    weights = load_weights(p_w, n, H, 1, GATES, KEPT, H, SPLIT, BLOCK_K)
+    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
+    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
     if not RESIDENT:
         tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
         counter = p.counters + group * COUNTER_STRIDE
@@ -206,9 +207,9 @@ def backward_loop(
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
                 for g in tl.static_range(GATES):
                     a = load_operand(p_slot + g * WIDTH, j, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
-                    w = load_weight(p_w + g * H * H, n, j, H, 1, H, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
                     dh = add_product(a, w, dh, PRECISION)
-        dentering = (direct[0] + finish_product(dh, SPLIT),)
+        dentering = (direct[0] + finish_products((dh,), 1, BLOCK_B, BLOCK_N, SPLIT)[0],)
         for s in tl.static_range(1, STATES):
             dentering = dentering + (direct[s],)
         dstate = dentering

@@ -13,10 +13,11 @@ import triton.language as tl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
+    add,
     add_product,
     clear,
     exchange_tile,
-    finish_product,
+    finish_products,
     load_gates,
     load_operand,
     load_operands,
@@ -47,6 +48,7 @@ def forward_loop(
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
     H: tl.constexpr,
+    ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,8 +72,8 @@ def forward_loop(
     reverse = ((reversals >> d) & 1) != 0
     whole = (d * B, B)
 
-    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * H)
-    weights = load_weights(p_w, n, 1, H, GATES, KEPT, H, SPLIT, BLOCK_K)
+    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
+    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
     bias = ()
     for g in tl.static_range(GATES):
         if p.b_hh is None:
@@ -111,7 +113,7 @@ def forward_loop(
                 h_j = load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 sums = ()
                 for g in tl.static_range(GATES):
-                    w = load_weight(p_w + g * H * H, n, j, 1, H, H, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
                     sums = sums + (add_product(h_j, w, products[g], PRECISION),)
                 products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
@@ -119,9 +121,7 @@ def forward_loop(
         after_next = rows_of_step(p, k + 2, reverse, T, B)
         if p.resets is not None:
             next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
-        u = ()
-        for g in tl.static_range(GATES):
-            u = u + (finish_product(products[g], SPLIT) + bias[g],)
+        u = add(finish_products(products, GATES, BLOCK_B, BLOCK_N, SPLIT), bias, GATES)
         new_state, saved = CELL(widen(x, GATES, tl.float32), u, state)
         if p.rows is not None:
             new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)

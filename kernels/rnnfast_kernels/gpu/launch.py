@@ -69,6 +69,7 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         saved_tiles(cell, save),
         len(row.states),
         H,
+        plan.row,
         plan.precision,
         plan.block_b,
         plan.block_n,

@@ -47,6 +47,11 @@ class Problem:
     def itemsize(self) -> int:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
+    @property
+    def row(self) -> int:
+        """Entries of a row of weights whose beginning is aligned to 16 bytes, the widest access."""
+        return cdiv(self.H * self.itemsize, 16) * 16 // self.itemsize
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,8 +61,8 @@ class Plan:
     over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
     operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
     - 1 of them on their way at a time. `members` programs share one recurrence; `programs` is the whole grid of a
-    resident or cooperative loop. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
-    take.
+    resident or cooperative loop. A row of weights is `row` entries long. `shared` is what a program takes at most;
+    `registers`, unless 0, is what a thread may take.
     """
 
     loop: str
@@ -73,6 +78,7 @@ class Plan:
     eager: bool = True
     members: int = 1
     programs: int = 0
+    row: int = 0
     shared: int = 0
     registers: int = 0
 
@@ -109,7 +115,7 @@ RATES = {
 
 # Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
 # forward, whose gates have a sum each, spill.
-CHUNK_SIZES = {"half": (128, 64, 32, 16), "tf32": (32, 16), "ieee": (64, 32), "ieee forward": (32,)}
+CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee forward": (32,)}
 
 
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
@@ -150,6 +156,7 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
         chunks=1,
         kept=1,
         programs=cdiv(problem.B, block_b) * problem.D,
+        row=problem.row,
         shared=weights + operand,
         registers=registers(problem.device, warps),
     )
@@ -209,6 +216,7 @@ def cooperative(
         eager=eager,
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
+        row=problem.row,
         shared=used,
         registers=registers(problem.device, warps),
     )
@@ -262,17 +270,13 @@ def chunk_sizes(problem: Problem) -> tuple[int, ...]:
 def reads_well(problem: Problem, plan: Plan) -> bool:
     """Whether a thread has the registers for what a step reads.
 
-    Unaligned rows of weights take one per element: once, but not in every step. An operand that is read chunk by chunk
-    has all chunks that the compiler cares to read ahead: fewer fit beside the sums of all gates, forward, or beside the
-    gates and states of a large tile, backward.
+    An operand that is read chunk by chunk has all chunks that the compiler cares to read ahead: fewer fit beside the
+    sums of all gates, forward, or beside the gates and states of a large tile, backward.
     """
     threads = problem.device.warp * plan.warps
-    aligned = problem.H * problem.itemsize % 16 == 0
-    if plan.kept < plan.chunks and not aligned:
-        return False
     chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / threads
     roomy = problem.backward and plan.block_b * plan.block_n <= 2 * threads
-    return plan.eager or chunk <= (64 if roomy else 32 if aligned else 16)
+    return plan.eager or chunk <= (64 if roomy else 32)
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:

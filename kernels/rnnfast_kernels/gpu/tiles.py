@@ -138,24 +138,23 @@ def chunk_index(j, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight(pointer, n, j, STRIDE_K, STRIDE_N, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_weight(pointer, n, j, H: tl.constexpr, ROW: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
     """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N]."""
     k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
     n = tl.expand_dims(n, 0)
     if SPLIT > 1:
         n = tl.expand_dims(n, 0)
-    return tl.load(pointer + k * STRIDE_K + n * STRIDE_N, mask=(k < H) & (n < H), other=0.0)
+    return tl.load(pointer + n * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
 
 
 @triton.jit
 def load_weights(
     pointer,
     n,
-    STRIDE_K,
-    STRIDE_N,
     GATES: tl.constexpr,
     COUNT: tl.constexpr,
     H: tl.constexpr,
+    ROW: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -164,7 +163,7 @@ def load_weights(
     for g in tl.static_range(GATES):
         chunks = ()
         for j in tl.static_range(COUNT):
-            chunks = chunks + (load_weight(pointer + g * H * H, n, j, STRIDE_K, STRIDE_N, H, SPLIT, BLOCK_K),)
+            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K),)
         weights = weights + (chunks,)
     return weights
 
@@ -227,8 +226,36 @@ def add_product(a, w, product, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def finish_product(product, SPLIT: tl.constexpr):
-    """Add the parts of k that different warps have summed: [BLOCK_B, BLOCK_N]."""
-    if SPLIT > 1:
-        product = tl.sum(product, axis=0)
-    return product
+def add_parts(parts, SPLIT: tl.constexpr):
+    """The sum over the first dimension of [SPLIT, M, N], whose parts different warps hold: [M, N].
+
+    Halved by `tl.split`, which wants both halves in one thread: the warps exchange their parts once, where the
+    compiler's own sum takes several barriers.
+    """
+    M: tl.constexpr = parts.shape[1]
+    N: tl.constexpr = parts.shape[2]
+    parts = tl.permute(parts, (1, 2, 0))
+    for _ in tl.static_range(5):
+        if parts.shape[2] > 1:
+            first, second = tl.split(tl.reshape(parts, (M, N, parts.shape[2] // 2, 2)))
+            parts = first + second
+    return tl.reshape(parts, (M, N))
+
+
+@triton.jit
+def finish_products(products, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    """Add the parts of k that different warps have summed: COUNT tiles [BLOCK_B, BLOCK_N], four in one exchange."""
+    if SPLIT == 1:
+        return products
+    elif COUNT == 1:
+        return (add_parts(products[0], SPLIT),)
+    else:
+        finished = ()
+        for g in tl.static_range(0, COUNT, 4):
+            # Absent ones of the four are the last one again.
+            low = tl.join(products[g], products[min(g + 1, COUNT - 1)])
+            high = tl.join(products[min(g + 2, COUNT - 1)], products[min(g + 3, COUNT - 1)])
+            parts = tl.reshape(tl.join(low, high), (SPLIT, BLOCK_B, BLOCK_N * 4))
+            even, odd = tl.split(tl.reshape(add_parts(parts, SPLIT), (BLOCK_B, BLOCK_N, 2, 2)))
+            finished = finished + tl.split(even) + tl.split(odd)
+        return finished
