@@ -40,9 +40,7 @@ def reciprocal(x):
     if INTERPRETED:
         return 1.0 / x
     elif is_cuda() and x.dtype == tl.float32:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / x
 

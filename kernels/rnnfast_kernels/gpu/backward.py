@@ -131,7 +131,8 @@ def backward_loop(
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
     weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
     if not RESIDENT:
-        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
+        tile, slot, own, rows = exchange_tile(p, group, B, D, n, BLOCK_B, ENTRIES, MEMBERS)
+        present = (b < B)[:, None] & (n < H)[None, :]
         counter = p.counters + group * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
@@ -181,7 +182,7 @@ def backward_loop(
             p_slot = tile + k % 2 * slot
             for g in tl.static_range(GATES):
                 p_du = p_slot + g * WIDTH + own
-                tl.store(p_du, sent[g].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+                tl.store(p_du, sent[g].to(p.exchange.dtype.element_ty), mask=present)
             arrive(counter)
         store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
         if p.du is not None:
@@ -191,7 +192,9 @@ def backward_loop(
             operands = ()
             for g in tl.static_range(GATES):
                 p_g = p_slot + g * WIDTH
-                operands = operands + (load_operands(p_g, KEPT if EAGER else 0, BLOCK_B, ENTRIES, SPLIT, BLOCK_K),)
+                operands = operands + (
+                    load_operands(p_g, rows, KEPT if EAGER else 0, BLOCK_B, ENTRIES, SPLIT, BLOCK_K),
+                )
         else:
             operands = ()
             for g in tl.static_range(GATES):
@@ -200,13 +203,17 @@ def backward_loop(
         for g in tl.static_range(GATES):
             product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
             for j in tl.static_range(KEPT):
-                a = operands[g][j] if EAGER else load_operand(p_slot + g * WIDTH, j, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
+                a = (
+                    operands[g][j]
+                    if EAGER
+                    else load_operand(p_slot + g * WIDTH, j, rows, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
+                )
                 product = add_product(a, weights[g][j], product, PRECISION)
             dh += product
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
                 for g in tl.static_range(GATES):
-                    a = load_operand(p_slot + g * WIDTH, j, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
+                    a = load_operand(p_slot + g * WIDTH, j, None, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
                     w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
                     dh = add_product(a, w, dh, PRECISION)
         dentering = (direct[0] + finish_products((dh,), 1, BLOCK_B, BLOCK_N, SPLIT)[0],)

@@ -89,28 +89,29 @@ def forward_loop(
     if p.resets is not None:
         state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
     if not RESIDENT:
-        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, WIDTH, MEMBERS)
+        tile, slot, own, rows = exchange_tile(p, group, B, D, n, BLOCK_B, WIDTH, MEMBERS)
+        present = (b < B)[:, None] & (n < H)[None, :]
         counter = p.counters + group * COUNTER_STRIDE
-        tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+        tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=present)
         arrive(counter)
 
     for k in range(T):
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
             p_h = tile + k % 2 * slot
-            h = load_operands(p_h, KEPT if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            h = load_operands(p_h, rows, KEPT if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
         else:
             h = (state[0].to(p.w_hh.dtype.element_ty),)
         products = zero_products(GATES, BLOCK_B, BLOCK_N, SPLIT)
         for j in tl.static_range(KEPT):
-            h_j = h[j] if EAGER else load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            h_j = h[j] if EAGER else load_operand(p_h, j, rows, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
             sums = ()
             for g in tl.static_range(GATES):
                 sums = sums + (add_product(h_j, weights[g][j], products[g], PRECISION),)
             products = sums
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
-                h_j = load_operand(p_h, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                h_j = load_operand(p_h, j, None, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 sums = ()
                 for g in tl.static_range(GATES):
                     w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
@@ -131,7 +132,7 @@ def forward_loop(
         if p.resets is not None:
             state = clear(next_reset, state, STATES)
         if not RESIDENT:
-            tl.store(tile + (k + 1) % 2 * slot + own, state[0].to(p.exchange.dtype.element_ty), mask=(n < H)[None, :])
+            tl.store(tile + (k + 1) % 2 * slot + own, state[0].to(p.exchange.dtype.element_ty), mask=present)
             arrive(counter)
         store_states(p.states, new_state, span, b, n, d, D, STATES, H)
         if SAVED > 0:

@@ -245,13 +245,15 @@ def step_time(problem: Problem, plan: Plan) -> float:
     work = problem.gates * plan.width * plan.block_n
     weights = work * problem.itemsize / 1e3
     kept = weights * plan.kept / plan.chunks
-    operands = entries * plan.block_b * plan.width * problem.itemsize / 1e3
+    row = entries * plan.width * problem.itemsize / 1e3  # of the operand
+    operands = row * plan.block_b
     time = rate.overhead + (kept + operands) / rate.shared + work * plan.block_b / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
     waits = 1 if plan.eager else plan.kept * entries
     waits += (plan.chunks - plan.kept) / plan.stages
-    return time + rate.barrier + waits * rate.latency + (operands + weights - kept) / rate.l2
+    fetched = row * min(problem.B, plan.block_b) + weights - kept
+    return time + rate.barrier + waits * rate.latency + fetched / rate.l2
 
 
 def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:

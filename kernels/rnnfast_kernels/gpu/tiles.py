@@ -169,34 +169,47 @@ def load_weights(
 
 
 @triton.jit
-def exchange_tile(p, group, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBERS: tl.constexpr):
-    """A group's tile [BLOCK_B, WIDTH] in the first exchange buffer, the way to the second, and this program's part."""
+def exchange_tile(p, group, B, D, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBERS: tl.constexpr):
+    """A group's tile [BLOCK_B, WIDTH] in the first exchange buffer, the way to the second, this program's part, and
+    how many rows of the tile there are."""
     tile = p.exchange + group.to(tl.int64) * (BLOCK_B * WIDTH)
     slot = (tl.num_programs(0) // MEMBERS).to(tl.int64) * (BLOCK_B * WIDTH)
-    return tile, slot, tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
+    return tile, slot, tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :], B - group // D * BLOCK_B
 
 
 @triton.jit
-def load_operand(pointer, j, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_operand(
+    pointer, j, rows, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Chunk j of an exchanged tile [BLOCK_B, WIDTH], as the left operand of a product: [(SPLIT,) BLOCK_B, BLOCK_K].
 
-    Past the first-level cache, which is not coherent between processors.
+    Its first `rows` rows, or all for None; what others hold is undefined, and comes out in the same rows of the
+    product. Past the first-level cache, which is not coherent between processors.
     """
     k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
     b = tl.arange(0, BLOCK_B)[:, None]
     if SPLIT > 1:
         b = tl.expand_dims(b, 0)
-    return tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
+    if rows is None:
+        return tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
+    else:
+        return tl.load(pointer + b * WIDTH + k, mask=b < rows, cache_modifier=".cg")
 
 
 @triton.jit
 def load_operands(
-    pointer, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
+    pointer,
+    rows,
+    COUNT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Chunks 0 to COUNT of an exchanged tile, all on their way at once, so that their latency is paid once."""
     chunks = ()
     for j in tl.static_range(COUNT):
-        chunks = chunks + (load_operand(pointer, j, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+        chunks = chunks + (load_operand(pointer, j, rows, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
     return chunks
 
 
