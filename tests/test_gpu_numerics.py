@@ -182,6 +182,29 @@ def test_a_reset_stops_nan_both_ways(cell, loop, device):
     assert not got["dhx0"][:, 1].any()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter's own loads")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("forced", ["cooperative", "cooperative-lazy"])
+def test_rows_that_a_batch_does_not_have_may_hold_anything(cell, forced, device, monkeypatch):
+    """On a device, what a load leaves out is whatever the registers held."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load = InterpreterBuilder.create_masked_load
+    poisoned = []
+
+    def poisoning_load(self, pointers, mask, other, *options):
+        loaded = load(self, pointers, mask, other, *options)
+        if other is None and loaded.data.dtype == "float32":
+            loaded.data[~mask.data] = float("nan")
+            poisoned.append(mask)
+        return loaded
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", poisoning_load)
+    with plan.override(LOOPS[forced]):
+        check(gpu, make(Case(cell, T=2, B=3, layout="padded", reverse=(True,)), device))
+    assert poisoned
+
+
 def test_two_runs_are_bitwise_equal(loop, device):
     layer = make(Case("gru", T=2, B=18), device)
     first, second = run(gpu, layer), run(gpu, layer)
