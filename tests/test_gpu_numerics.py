@@ -26,10 +26,10 @@ from rnnfast.backends import gpu, gpu_launch
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
-def whole_width(problem, block_k, split, **changes):
+def whole_width(problem, block_k, split, rows=16, **changes):
     """A cooperative plan of one program to a group."""
     width = max(16, plan.next_power(problem.H))
-    return replace(plan.cooperative(problem, 16, width, block_k, split, 4, shared=10**9), **changes)
+    return replace(plan.cooperative(problem, rows, width, block_k, split, 4, shared=10**9), **changes)
 
 
 LOOPS = {
@@ -37,6 +37,7 @@ LOOPS = {
     "cooperative": lambda problem: whole_width(problem, 16, 2),
     "cooperative-unsplit": lambda problem: whole_width(problem, 16, 1),
     "cooperative-rereading": lambda problem: whole_width(problem, 16, 1, kept=1, stages=3),
+    "cooperative-few-rows": lambda problem: whole_width(problem, 16, 2, rows=4),
     "cooperative-lazy": lambda problem: whole_width(problem, 16, 2, eager=False),
     "streamed": plan.streamed,
 }

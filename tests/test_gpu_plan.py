@@ -83,6 +83,13 @@ def test_weights_stay_on_the_chip_where_they_fit():
     assert 0 < large.kept < large.chunks
 
 
+def test_float32_without_matrix_instructions_takes_tiles_of_few_rows():
+    plain = {"dtype": "float32", "precision": "ieee"}
+    assert plan.choose(problem(B=1, **plain)).block_b == 4
+    assert plan.choose(problem(B=1, dtype="float32", precision="tf32")).block_b == 16
+    assert plan.choose(problem(B=1, device=DEVICES["MI300X"], **plain)).block_b == 16
+
+
 def test_an_odd_width_costs_no_more_than_the_next_round_one():
     for H, rounded in ((511, 512), (767, 768), (1001, 1024), (33, 64), (65, 128)):
         odd, even = problem(H=H), problem(H=rounded)

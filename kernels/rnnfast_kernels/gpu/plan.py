@@ -281,11 +281,16 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     return plan.eager or chunk <= (64 if roomy else 32)
 
 
+def row_tiles(problem: Problem) -> tuple[int, ...]:
+    """Numbers of batch rows to try in a tile: matrix instructions take 16 at least; float32 on NVIDIA has none."""
+    plain = problem.itemsize == 4 and problem.precision == "ieee" and not problem.device.amd
+    sizes = (4, 8, 16, 32, 64, 128) if plain else (16, 32, 64, 128)
+    return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
+
+
 def candidates(problem: Problem) -> Iterator[Plan]:
     """Every plan worth considering, those that are simpler at equal time first."""
-    for block_b in (16, 32, 64, 128):
-        if block_b > max(16, next_power(problem.B)):
-            break
+    for block_b in row_tiles(problem):
         if problem.H <= 256:
             yield resident(problem, block_b, 4 if problem.H <= 64 else 8)
         # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
