@@ -52,7 +52,8 @@ def interpreters():
     }
     yield running
     for process in running.values():
-        process.kill()
+        with process:
+            process.kill()
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="test_gpu_numerics.py itself runs here")
