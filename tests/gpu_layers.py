@@ -123,11 +123,12 @@ def run(backend, layer: Layer, needs: Needs = ALL, groups: int = 1, dstates: boo
     }
 
 
-def check(backend, layer: Layer, tolerance: float | None = None, **options) -> None:
-    """Compare a backend with the reference loop in float64."""
+def check(backend, layer: Layer, tolerance: float | None = None, **options) -> dict[str, Tensor]:
+    """Compare a backend with the reference loop in float64; return what the backend gave."""
     got = run(backend, layer, **options)
     expected = run(loop_backend, exact(layer), **options)
     for name, value in expected.items():
         if name.startswith("dx") and layer.batch_sizes is not None and value.dim() == 3:
             assert not value[torch.arange(value.shape[1]) >= layer.batch_sizes.cpu()[:, None]].any()
     assert_all_close(expected, got, tolerance)
+    return got

@@ -30,6 +30,7 @@ LAYERS = (
 PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
     "layouts and the rest": (KERNELS, f"not ({LONG})"),
+    "programs that wait for each other": (("gpu_cooperative",), ""),
     "sequences": (("sequences", "autograd", "transforms", "numerics", "stream"), " or ".join(f"({k})" for k in LAYERS)),
 }
 
@@ -51,7 +52,8 @@ def interpreters():
     }
     yield running
     for process in running.values():
-        process.kill()
+        with process:
+            process.kill()
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="test_gpu_numerics.py itself runs here")

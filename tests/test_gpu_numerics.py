@@ -1,7 +1,7 @@
 """The Triton kernels against the reference loop in float64: on a GPU, or in the interpreter with TRITON_INTERPRET=1.
 
 Every loop is forced in turn by a plan of the test's own. In the interpreter, where programs run one after another, a
-cooperative loop has one program to a group; what several programs compute together is tested step by step.
+cooperative loop has one program to a group here; several programs to a group are in test_gpu_cooperative.py.
 """
 
 from dataclasses import replace
@@ -210,28 +210,6 @@ def test_two_runs_are_bitwise_equal(loop, device):
     layer = make(Case("gru", T=2, B=18), device)
     first, second = run(gpu, layer), run(gpu, layer)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("block_n", [8, 16])
-def test_programs_that_share_a_recurrence(cell, block_n, device, monkeypatch):
-    """One step, run twice with the barrier open: the first run fills the exchange, the second computes from it.
-
-    Programs that run one after another could not wait for each other.
-    """
-    run_once = launch.Launch.run
-
-    def run_twice(self):
-        if getattr(self.args[0], "counters", None) is not None:
-            self.args[0].counters.fill_(10**6)
-            kept = self.args[0].gates.clone()
-            run_once(self)
-            self.args[0].gates.copy_(kept)
-        run_once(self)
-
-    monkeypatch.setattr(launch.Launch, "run", run_twice)
-    with plan.override(lambda problem: plan.cooperative(problem, 16, block_n, 16, 2, 4)):
-        check(gpu, make(Case(cell, T=1, B=18, H=33, reverse=(True,)), device))
 
 
 def test_a_refused_launch_runs_step_by_step_and_warns_once(device, monkeypatch):

@@ -1,0 +1,171 @@
+"""The cooperative loop with several programs to a group, all at once, in the interpreter with TRITON_INTERPRET=1.
+
+Whichever program goes first, every result must be right, and the same to the bit. That this can fail is shown with an
+exchange that is broken. What only hardware can show is in test_gpu_device.py.
+"""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from gpu_layers import Case, check, make, run
+
+if not INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from concurrent_interpreter import builder, concurrent
+from rnnfast_kernels.gpu import backward, barrier, forward, plan, tiles
+from triton.runtime.errors import InterpreterError
+
+from rnnfast.backends import gpu, gpu_launch
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+
+
+def several(units, split, **changes):
+    """Plans in which programs of `units` hidden units share a recurrence, 16 rows at a time."""
+    return lambda problem: replace(plan.cooperative(problem, 16, units, 16, split, 4, shared=10**9), **changes)
+
+
+LOOPS = {
+    "split": several(8, 2),
+    "unsplit": several(8, 1),
+    "wide": several(16, 2),
+    "rereading": several(8, 1, kept=1, stages=3),
+    "lazy": several(8, 2, eager=False),
+    "lazy-rereading": several(16, 1, kept=1, stages=3, eager=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """Float32 products as exact as they come."""
+    monkeypatch.setattr(gpu_launch, "tf32_wanted", lambda: False)
+
+
+def check_orders(case, loop, device, seeds=2):
+    """Compare the results of one order with the reference, and those of others with the first."""
+    layer = make(case, device)
+    with plan.override(LOOPS[loop]):
+        with concurrent(0):
+            first = check(gpu, layer)
+        for seed in range(1, seeds):
+            with concurrent(seed):
+                again = run(gpu, layer)
+            different = [name for name in first if not torch.equal(first[name], again[name])]
+            assert not different, f"seed {seed}: {different}"
+
+
+def named(*cases):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+@named(*(Case(cell, T=4, B=3, H=33, layout="padded", resets=True) for cell in CELLS))
+def test_every_cell(case, device):
+    check_orders(case, "split", device)
+
+
+@pytest.mark.parametrize(("cell", "loop"), [
+    *(("lstm", loop) for loop in ("unsplit", "lazy", "rereading")),
+    *(("gru", loop) for loop in ("wide", "rereading", "lazy-rereading")),
+])  # fmt: skip
+def test_every_loop(cell, loop, device):
+    check_orders(Case(cell, T=4, B=3, H=33, reverse=(True,)), loop, device)
+
+
+LAYOUTS = (("dense", True), ("padded", False), ("packed", False), ("packed", True))
+
+
+@named(*(Case("gru", T=5, B=3, layout=layout, resets=resets, reverse=(True,)) for layout, resets in LAYOUTS))
+def test_layouts(case, device):
+    check_orders(case, "unsplit", device)
+
+
+@named(Case("lstm", B=18), Case("rnn_tanh", B=18, layout="packed", resets=True))
+def test_several_tiles_of_rows(case, device):
+    check_orders(case, "unsplit", device)
+
+
+@named(*(Case(cell, T=5, B=2, dtype=torch.bfloat16, reverse=(False,)) for cell in CELLS))
+def test_half_precision(case, device):
+    check_orders(case, "unsplit", device)
+
+
+@named(Case("rnn_relu", T=5, B=2))
+def test_many_orders(case, device):
+    check_orders(case, "lazy", device, seeds=8)
+
+
+def check_each(layer, seeds):
+    for seed in seeds:
+        with concurrent(seed):
+            check(gpu, layer)
+
+
+def one_buffer(*args):
+    tile, slot, own = tiles.exchange_tile(*args)
+    return tile, slot * 0, own
+
+
+# What is replaced in the module of a pass, and by what; a group has three members.
+BROKEN = {
+    "nobody waits": ("wait", lambda counter, arrivals: None),
+    "one arrival too few": ("wait", lambda counter, arrivals: barrier.wait(counter, arrivals - 1)),
+    "arrivals of the step before": ("wait", lambda counter, arrivals: barrier.wait(counter, arrivals - 3)),
+    "one exchange buffer": ("exchange_tile", one_buffer),
+    "one counter for all groups": ("COUNTER_STRIDE", 0),
+}
+
+
+@pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_exchange_is_noticed(broken, module, device, monkeypatch):
+    layer = make(Case("rnn_tanh", T=4, B=2), device)
+    monkeypatch.setattr(module, *BROKEN[broken])
+    with plan.override(LOOPS["unsplit"]), pytest.raises(AssertionError, match="relative error"):
+        check_each(layer, range(12))
+
+
+@pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
+def test_an_absent_arrival_is_a_deadlock(module, device, monkeypatch):
+    """The second of the two groups waits, and the threads of all programs end."""
+    layer = make(Case("rnn_tanh", T=4, B=2), device)
+    monkeypatch.setattr(module, "arrive", lambda counter: builder.grid_idx[0] == 4 or barrier.arrive(counter))
+    before = threading.active_count()
+    said = r"deadlock: of 6 programs, \(3, 0, 0\), \(4, 0, 0\), \(5, 0, 0\) wait forever"
+    with plan.override(LOOPS["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match=said):
+        run(gpu, layer)
+    assert threading.active_count() == before
+
+
+def test_what_a_program_raises_ends_all(device, monkeypatch):
+    def fail(counter, arrivals):
+        raise ValueError("out of order")
+
+    monkeypatch.setattr(forward, "wait", fail)
+    before = threading.active_count()
+    with plan.override(LOOPS["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match="out of order"):
+        run(gpu, make(Case("rnn_tanh", T=4, B=2), device))
+    assert threading.active_count() == before
+
+
+@triton.jit
+def enlist(count, order, TIMES: tl.constexpr):
+    for _ in range(TIMES):
+        tl.store(order + tl.atomic_add(count, 1), tl.program_id(0))
+
+
+def test_the_seed_decides_the_order(device):
+    def order(seed):
+        count, order = (torch.zeros(n, dtype=torch.int32, device=device) for n in (1, 12))
+        with concurrent(seed):
+            enlist[(4,)](count, order, 3)
+        return tuple(order.tolist())
+
+    assert order(1) == order(1)
+    assert len({order(seed) for seed in range(10)}) > 5
+    assert all(sorted(order(seed)) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] for seed in range(3))
