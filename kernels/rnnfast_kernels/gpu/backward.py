@@ -112,6 +112,7 @@ def backward_loop(
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
     EAGER: tl.constexpr,
+    SPARSE: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
     """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
@@ -131,8 +132,9 @@ def backward_loop(
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
     weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
     if not RESIDENT:
-        tile, slot, own, rows = exchange_tile(p, group, B, D, n, BLOCK_B, ENTRIES, MEMBERS)
+        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
         present = (b < B)[:, None] & (n < H)[None, :]
+        rows = B if SPARSE else None
         counter = p.counters + group * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.

@@ -58,6 +58,7 @@ def forward_loop(
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
     EAGER: tl.constexpr,
+    SPARSE: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
     """state[t] = cell(x[t], W_hh h[t-1] + b_hh, state[t-1]) for every step, from `initial` to `finals`.
@@ -89,8 +90,9 @@ def forward_loop(
     if p.resets is not None:
         state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
     if not RESIDENT:
-        tile, slot, own, rows = exchange_tile(p, group, B, D, n, BLOCK_B, WIDTH, MEMBERS)
+        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, WIDTH, MEMBERS)
         present = (b < B)[:, None] & (n < H)[None, :]
+        rows = B if SPARSE else None
         counter = p.counters + group * COUNTER_STRIDE
         tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=present)
         arrive(counter)

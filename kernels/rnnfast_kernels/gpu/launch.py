@@ -79,6 +79,7 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         plan.kept,
         plan.stages,
         plan.eager,
+        plan.sparse,
         plan.members,
     )
     return Launch(kernel, (plan.programs,), args, options(plan))

@@ -60,9 +60,10 @@ class Plan:
     loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
     over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
     operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
-    - 1 of them on their way at a time. `members` programs share one recurrence; `programs` is the whole grid of a
-    resident or cooperative loop. A row of weights is `row` entries long. `shared` is what a program takes at most;
-    `registers`, unless 0, is what a thread may take.
+    - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
+    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. A row of
+    weights is `row` entries long. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
+    take.
     """
 
     loop: str
@@ -76,6 +77,7 @@ class Plan:
     kept: int = 0
     stages: int = 1
     eager: bool = True
+    sparse: bool = False
     members: int = 1
     programs: int = 0
     row: int = 0
@@ -183,9 +185,11 @@ def cooperative(
     chunks = cdiv(problem.H, split * block_k)
     operand = block_b * split * block_k * problem.itemsize * (problem.gates if problem.backward else 1)  # one chunk
     weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
-    reduced = split * block_b * block_n * 4
-    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
-    in_flight = min(512 * device.warp * warps, int(0.6 * room))
+    reduced = split * block_b * block_n * 4 * (1 if problem.backward or problem.gates == 1 else 4)
+    sparse = block_b >= 2 * problem.B
+    # Half of a thread's registers, and most of the shared memory, may hold what is on its way; less where absent rows
+    # have to be told.
+    in_flight = min((256 if sparse else 512) * device.warp * warps, int(0.6 * room))
     stages = 1
     if device.amd:
         # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
@@ -214,6 +218,7 @@ def cooperative(
         kept=kept,
         stages=stages,
         eager=eager,
+        sparse=sparse,
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
@@ -252,7 +257,7 @@ def step_time(problem: Problem, plan: Plan) -> float:
         return time * cdiv(plan.programs, processors)
     waits = 1 if plan.eager else plan.kept * entries
     waits += (plan.chunks - plan.kept) / plan.stages
-    fetched = row * min(problem.B, plan.block_b) + weights - kept
+    fetched = row * (problem.B if plan.sparse else plan.block_b) + weights - kept
     return time + rate.barrier + waits * rate.latency + fetched / rate.l2
 
 
@@ -278,7 +283,7 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     threads = problem.device.warp * plan.warps
     chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / threads
     roomy = problem.backward and plan.block_b * plan.block_n <= 2 * threads
-    return plan.eager or chunk <= (64 if roomy else 32)
+    return plan.eager or chunk <= (64 if roomy else 32) // (2 if plan.sparse else 1)
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:

@@ -169,12 +169,11 @@ def load_weights(
 
 
 @triton.jit
-def exchange_tile(p, group, B, D, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBERS: tl.constexpr):
-    """A group's tile [BLOCK_B, WIDTH] in the first exchange buffer, the way to the second, this program's part, and
-    how many rows of the tile there are."""
+def exchange_tile(p, group, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBERS: tl.constexpr):
+    """A group's tile [BLOCK_B, WIDTH] in the first exchange buffer, the way to the second, and this program's part."""
     tile = p.exchange + group.to(tl.int64) * (BLOCK_B * WIDTH)
     slot = (tl.num_programs(0) // MEMBERS).to(tl.int64) * (BLOCK_B * WIDTH)
-    return tile, slot, tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :], B - group // D * BLOCK_B
+    return tile, slot, tl.arange(0, BLOCK_B)[:, None] * WIDTH + n[None, :]
 
 
 @triton.jit
