@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -194,9 +195,9 @@ def cases(targets: list[str], quick: bool) -> list[Case]:
         for problem in problems(target, quick):
             for ragged in (False,) if quick and problem.H != 128 else (False, True):
                 case = Case(target, problem, ragged)
-                tiles = (case.plan.block_b, case.plan.block_n, case.plan.block_k, case.plan.split, case.plan.kept)
-                key = (target, problem.cell, problem.H, problem.dtype, problem.precision, problem.backward, ragged)
-                distinct.setdefault((*key, *tiles, case.plan.warps), case)
+                # What a kernel does not depend on.
+                key = replace(problem, B=0), replace(case.plan, programs=0, shared=0), ragged
+                distinct.setdefault(key, case)
     return list(distinct.values())
 
 

@@ -186,10 +186,8 @@ def cooperative(
     operand = block_b * split * block_k * problem.itemsize * (problem.gates if problem.backward else 1)  # one chunk
     weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
     reduced = split * block_b * block_n * 4 * (1 if problem.backward or problem.gates == 1 else 4)
-    sparse = block_b >= 2 * problem.B
-    # Half of a thread's registers, and most of the shared memory, may hold what is on its way; less where absent rows
-    # have to be told.
-    in_flight = min((256 if sparse else 512) * device.warp * warps, int(0.6 * room))
+    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
+    in_flight = min(512 * device.warp * warps, int(0.6 * room))
     stages = 1
     if device.amd:
         # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
@@ -206,6 +204,9 @@ def cooperative(
             kept = min(chunks - 1, max(0, room - used) // weights)
         used += kept * weights
     eager = eager and operand * kept <= in_flight
+    # Telling absent rows from others takes registers too.
+    few = (512 if problem.itemsize == 2 else 256) * device.warp * warps
+    sparse = eager and kept == chunks and block_b >= 2 * problem.B and operand * chunks <= few
     return Plan(
         loop="cooperative",
         block_b=block_b,
@@ -278,12 +279,19 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     """Whether a thread has the registers for what a step reads.
 
     An operand that is read chunk by chunk has all chunks that the compiler cares to read ahead: fewer fit beside the
-    sums of all gates, forward, or beside the gates and states of a large tile, backward.
+    sums of all gates, forward, or beside the gates and states of a large tile, backward. Weights that are read again
+    have addresses.
     """
     threads = problem.device.warp * plan.warps
-    chunk = plan.block_b * plan.split * plan.block_k * problem.itemsize / threads
-    roomy = problem.backward and plan.block_b * plan.block_n <= 2 * threads
-    return plan.eager or chunk <= (64 if roomy else 32) // (2 if plan.sparse else 1)
+    elements = plan.block_b * plan.block_n // threads
+    chunk = plan.split * plan.block_k * problem.itemsize / threads
+    operand = plan.block_b * chunk
+    if plan.kept < plan.chunks and elements > 1:
+        entries = problem.gates if problem.backward else 1
+        ahead = (plan.kept + 1 if plan.eager else 2) * entries * operand + problem.gates * plan.block_n * chunk
+        if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
+            return False
+    return plan.eager or operand <= (64 if problem.backward and elements <= 2 else 32)
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
