@@ -116,8 +116,8 @@ RATES = {
 
 
 # Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
-# forward, whose gates have a sum each, spill.
-CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee forward": (32,)}
+# where a thread holds much else, a sum for each gate or a large tile, spill.
+CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee crowded": (32,)}
 
 
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
@@ -269,10 +269,11 @@ def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
     return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
 
 
-def chunk_sizes(problem: Problem) -> tuple[int, ...]:
-    """Lengths to try of one warp's part of a chunk."""
+def chunk_sizes(problem: Problem, elements: int) -> tuple[int, ...]:
+    """Lengths to try of one warp's part of a chunk, where a thread computes some elements of the result."""
     kind = "half" if problem.itemsize == 2 else problem.precision
-    return CHUNK_SIZES["ieee forward" if kind == "ieee" and not problem.backward else kind]
+    crowded = kind == "ieee" and (not problem.backward or elements > 2)
+    return CHUNK_SIZES["ieee crowded" if crowded else kind]
 
 
 def reads_well(problem: Problem, plan: Plan) -> bool:
@@ -288,7 +289,7 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     operand = plan.block_b * chunk
     if plan.kept < plan.chunks and elements > 1:
         entries = problem.gates if problem.backward else 1
-        ahead = (plan.kept + 1 if plan.eager else 2) * entries * operand + problem.gates * plan.block_n * chunk
+        ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
         if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
             return False
     return plan.eager or operand <= (64 if problem.backward and elements <= 2 else 32)
@@ -312,7 +313,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
             split = parts_of_k(problem, block_b, block_n, warps)
-            for block_k in chunk_sizes(problem):
+            for block_k in chunk_sizes(problem, block_b * block_n // (problem.device.warp * warps)):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps)
                 if reads_well(problem, plan):
                     yield plan
