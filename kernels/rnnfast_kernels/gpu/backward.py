@@ -17,7 +17,6 @@ from rnnfast_kernels.gpu.tiles import (
     finish_products,
     load_gates,
     load_operand,
-    load_operands,
     load_states,
     load_weight,
     load_weights,
@@ -87,6 +86,24 @@ def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, RAGGED: tl.const
         widen(state, STATES, DTYPE),
         widen(new_state, STATES, DTYPE),
     )
+
+
+@triton.jit
+def load_sent(
+    pointer,
+    j,
+    rows,
+    GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Chunk j of every gate's exchanged du, all on their way at once."""
+    tiles = ()
+    for g in tl.static_range(GATES):
+        tiles = tiles + (load_operand(pointer + g * WIDTH, j, rows, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K),)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
@@ -192,32 +209,29 @@ def backward_loop(
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
             operands = ()
-            for g in tl.static_range(GATES):
-                p_g = p_slot + g * WIDTH
-                operands = operands + (
-                    load_operands(p_g, rows, KEPT if EAGER else 0, BLOCK_B, ENTRIES, SPLIT, BLOCK_K),
-                )
+            if EAGER:
+                for j in tl.static_range(KEPT):
+                    operands = operands + (load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
         else:
-            operands = ()
-            for g in tl.static_range(GATES):
-                operands = operands + ((sent[g].to(p.w_hh.dtype.element_ty),),)
+            operands = (widen(sent, GATES, p.w_hh.dtype.element_ty),)
         dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
-        for g in tl.static_range(GATES):
-            product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+        if EAGER:
+            for g in tl.static_range(GATES):
+                product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+                for j in tl.static_range(KEPT):
+                    product = add_product(operands[j][g], weights[g][j], product, PRECISION)
+                dh += product
+        else:
             for j in tl.static_range(KEPT):
-                a = (
-                    operands[g][j]
-                    if EAGER
-                    else load_operand(p_slot + g * WIDTH, j, rows, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
-                )
-                product = add_product(a, weights[g][j], product, PRECISION)
-            dh += product
+                a = load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                for g in tl.static_range(GATES):
+                    dh = add_product(a[g], weights[g][j], dh, PRECISION)
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
+                a = load_sent(p_slot, j, None, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 for g in tl.static_range(GATES):
-                    a = load_operand(p_slot + g * WIDTH, j, None, BLOCK_B, ENTRIES, SPLIT, BLOCK_K)
                     w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
-                    dh = add_product(a, w, dh, PRECISION)
+                    dh = add_product(a[g], w, dh, PRECISION)
         dentering = (direct[0] + finish_products((dh,), 1, BLOCK_B, BLOCK_N, SPLIT)[0],)
         for s in tl.static_range(1, STATES):
             dentering = dentering + (direct[s],)

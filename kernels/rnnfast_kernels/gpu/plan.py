@@ -192,9 +192,9 @@ def cooperative(
     if device.amd:
         # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
         kept = min(chunks, 512 * device.warp * warps // weights)
-        used = operand + reduced
+        used = max(operand, reduced)
     else:
-        used = reduced + operand * (chunks if eager and operand * chunks <= in_flight else 1)
+        used = max(reduced, operand * (chunks if eager and operand * chunks <= in_flight else 1))
         kept = min(chunks, max(0, room - used) // weights)
         if kept < chunks:
             # What is read again passes through shared memory too; what is read before it takes the same room.
@@ -256,7 +256,7 @@ def step_time(problem: Problem, plan: Plan) -> float:
     time = rate.overhead + (kept + operands) / rate.shared + work * plan.block_b / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
-    waits = 1 if plan.eager else plan.kept * entries
+    waits = 1 if plan.eager else plan.kept
     waits += (plan.chunks - plan.kept) / plan.stages
     fetched = row * (problem.B if plan.sparse else plan.block_b) + weights - kept
     return time + rate.barrier + waits * rate.latency + fetched / rate.l2
