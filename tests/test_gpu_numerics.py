@@ -77,7 +77,7 @@ def test_sizes_that_are_multiples_of_nothing(case, forced, device):
 
 @triton.jit(do_not_specialize=["k", "T", "B"])
 def write_first_row(p, result, k, T, B):
-    tl.store(result, rows_of_step(p, k, False, T, B)[0])
+    tl.store(result, rows_of_step(p, k, False, T, B, 0)[0])
 
 
 def test_rows_are_counted_in_64_bits(device):

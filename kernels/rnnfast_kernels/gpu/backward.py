@@ -12,6 +12,7 @@ from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
     add,
     add_product,
+    all_rows,
     clear,
     exchange_tile,
     finish_products,
@@ -39,6 +40,7 @@ def load_step(
     joined,
     k,
     reverse,
+    b0,
     b,
     n,
     d,
@@ -54,10 +56,11 @@ def load_step(
 
     And, unless `joined` is None, dfinals of the rows from that number on, which begin here their way back in time.
     """
+    whole = all_rows(d, b0, B)
     dstates = load_states(p.dstates, span, b, n, d, D, STATES, H)
     dfinals = ()
     if joined is not None:
-        dfinals = load_states(p.dfinals, (d * B, span[1]), b, n, 0, 1, STATES, H, joined)
+        dfinals = load_states(p.dfinals, (whole[0], span[1]), b, n, 0, 1, STATES, H, joined)
     new_state = load_states(p.states, span, b, n, d, D, STATES, H)
     saved = ()
     if SAVED > 0:
@@ -66,10 +69,10 @@ def load_step(
         saved = saved + load_gates(p.extra, span, b, n, d, D, SAVED - GATES, H)
     # A row that did not run at the step before has entered with its initial state.
     earlier = load_states(p.states, previous, b, n, d, D, STATES, H)
-    initial = load_states(p.initial, (d * B, span[1]), b, n, 0, 1, STATES, H)
+    initial = load_states(p.initial, (whole[0], span[1]), b, n, 0, 1, STATES, H)
     state = select((b < previous[1])[:, None], earlier, initial, STATES)
     if p.resets is not None:
-        state = clear(resets_of_step(p, k, reverse, b, span[1], T, B), state, STATES)
+        state = clear(resets_of_step(p, k, reverse, b0, b, span[1], T, B), state, STATES)
     return dstates, dfinals, saved, state, new_state
 
 
@@ -141,30 +144,32 @@ def backward_loop(
     RAGGED: tl.constexpr = p.rows is not None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
     ENTRIES: tl.constexpr = GATES * WIDTH
-    group, d, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
+    group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     # Step 0 of this loop is the last that ran.
     reverse = ((reversals >> d) & 1) == 0
-    whole = (d * B, B)
+    whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
     weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
     if not RESIDENT:
         tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
-        present = (b < B)[:, None] & (n < H)[None, :]
-        rows = B if SPARSE else None
+        present = (b < whole[1])[:, None] & (n < H)[None, :]
+        rows = whole[1] if SPARSE else None
         counter = p.counters + group * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
-    span = rows_of_step(p, 0, reverse, T, B)
-    next_span = rows_of_step(p, 1, reverse, T, B)
-    after_next = rows_of_step(p, 2, reverse, T, B)
-    step = load_step(p, span, next_span, 0 if RAGGED else None, 0, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    span = rows_of_step(p, 0, reverse, T, B, b0)
+    next_span = rows_of_step(p, 1, reverse, T, B, b0)
+    after_next = rows_of_step(p, 2, reverse, T, B, b0)
+    step = load_step(
+        p, span, next_span, 0 if RAGGED else None, 0, reverse, b0, b, n, d, T, B, D, GATES, SAVED, STATES, H
+    )
     dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
     if RAGGED:
         # Rows begin with their own last step; those that never run end as they would begin.
-        most = rows_of_step(p, 0, False, T, B)[1]
+        most = rows_of_step(p, 0, False, T, B, b0)[1]
         store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H, most)
-        dstate = clear((b < B)[:, None], dstate, STATES)
+        dstate = clear((b < whole[1])[:, None], dstate, STATES)
 
     for k in range(T):
         next_step = load_step(
@@ -174,6 +179,7 @@ def backward_loop(
             span[1] if RAGGED else None,
             k + 1,
             reverse,
+            b0,
             b,
             n,
             d,
@@ -185,9 +191,9 @@ def backward_loop(
             STATES,
             H,
         )
-        third_span = rows_of_step(p, k + 3, reverse, T, B)
+        third_span = rows_of_step(p, k + 3, reverse, T, B, b0)
         if p.resets is not None:
-            reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+            reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
         dstates, saved, state, new_state = widen_step(step, SAVED, STATES, RAGGED, tl.float32)
         dx, du, direct = CELL(add(dstate, dstates, STATES), saved, state, new_state)
         # Before the product rather than after it, so that nothing is held meanwhile.
@@ -237,7 +243,7 @@ def backward_loop(
             dentering = dentering + (direct[s],)
         dstate = dentering
         if RAGGED:
-            store_states(p.dinitial, dstate, (d * B, span[1]), b, n, 0, 1, STATES, H, next_span[1])
+            store_states(p.dinitial, dstate, (whole[0], span[1]), b, n, 0, 1, STATES, H, next_span[1])
         step = next_step
         span = next_span
         next_span = after_next

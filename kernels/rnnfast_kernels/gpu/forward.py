@@ -15,6 +15,7 @@ from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
     add,
     add_product,
+    all_rows,
     clear,
     exchange_tile,
     finish_products,
@@ -69,9 +70,9 @@ def forward_loop(
     """
     RESIDENT: tl.constexpr = p.exchange is None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
-    group, d, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
+    group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     reverse = ((reversals >> d) & 1) != 0
-    whole = (d * B, B)
+    whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
     weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
@@ -83,16 +84,16 @@ def forward_loop(
             bias = bias + (tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :],)
 
     # One step ahead throughout: nothing but h is waited for inside a step.
-    span = rows_of_step(p, 0, reverse, T, B)
-    next_span = rows_of_step(p, 1, reverse, T, B)
+    span = rows_of_step(p, 0, reverse, T, B, b0)
+    next_span = rows_of_step(p, 1, reverse, T, B, b0)
     x = load_gates(p.gates, span, b, n, d, D, GATES, H)
     state = widen(load_states(p.initial, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
     if p.resets is not None:
-        state = clear(resets_of_step(p, 0, reverse, b, span[1], T, B), state, STATES)
+        state = clear(resets_of_step(p, 0, reverse, b0, b, span[1], T, B), state, STATES)
     if not RESIDENT:
         tile, slot, own = exchange_tile(p, group, n, BLOCK_B, WIDTH, MEMBERS)
-        present = (b < B)[:, None] & (n < H)[None, :]
-        rows = B if SPARSE else None
+        present = (b < whole[1])[:, None] & (n < H)[None, :]
+        rows = whole[1] if SPARSE else None
         counter = p.counters + group * COUNTER_STRIDE
         tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=present)
         arrive(counter)
@@ -121,9 +122,9 @@ def forward_loop(
                 products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
-        after_next = rows_of_step(p, k + 2, reverse, T, B)
+        after_next = rows_of_step(p, k + 2, reverse, T, B, b0)
         if p.resets is not None:
-            next_reset = resets_of_step(p, k + 1, reverse, b, next_span[1], T, B)
+            next_reset = resets_of_step(p, k + 1, reverse, b0, b, next_span[1], T, B)
         u = add(finish_products(products, GATES, BLOCK_B, BLOCK_N, SPLIT), bias, GATES)
         new_state, saved = CELL(widen(x, GATES, tl.float32), u, state)
         if p.rows is not None:

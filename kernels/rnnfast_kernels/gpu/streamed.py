@@ -12,6 +12,7 @@ import triton.language as tl
 
 from rnnfast_kernels.gpu.backward import load_step, widen_step
 from rnnfast_kernels.gpu.tiles import (
+    all_rows,
     clear,
     load_gates,
     load_states,
@@ -70,16 +71,17 @@ def forward_step(
     DTYPE: tl.constexpr = carry.u.dtype.element_ty
     d = tl.program_id(2)
     reverse = ((reversals >> d) & 1) != 0
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b0 = tl.program_id(1) * BLOCK_B
+    b = tl.arange(0, BLOCK_B)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    whole = (d * B, B)
-    span = rows_of_step(p, k, reverse, T, B)
+    whole = all_rows(d, b0, B)
+    span = rows_of_step(p, k, reverse, T, B, b0)
     x = widen(load_gates(p.gates, span, b, n, d, D, GATES, H), GATES, DTYPE)
     products = load_gates(carry.u, whole, b, n, 0, 1, GATES, H)
     kept = load_states(carry.state, whole, b, n, 0, 1, STATES, H)
     state = kept
     if p.resets is not None:
-        reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+        reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
         products = clear(reset, products, GATES)
         state = clear(reset, state, STATES)
     u = ()
@@ -124,12 +126,13 @@ def backward_step(
     DTYPE: tl.constexpr = carry.dh.dtype.element_ty
     d = tl.program_id(2)
     reverse = ((reversals >> d) & 1) == 0
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b0 = tl.program_id(1) * BLOCK_B
+    b = tl.arange(0, BLOCK_B)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    whole = (d * B, B)
-    span = rows_of_step(p, k, reverse, T, B)
-    previous = rows_of_step(p, k + 1, reverse, T, B)
-    step = load_step(p, span, previous, None, k, reverse, b, n, d, T, B, D, GATES, SAVED, STATES, H)
+    whole = all_rows(d, b0, B)
+    span = rows_of_step(p, k, reverse, T, B, b0)
+    previous = rows_of_step(p, k + 1, reverse, T, B, b0)
+    step = load_step(p, span, previous, None, k, reverse, b0, b, n, d, T, B, D, GATES, SAVED, STATES, H)
     dstates, saved, state, new_state = widen_step(step, SAVED, STATES, False, DTYPE)
     recurrent = load_states((carry.dh,), whole, b, n, 0, 1, 1, H)
     carried = load_states(carry.dstate, whole, b, n, 0, 1, STATES, H)
@@ -147,7 +150,7 @@ def backward_step(
     silent = live == 0
     dentering = direct
     if p.resets is not None:
-        reset = resets_of_step(p, k, reverse, b, span[1], T, B)
+        reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
         dentering = clear(reset, dentering, STATES)
         silent = silent | reset
     dentering = select(live, dentering, dstate, STATES)
@@ -177,16 +180,17 @@ def shifted_rows(
     k = tl.program_id(0)
     d = tl.program_id(2) % D
     reverse = ((reversals >> d) & 1) != 0
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b0 = tl.program_id(1) * BLOCK_B
+    b = tl.arange(0, BLOCK_B)
     n = tl.program_id(2) // D * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, count = rows_of_step(p, k, reverse, T, B)
-    other = rows_of_step(p, k + TOWARDS, reverse, T, B)
+    first, count = rows_of_step(p, k, reverse, T, B, b0)
+    other = rows_of_step(p, k + TOWARDS, reverse, T, B, b0)
     shifted = load_states((p.source,), other, b, n, d, D, 1, WIDTH)
-    edge = load_states((p.edge,), (d * B, count), b, n, 0, 1, 1, WIDTH)
+    edge = load_states((p.edge,), (all_rows(d, b0, B)[0], count), b, n, 0, 1, 1, WIDTH)
     tile = select((b < other[1])[:, None], shifted, edge, 1)
     if p.resets is not None:
         if TOWARDS < 0:
-            tile = clear(resets_of_step(p, k, reverse, b, count, T, B), tile, 1)
+            tile = clear(resets_of_step(p, k, reverse, b0, b, count, T, B), tile, 1)
         else:
-            tile = clear(resets_of_step(p, k + 1, reverse, b, other[1], T, B), tile, 1)
+            tile = clear(resets_of_step(p, k + 1, reverse, b0, b, other[1], T, B), tile, 1)
     store_states((result,), tile, (d.to(tl.int64) * R + first, count), b, n, 0, 1, 1, WIDTH)

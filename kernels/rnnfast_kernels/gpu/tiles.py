@@ -1,7 +1,9 @@
 """What the forward and the backward kernel share: the rows of a step, tiles of tensors, and the matrix product.
 
 Dimensions: T steps, B batch rows, H hidden units, G gates, D directions. A program holds a tile of BLOCK_B batch rows
-by BLOCK_N hidden units of one direction. The contracted index k of the recurrent product runs over all H units, in
+by BLOCK_N hidden units of one direction. `b` counts rows from the tile's first one, b0, and a span is where the tile's
+rows are in a tensor: the index of the first one, and how many there are, of which a tile uses BLOCK_B at most. So the
+large part of an address is one number for all threads, and the rest the same in every step. The contracted index k of the recurrent product runs over all H units, in
 CHUNKS chunks of SPLIT * BLOCK_K. With SPLIT = 1 a chunk is a matrix; otherwise it is a batch of SPLIT matrices whose
 products are added at the end: each warp then has its own part of k, which shortens the chain of dependent products.
 """
@@ -16,16 +18,21 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def place(D, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
-    """What is this program's of a fused loop: its group, direction, batch rows and hidden units."""
+    """What is this program's of a fused loop: its group, direction, first batch row, rows and hidden units."""
     group = tl.program_id(0) // MEMBERS
-    b = group // D * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.program_id(0) % MEMBERS * BLOCK_N + tl.arange(0, BLOCK_N)
-    return group, group % D, b, n
+    return group, group % D, group // D * BLOCK_B, tl.arange(0, BLOCK_B), n
 
 
 @triton.jit
-def rows_of_step(p, k, reverse, T, B):
-    """First row and number of rows of the k-th step to run, which is step T-1-k in reverse; no rows past the last."""
+def all_rows(d, b0, B):
+    """The span of a tile in a tensor [D, B, ...] that has no steps."""
+    return (d * B + b0).to(tl.int64), B - b0
+
+
+@triton.jit
+def rows_of_step(p, k, reverse, T, B, b0):
+    """The span of the k-th step to run, which is step T-1-k in reverse; no rows past the last."""
     t = tl.where(reverse, T - 1 - k, k).to(tl.int64)
     inside = (t >= 0) & (t < T)
     if p.rows is None:
@@ -34,25 +41,26 @@ def rows_of_step(p, k, reverse, T, B):
     else:
         first = tl.load(p.first + t, mask=inside, other=0)
         count = tl.load(p.rows + t, mask=inside, other=0).to(tl.int32)
-    return first, count
+    return first + b0, count - b0
 
 
 @triton.jit
-def resets_of_step(p, k, reverse, b, count, T, B):
+def resets_of_step(p, k, reverse, b0, b, count, T, B):
     """Which of the rows that run at the k-th step enter it with a state of zero."""  # [BLOCK_B, 1]
     t = tl.where(reverse, T - 1 - k, k).to(tl.int64)
-    return tl.load(p.resets + t * B + b, mask=b < count, other=0)[:, None] != 0
+    return tl.load(p.resets + t * B + b0 + b, mask=b < count, other=0)[:, None] != 0
 
 
 @triton.jit
 def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
     """COUNT tiles [BLOCK_B, BLOCK_N] of a tensor [R, D, COUNT, H], at one step's rows."""
     first, count = span
-    offsets = ((first + b) * D + d)[:, None] * (COUNT * H) + n[None, :]
+    p_tile = pointer + (first * D + d) * (COUNT * H)
+    offsets = b[:, None] * (D * COUNT * H) + n[None, :]
     mask = (b < count)[:, None] & (n < H)[None, :]
     tiles = ()
     for g in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(pointer + offsets + g * H, mask=mask, other=0.0),)
+        tiles = tiles + (tl.load(p_tile + g * H + offsets, mask=mask, other=0.0),)
     return tiles
 
 
@@ -60,24 +68,25 @@ def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
 def store_gates(pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr):
     """Write tiles START, START + 1, ... to a tensor [R, D, COUNT, H], at one step's rows."""
     first, count = span
-    offsets = ((first + b) * D + d)[:, None] * (COUNT * H) + n[None, :]
+    p_tile = pointer + (first * D + d) * (COUNT * H)
+    offsets = b[:, None] * (D * COUNT * H) + n[None, :]
     mask = (b < count)[:, None] & (n < H)[None, :]
     for g in tl.static_range(COUNT):
-        tl.store(pointer + offsets + g * H, tiles[START + g].to(pointer.dtype.element_ty), mask=mask)
+        tl.store(p_tile + g * H + offsets, tiles[START + g].to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, start=0):
     """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros before row `start` and for None."""
     first, count = span
-    offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
+    offsets = b[:, None] * (D * H) + n[None, :]
     mask = ((b >= start) & (b < count))[:, None] & (n < H)[None, :]
     tiles = ()
     for s in tl.static_range(COUNT):
         if pointers[s] is None:
             tiles = tiles + (tl.zeros(mask.shape, tl.float32),)
         else:
-            tiles = tiles + (tl.load(pointers[s] + offsets, mask=mask, other=0.0),)
+            tiles = tiles + (tl.load(pointers[s] + (first * D + d) * H + offsets, mask=mask, other=0.0),)
     return tiles
 
 
@@ -85,11 +94,11 @@ def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr
 def store_states(pointers, tiles, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, start=0):
     """Write one tile per tensor [R, D, H], at one step's rows from row `start` on; nothing where a tensor is None."""
     first, count = span
-    offsets = ((first + b) * D + d)[:, None] * H + n[None, :]
+    offsets = b[:, None] * (D * H) + n[None, :]
     mask = ((b >= start) & (b < count))[:, None] & (n < H)[None, :]
     for s in tl.static_range(COUNT):
         if pointers[s] is not None:
-            tl.store(pointers[s] + offsets, tiles[s].to(pointers[s].dtype.element_ty), mask=mask)
+            tl.store(pointers[s] + (first * D + d) * H + offsets, tiles[s].to(pointers[s].dtype.element_ty), mask=mask)
 
 
 @triton.jit
