@@ -11,13 +11,11 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.language.target_info import is_cuda
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS
-
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from rnnfast_kernels.gpu.tiles import INTERPRETED
 
 
 @triton.jit

@@ -1,11 +1,15 @@
 """What the forward and the backward kernel share: the rows of a step, tiles of tensors, and the matrix product.
 
 Dimensions: T steps, B batch rows, H hidden units, G gates, D directions. A program holds a tile of BLOCK_B batch rows
-by BLOCK_N hidden units of one direction. `b` counts rows from the tile's first one, b0, and a span is where the tile's
-rows are in a tensor: the index of the first one, and how many there are, of which a tile uses BLOCK_B at most. So the
-large part of an address is one number for all threads, and the rest the same in every step. The contracted index k of the recurrent product runs over all H units, in
-CHUNKS chunks of SPLIT * BLOCK_K. With SPLIT = 1 a chunk is a matrix; otherwise it is a batch of SPLIT matrices whose
-products are added at the end: each warp then has its own part of k, which shortens the chain of dependent products.
+by BLOCK_N hidden units of one direction.
+
+Rows `b` are counted from the tile's first, b0. A span is where the tile's rows are in a tensor: the index of the first,
+and how many there are, of which a tile takes BLOCK_B at most. So most of an address is one number for all threads, and
+the rest is the same in every step.
+
+The contracted index k of the recurrent product runs over all H units, in CHUNKS chunks of SPLIT * BLOCK_K. With
+SPLIT = 1 a chunk is a matrix; otherwise it is a batch of SPLIT matrices whose products are added at the end: each warp
+then has its own part of k, which shortens the chain of dependent products.
 """
 
 import triton
