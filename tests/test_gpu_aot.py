@@ -50,12 +50,17 @@ def test_a_kernel_that_does_not_compile_is_reported():
 
 def test_what_is_spilled_around_the_loop_is_told_from_what_is_spilled_in_it():
     code = "/*0010*/ STL [R1], R4 ;\n/*0020*/ LDL R4, [R1] ;\n/*0030*/ @P0 BRA 0x20 ;\n/*0040*/ LDL R5, [R1] ;"
-    assert aot.cuda_looping(code) == 1
-    assert aot.cuda_looping(code.replace("BRA 0x20", "BRA 0x40")) == 3
-    around = ".LBB0_1:\n s_nop 0\n s_cbranch_scc0 .LBB0_1\n v_mov v1 ; 4-byte Folded Spill\n"
+    assert aot.cuda_listing(code).in_loops("STL|LDL") == 1
+    assert aot.cuda_listing(code.replace("BRA 0x20", "BRA 0x40")).in_loops("STL|LDL") == 3
+    around = ".LBB0_1:\n s_barrier\n s_cbranch_scc0 .LBB0_1\n v_mov v1 ; 4-byte Folded Spill\n"
     counts = ".vgpr_count: 84\n .vgpr_spill_count: 3\n"
-    assert aot.amd_usage(around + counts) == (84, 12, 0)
-    assert aot.amd_usage(around.replace("s_nop 0", "v_mov v1 ; 4-byte Folded Reload") + counts) == (84, 12, 1)
+    assert aot.amd_usage(around + counts) == (84, 12, 0, 3, 1)
+    assert aot.amd_usage(around.replace("s_barrier", "v_mov v1 ; 4-byte Folded Reload") + counts) == (84, 12, 1, 3, 0)
+
+
+def test_a_step_is_the_longest_loop():
+    code = "/*0010*/ NOP ;\n/*0020*/ BAR.SYNC 0x0 ;\n/*0030*/ @P0 BRA 0x30 ;\n/*0040*/ @P0 BRA 0x20 ;\n/*0050*/ EXIT ;"
+    assert aot.loop_usage(aot.cuda_listing(code), "STL", "BAR") == (0, 3, 1)
 
 
 def test_registers_are_read_from_amd_assembly():

@@ -2,10 +2,10 @@
 
     python -m rnnfast_kernels.gpu.aot [--quick] [--target sm_90 ...] [--jobs N]
 
-A row per kernel: registers per thread, bytes of them spilled, the instructions that spill or reload inside a loop, and
-bytes of shared memory. The exit status is 1 where a kernel does not compile, spills inside a loop (or at all, if it has
-none), or wants more shared memory than its target has. What the time loop spills around itself, once per call, is only
-shown.
+A row per kernel: registers per thread, bytes of them spilled, the instructions that spill or reload inside a loop,
+bytes of shared memory, and the instructions and barriers of a step. The exit status is 1 where a kernel does not
+compile, spills inside a loop (or at all, if it has none), or wants more shared memory than its target has. What the
+time loop spills around itself, once per call, is only shown.
 """
 
 import argparse
@@ -55,12 +55,37 @@ class Case(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """registers, spilled: per thread, bytes spilled; looping: instructions that spill or reload in a loop."""
+    """registers, spilled: per thread, bytes spilled; looping: instructions that spill or reload in a loop.
+
+    step, barriers: instructions of a thread in the longest loop, and how many of them wait for the whole program.
+    """
 
     registers: int
     spilled: int
     looping: int
+    step: int
+    barriers: int
     shared: int
+
+
+class Listing(NamedTuple):
+    """Machine code: its lines, and the jumps from one line to another."""
+
+    lines: list[str]
+    jumps: list[tuple[int, int]]
+
+    @property
+    def loops(self) -> list[range]:
+        return [range(to, at + 1) for at, to in self.jumps if to < at]
+
+    def in_loops(self, pattern: str) -> int:
+        """How many lines of any loop match; of all lines, where there is no loop."""
+        found = [at for at, line in enumerate(self.lines) if re.search(pattern, line)]
+        return sum(any(at in loop for loop in self.loops) for at in found) if self.loops else len(found)
+
+    def longest_loop(self) -> list[str]:
+        longest = max(self.loops, key=len, default=range(0))
+        return [self.lines[at] for at in longest]
 
 
 class Driver:
@@ -129,8 +154,8 @@ def compile_launch(target: str, described: Launch) -> Usage:
     return Usage(*read, compiled.metadata.shared)
 
 
-def cuda_usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack, which is where registers spill to, and accesses to it in a loop."""
+def cuda_usage(cubin: bytes) -> tuple[int, int, int, int, int]:
+    """What a program takes but for shared memory; registers spill to the stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -138,8 +163,9 @@ def cuda_usage(cubin: bytes) -> tuple[int, int, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", report)
         if found is None:
             raise RuntimeError(f"cuobjdump reports no registers:\n{report}")
-        registers, stack = int(found[1]), int(found[2])
-        return registers, stack, cuda_looping(cuobjdump("--dump-sass", file.name)) if stack else 0
+        listing = cuda_listing(cuobjdump("--dump-sass", file.name))
+    registers, stack = int(found[1]), int(found[2])
+    return registers, stack, *loop_usage(listing, r"\b(STL|LDL)\b", r"\bBAR\b")
 
 
 def cuobjdump(*words: str) -> str:
@@ -147,31 +173,36 @@ def cuobjdump(*words: str) -> str:
     return subprocess.run([tool, *words], capture_output=True, text=True, check=True).stdout
 
 
-def cuda_looping(code: str) -> int:
-    """Accesses to the stack in a loop, from the code's addresses and branches."""
-    steps = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
-    jumps = [(at, int(to, 16)) for at, text in steps for to in re.findall(r"\bBRA\S* 0x([0-9a-f]+)", text)]
-    return in_a_loop([at for at, text in steps if re.search(r"\b(STL|LDL)\b", text)], jumps)
+def cuda_listing(code: str) -> Listing:
+    """From a disassembly, in which each instruction follows its address."""
+    steps = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    places = {int(address, 16): at for at, (address, _) in enumerate(steps)}
+    branches = ((at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, (_, text) in enumerate(steps))
+    return Listing([text for _, text in steps], [(at, places[int(to[1], 16)]) for at, to in branches if to])
 
 
-def amd_usage(assembly: str) -> tuple[int, int, int]:
-    """Vector registers, bytes that they spill (four per register), and the instructions that do so in a loop."""
+def amd_usage(assembly: str) -> tuple[int, int, int, int, int]:
+    """What a program takes but for shared memory; a vector register that spills is four bytes."""
     registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
     if registers is None or spilled is None:
         raise RuntimeError("the assembly has no .vgpr_count or no .vgpr_spill_count")
-    lines = assembly.splitlines()
+    usage = loop_usage(amd_listing(assembly), r"Folded (Spill|Reload)", r"\bs_barrier\b")
+    return int(registers[1]), 4 * int(spilled[1]), *usage
+
+
+def amd_listing(assembly: str) -> Listing:
+    """From assembly with labels, each on a line of its own."""
+    lines = [line for line in assembly.splitlines() if not re.match(r"\s*(;|$)", line)]
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith(".LBB")}
     branches = ((at, re.search(r"\bs_c?branch\S*\s+(\.LBB\w+)", line)) for at, line in enumerate(lines))
-    jumps = [(at, labels[found[1]]) for at, found in branches if found]
-    moved = [at for at, line in enumerate(lines) if re.search(r"Folded (Spill|Reload)", line)]
-    return int(registers[1]), 4 * int(spilled[1]), in_a_loop(moved, jumps)
+    return Listing(lines, [(at, labels[to[1]]) for at, to in branches if to])
 
 
-def in_a_loop(places: list[int], jumps: list[tuple[int, int]]) -> int:
-    """How many of the places lie between the target of a jump backwards and the jump; all, where there is none."""
-    loops = [(to, at) for at, to in jumps if to < at]
-    return sum(any(to <= place <= at for to, at in loops) for place in places) if loops else len(places)
+def loop_usage(listing: Listing, spill: str, barrier: str) -> tuple[int, int, int]:
+    """Of the loops: the lines that spill; of the longest one, its length and its barriers."""
+    step = listing.longest_loop()
+    return listing.in_loops(spill), len(step), sum(bool(re.search(barrier, line)) for line in step)
 
 
 def problems(target: str, quick: bool) -> Iterator[plan.Problem]:
@@ -215,6 +246,7 @@ def report(case: Case) -> tuple[str, str | None]:
     row += (
         f"{usage.registers:4} registers {usage.spilled:5} spilled, {usage.looping:3} in loops {usage.shared:7} shared"
     )
+    row += f" {usage.step:5} a step {usage.barriers:3} barriers"
     if usage.looping:
         return row, f"{row.strip()}: it spills in a loop"
     limit = problem.device.shared

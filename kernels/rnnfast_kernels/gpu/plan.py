@@ -292,7 +292,7 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
         ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
         if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
             return False
-    return plan.eager or operand <= (64 if problem.backward and elements <= 2 else 32)
+    return plan.eager or operand <= (32 if not problem.backward else 64 if elements <= 2 else 16)
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
