@@ -10,7 +10,7 @@ import ctypes
 import inspect
 import threading
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial, update_wrapper
+from functools import partial, update_wrapper
 from random import Random
 from unittest.mock import patch
 
@@ -49,8 +49,6 @@ class Programs:
         """Run all programs to their ends, or raise what the first one to fail has raised."""
         threads = [threading.Thread(target=self.thread, args=(n,), daemon=True) for n in self.live]
         with ExitStack() as patches:
-            # The interpreter patches the language in each call of a function, which takes a third of the time.
-            patches.enter_context(patch.object(interpreter, "_patch_lang", cache(interpreter._patch_lang)))
             for name in ACCESSES:
                 access = partial(self.access, getattr(builder, name), name == "create_atomic_rmw")
                 patches.enter_context(patch.object(builder, name, access))
