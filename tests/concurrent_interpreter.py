@@ -36,8 +36,10 @@ class Programs:
         self.turns = [threading.Semaphore(0) for _ in indices]
         self.live = list(range(len(indices)))
         self.speeds = [self.speed() for _ in indices]
-        # What a program whose last access was a poll has read: address, size in bytes, content.
+        # What a program whose last access was a poll has read: address, size in bytes, content; and whether it had read
+        # the same just before, so that it goes on polling. A first poll may have found what it was after.
         self.polled = [None for _ in indices]
+        self.repeats = [False for _ in indices]
         self.running = self.idle = 0
         self.failure = None
 
@@ -82,10 +84,11 @@ class Programs:
         self.pass_on()
         self.await_turn(n)
         result = access(*args, **options)
-        self.polled[n] = None
+        before, self.polled[n] = self.polled[n], None
         if updates and args[2].data.size == 1 and not args[2].data.any():
             address, size = args[1].data.item(), args[2].data.itemsize
             self.polled[n] = address, size, ctypes.string_at(address, size)
+        self.repeats[n] = self.polled[n] == before
         return result
 
     def await_turn(self, n):
@@ -111,8 +114,8 @@ class Programs:
         self.turns[self.running].release()
 
     def polls_in_vain(self, n):
-        """Whether the program's last access was a poll, and what it has read stands there unchanged."""
-        if self.polled[n] is None:
+        """Whether the program's last two accesses were polls, and what they have read stands there unchanged."""
+        if self.polled[n] is None or not self.repeats[n]:
             return False
         address, size, content = self.polled[n]
         return ctypes.string_at(address, size) == content
