@@ -3,17 +3,18 @@
 On its own the interpreter runs each program to its end before the next begins, so one that waits for another waits
 forever. Here every program has a thread, and one of them runs at a time; each access to memory is a turn, behind which
 a program drawn at random goes on. So what is explored are interleavings under sequential consistency, in which a load
-or a store of a whole tile is one access.
+or a store of a whole tile is one access. What a weaker memory model adds is left to the race detector.
 """
 
 import ctypes
 import inspect
 import threading
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial, update_wrapper
+from functools import partial, update_wrapper
 from random import Random
 from unittest.mock import patch
 
+from race_detector import DataRace, RaceDetector
 from triton.runtime import interpreter
 
 ACCESSES = ("create_masked_load", "create_masked_store", "create_atomic_cas", "create_atomic_rmw")
@@ -29,15 +30,17 @@ class Stopped(BaseException):
 
 
 class Programs:
-    """The programs of one launch: indices of the grid, each with a turn of its own."""
+    """The programs of one launch: indices of the grid, each with a turn of its own. `races` may be None."""
 
-    def __init__(self, program, indices, random):
-        self.program, self.indices, self.random = program, indices, random
+    def __init__(self, program, indices, random, races):
+        self.program, self.indices, self.random, self.races = program, indices, random, races
         self.turns = [threading.Semaphore(0) for _ in indices]
         self.live = list(range(len(indices)))
         self.speeds = [self.speed() for _ in indices]
-        # What a program whose last access was a poll has read: address, size in bytes, content.
+        # What a program whose last access was a poll has read: address, size in bytes, content; and whether it had read
+        # the same just before, so that it goes on polling. A first poll may have found what it was after.
         self.polled = [None for _ in indices]
+        self.repeats = [False for _ in indices]
         self.running = self.idle = 0
         self.failure = None
 
@@ -49,10 +52,8 @@ class Programs:
         """Run all programs to their ends, or raise what the first one to fail has raised."""
         threads = [threading.Thread(target=self.thread, args=(n,), daemon=True) for n in self.live]
         with ExitStack() as patches:
-            # The interpreter patches the language in each call of a function, which takes a third of the time.
-            patches.enter_context(patch.object(interpreter, "_patch_lang", cache(interpreter._patch_lang)))
             for name in ACCESSES:
-                access = partial(self.access, getattr(builder, name), name == "create_atomic_rmw")
+                access = partial(self.access, name, getattr(builder, name))
                 patches.enter_context(patch.object(builder, name, access))
             for thread in threads:
                 thread.start()
@@ -78,16 +79,23 @@ class Programs:
         if self.live:
             self.pass_on()
 
-    def access(self, access, updates, *args, **options):
+    def access(self, name, access, *args, **options):
         """One access to memory, behind the turns of others."""
         n = self.running
         self.pass_on()
         self.await_turn(n)
+        if self.races is not None:
+            try:
+                getattr(self.races, name)(n, *args, **options)
+            except DataRace as race:
+                self.failure = race
+                raise Stopped from race
         result = access(*args, **options)
-        self.polled[n] = None
-        if updates and args[2].data.size == 1 and not args[2].data.any():
+        before, self.polled[n] = self.polled[n], None
+        if name == "create_atomic_rmw" and args[2].data.size == 1 and not args[2].data.any():
             address, size = args[1].data.item(), args[2].data.itemsize
             self.polled[n] = address, size, ctypes.string_at(address, size)
+        self.repeats[n] = self.polled[n] == before
         return result
 
     def await_turn(self, n):
@@ -113,8 +121,8 @@ class Programs:
         self.turns[self.running].release()
 
     def polls_in_vain(self, n):
-        """Whether the program's last access was a poll, and what it has read stands there unchanged."""
-        if self.polled[n] is None:
+        """Whether the program's last two accesses were polls, and what they have read stands there unchanged."""
+        if self.polled[n] is None or not self.repeats[n]:
             return False
         address, size, content = self.polled[n]
         return ctypes.string_at(address, size) == content
@@ -123,23 +131,24 @@ class Programs:
 class Together:
     """Stands for a kernel's function where the interpreter calls it once per program: the last call runs them all."""
 
-    def __init__(self, random, function):
+    def __init__(self, random, races, function):
         update_wrapper(self, function)
         self.__signature__ = inspect.signature(function)
         self.__globals__ = function.__globals__
-        self.random, self.function = random, function
+        self.random, self.races, self.function = random, races, function
         self.indices = []
 
     def __call__(self, **arguments):
         self.indices.append(builder.grid_idx)
         x, y, z = builder.grid_dim
         if len(self.indices) == x * y * z:
-            Programs(partial(self.function, **arguments), self.indices, self.random).run()
+            races = RaceDetector(self.indices, arguments) if self.races else None
+            Programs(partial(self.function, **arguments), self.indices, self.random, races).run()
 
 
 @contextmanager
-def concurrent(seed):
-    """Run the programs of each launch concurrently, in an order that the seed decides."""
+def concurrent(seed, races=True):
+    """Run the programs of each launch concurrently, in an order that the seed decides; with `races` none may occur."""
     random, executor = Random(seed), interpreter.GridExecutor
-    with patch.object(interpreter, "GridExecutor", lambda fn, *rest: executor(Together(random, fn), *rest)):
+    with patch.object(interpreter, "GridExecutor", lambda fn, *rest: executor(Together(random, races, fn), *rest)):
         yield

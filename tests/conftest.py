@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,6 +42,27 @@ def kernels_are_compiled_beside_the_first_tests():
     yield
     compiler.kill()
     compiler.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_interpreter_patches_once():
+    """Patch the language once per function and launch, where Triton's interpreter does so in every call of a function.
+
+    Patching again changes nothing: what has been patched stays so until the launch ends, which undoes it.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch, patch_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
+
+    def launch_patching_once(*args, **options):
+        with patch.object(interpreter, "_patch_lang", cache(patch_language)):
+            return launch(*args, **options)
+
+    with patch.object(interpreter.GridExecutor, "__call__", launch_patching_once):
+        yield
 
 
 def backends_under_test() -> list[str]:

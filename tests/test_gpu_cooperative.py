@@ -1,7 +1,7 @@
 """The cooperative loop with several programs to a group, all at once, in the interpreter with TRITON_INTERPRET=1.
 
-Whichever program goes first, every result must be right, and the same to the bit. That this can fail is shown with an
-exchange that is broken. What only hardware can show is in test_gpu_device.py.
+Whichever program goes first, every result must be right, and the same to the bit, and no two accesses may race. That
+this can fail is shown with an exchange that is broken. What only hardware can show is in test_gpu_device.py.
 """
 
 import threading
@@ -97,13 +97,7 @@ def test_half_precision(case, device):
 
 @named(Case("rnn_relu", T=5, B=2))
 def test_many_orders(case, device):
-    check_orders(case, "lazy", device, seeds=8)
-
-
-def check_each(layer, seeds):
-    for seed in seeds:
-        with concurrent(seed):
-            check(gpu, layer)
+    check_orders(case, "lazy", device, seeds=6)
 
 
 def one_buffer(*args):
@@ -111,26 +105,98 @@ def one_buffer(*args):
     return tile, slot * 0, own
 
 
+def arrive_with(**options):
+    return {"arrive": lambda counter: tl.atomic_add(counter, 1, **options)}
+
+
+def wait_with(**options):
+    def wait(counter, arrivals):
+        while tl.atomic_add(counter, 0, **options) < arrivals:
+            pass
+
+    return {"wait": wait}
+
+
+def not_once(counter, arrivals):
+    """One program does not wait for the second arrivals."""
+    if builder.grid_idx[0] != 1 or arrivals != 2 * 3:
+        barrier.wait(counter, arrivals)
+
+
+def arrive_first(p, group, *rest):
+    barrier.arrive(p.counters + group * barrier.COUNTER_STRIDE)
+    return tiles.exchange_tile(p, group, *rest)
+
+
+def wait_and_arrive(counter, arrivals):
+    barrier.wait(counter, arrivals)
+    barrier.arrive(counter)
+
+
 # What is replaced in the module of a pass, and by what; a group has three members.
 BROKEN = {
-    "nobody waits": ("wait", lambda counter, arrivals: None),
-    "one arrival too few": ("wait", lambda counter, arrivals: barrier.wait(counter, arrivals - 1)),
-    "arrivals of the step before": ("wait", lambda counter, arrivals: barrier.wait(counter, arrivals - 3)),
-    "one exchange buffer": ("exchange_tile", one_buffer),
-    "one counter for all groups": ("COUNTER_STRIDE", 0),
+    "nobody waits": {"wait": lambda counter, arrivals: None},
+    "one arrival too few": {"wait": lambda counter, arrivals: barrier.wait(counter, arrivals - 1)},
+    "arrivals of the step before": {"wait": lambda counter, arrivals: barrier.wait(counter, arrivals - 3)},
+    "one exchange buffer": {"exchange_tile": one_buffer},
+    "one counter for all groups": {"COUNTER_STRIDE": 0},
+    "one wait is absent": {"wait": not_once},
+    "arrivals before stores": {"exchange_tile": arrive_first, "wait": wait_and_arrive, "arrive": lambda counter: None},
 }
+# Under sequential consistency the values are right.
+UNORDERED = {
+    "relaxed arrivals": arrive_with(sem="relaxed"),
+    "arrivals for one processor": arrive_with(sem="release", scope="cta"),
+    "relaxed waits": wait_with(sem="relaxed"),
+    "waits for one processor": wait_with(sem="acquire", scope="cta"),
+}
+RACE = r"data race at byte \d+ of p\.(exchange|counters): an? .* by program \(\d, 0, 0\) is not ordered behind an? "
+PASSES = pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
 
 
-@pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_exchange_is_noticed(broken, module, device, monkeypatch):
-    layer = make(Case("rnn_tanh", T=4, B=2), device)
-    monkeypatch.setattr(module, *BROKEN[broken])
-    with plan.override(LOOPS["unsplit"]), pytest.raises(AssertionError, match="relative error"):
-        check_each(layer, range(12))
+@pytest.fixture
+def broken_layer(request, module, device, monkeypatch):
+    """A layer in whose pass something is replaced, with the plan for it."""
+    for name, replacement in request.param.items():
+        monkeypatch.setattr(module, name, replacement)
+    with plan.override(LOOPS["unsplit"]):
+        yield make(Case("rnn_tanh", T=3, B=2), device)
 
 
-@pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
+def broken(changes):
+    return pytest.mark.parametrize("broken_layer", changes.values(), ids=changes, indirect=True)
+
+
+def try_orders(function, layer, seeds, races):
+    for seed in seeds:
+        with concurrent(seed, races):
+            function(gpu, layer)
+
+
+@PASSES
+@broken(BROKEN)
+def test_a_broken_exchange_gives_wrong_values(broken_layer):
+    with pytest.raises(AssertionError, match="relative error"):
+        try_orders(check, broken_layer, range(12), races=False)
+
+
+@PASSES
+@broken(BROKEN)
+def test_a_broken_exchange_is_a_race(broken_layer):
+    with pytest.raises(InterpreterError, match=RACE):
+        try_orders(run, broken_layer, range(12), races=True)
+
+
+@PASSES
+@broken(UNORDERED)
+def test_what_a_weak_memory_model_may_reorder_is_a_race_in_every_order(broken_layer):
+    try_orders(check, broken_layer, [0], races=False)
+    for seed in range(2):
+        with pytest.raises(InterpreterError, match=RACE):
+            try_orders(run, broken_layer, [seed], races=True)
+
+
+@PASSES
 def test_an_absent_arrival_is_a_deadlock(module, device, monkeypatch):
     """The second of the two groups waits, and the threads of all programs end."""
     layer = make(Case("rnn_tanh", T=4, B=2), device)

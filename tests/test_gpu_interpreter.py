@@ -30,7 +30,7 @@ LAYERS = (
 PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
     "layouts and the rest": (KERNELS, f"not ({LONG})"),
-    "programs that wait for each other": (("gpu_cooperative",), ""),
+    "programs that wait for each other": (("gpu_cooperative", "race_detector"), ""),
     "sequences": (("sequences", "autograd", "transforms", "numerics", "stream"), " or ".join(f"({k})" for k in LAYERS)),
 }
 
