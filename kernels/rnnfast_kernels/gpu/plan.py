@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from rnnfast_kernels.cells import CELLS
 
@@ -292,7 +293,11 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
         ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
         if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
             return False
-    return plan.eager or operand <= (32 if not problem.backward else 64 if elements <= 2 else 16)
+    limit = 32
+    if problem.backward:
+        limit = 64 if elements <= 1 else 32 * (4 // problem.itemsize) if elements == 2 else 16
+    aligned = problem.row == problem.H
+    return plan.eager or operand <= (limit if aligned else min(limit, 16))
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
@@ -306,14 +311,15 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     """Every plan worth considering, those that are simpler at equal time first."""
     for block_b in row_tiles(problem):
         if problem.H <= 256:
-            yield resident(problem, block_b, 4 if problem.H <= 64 else 8)
+            yield resident(problem, block_b, 8 if problem.H > 64 or problem.itemsize == 4 else 4)
         # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
         for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
-            split = parts_of_k(problem, block_b, block_n, warps)
-            for block_k in chunk_sizes(problem, block_b * block_n // (problem.device.warp * warps)):
+            parts = parts_of_k(problem, block_b, block_n, warps)
+            sizes = chunk_sizes(problem, block_b * block_n // (problem.device.warp * warps))
+            for split, block_k in product((parts, max(parts // 2, 1)), sizes):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps)
                 if reads_well(problem, plan):
                     yield plan
