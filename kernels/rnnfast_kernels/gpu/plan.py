@@ -278,32 +278,43 @@ def chunk_sizes(problem: Problem, elements: int) -> tuple[int, ...]:
 
 
 def reads_well(problem: Problem, plan: Plan) -> bool:
-    """Whether a thread has the registers for what a step reads.
+    """Whether a thread has the registers for what a step reads; the limits are bytes per thread, found by compiling.
 
     An operand that is read chunk by chunk has all chunks that the compiler cares to read ahead: fewer fit beside the
-    sums of all gates, forward, or beside the gates and states of a large tile, backward. Weights that are read again
-    have addresses.
+    sums of all gates, forward, or beside the gates and states of a large tile, backward, and still fewer where rows are
+    not aligned. Weights that are read again have addresses; float32 products outside of matrix instructions take
+    theirs from registers.
     """
     threads = problem.device.warp * plan.warps
     elements = plan.block_b * plan.block_n // threads
     chunk = plan.split * plan.block_k * problem.itemsize / threads
     operand = plan.block_b * chunk
-    if plan.kept < plan.chunks and elements > 1:
+    rereads = plan.kept < plan.chunks
+    if plain(problem):
+        wide = not problem.backward and plan.block_n > 8
+        if rereads or (wide and plan.eager and plan.kept * operand > 128):
+            return False
+    elif rereads and elements > 1:
         entries = problem.gates if problem.backward else 1
         ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
         if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
             return False
+    if plan.eager:
+        return True
     limit = 32
-    if problem.backward:
+    if problem.backward and not plain(problem):
         limit = 64 if elements <= 1 else 32 * (4 // problem.itemsize) if elements == 2 else 16
-    aligned = problem.row == problem.H
-    return plan.eager or operand <= (limit if aligned else min(limit, 16))
+    return operand <= (limit if problem.row == problem.H else 16)
+
+
+def plain(problem: Problem) -> bool:
+    """Whether products are float32 without matrix instructions, which NVIDIA has for TF32 only."""
+    return problem.itemsize == 4 and problem.precision == "ieee" and not problem.device.amd
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
-    """Numbers of batch rows to try in a tile: matrix instructions take 16 at least; float32 on NVIDIA has none."""
-    plain = problem.itemsize == 4 and problem.precision == "ieee" and not problem.device.amd
-    sizes = (4, 8, 16, 32, 64, 128) if plain else (16, 32, 64, 128)
+    """Numbers of batch rows to try in a tile: matrix instructions take 16 at least."""
+    sizes = (4, 8, 16, 32, 64, 128) if plain(problem) else (16, 32, 64, 128)
     return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
 
 
