@@ -291,8 +291,8 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     operand = plan.block_b * chunk
     rereads = plan.kept < plan.chunks
     if plain(problem):
-        wide = not problem.backward and plan.block_n > 8
-        if rereads or (wide and plan.eager and plan.kept * operand > 128):
+        most = 512 if problem.backward else 384 if plan.block_n == 8 else 128
+        if rereads or (plan.eager and plan.kept * operand > most):
             return False
     elif rereads and elements > 1:
         entries = problem.gates if problem.backward else 1
@@ -330,7 +330,8 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             warps = 4 if few and not problem.backward else 8
             parts = parts_of_k(problem, block_b, block_n, warps)
             sizes = chunk_sizes(problem, block_b * block_n // (problem.device.warp * warps))
-            for split, block_k in product((parts, max(parts // 2, 1)), sizes):
+            splits = (parts,) if plain(problem) else (parts, max(parts // 2, 1))
+            for split, block_k in product(splits, sizes):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps)
                 if reads_well(problem, plan):
                     yield plan
