@@ -109,9 +109,13 @@ def test_an_override_holds_for_its_block():
     assert plan.choose(problem()) == ordinary
 
 
+def test_no_choice_changes_nothing():
+    for asked in grid(H200):
+        assert varied(asked, {}) == plan.choose(asked), asked
+
+
 def test_a_choice_changes_what_follows_from_it():
     asked = problem(H=1024)
-    assert varied(asked, {}) == plan.choose(asked)
     wide = varied(asked, {"units": 16})
     assert (wide.block_n, wide.members) == (16, 64)
     assert wide.shared > plan.choose(asked).shared

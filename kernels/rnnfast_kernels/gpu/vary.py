@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rnnfast_kernels.gpu.plan import STAGES, Plan, Problem, best, cooperative, fits, resident, streamed
+from rnnfast_kernels.gpu.plan import STAGES, Plan, Problem, best, cooperative, fits, resident, row_tiles, streamed
 
 # What may be told, and which of a plan's fields that is.
 CHOICES = {
@@ -30,12 +30,15 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     loop = loop or plan.loop
     given = {CHOICES[name]: value for name, value in choices.items()}
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
+    fewest = row_tiles(problem)[0]
     if loop == "cooperative":
         k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
-        eager, ahead = bool(given.get("eager", True)), given.get("stages", STAGES)
-        plan = cooperative(problem, max(rows, 16), units, k, split, warps, eager=eager, ahead=ahead)
+        eager = bool(given.get("eager", plan.eager or plan.kept < plan.chunks))
+        plan = cooperative(
+            problem, max(rows, fewest), units, k, split, warps, eager=eager, ahead=given.get("stages", STAGES)
+        )
     else:
-        plan = resident(problem, max(rows, 16), warps) if loop == "resident" else streamed(problem)
+        plan = resident(problem, max(rows, fewest), warps) if loop == "resident" else streamed(problem)
     follows = {"block_b", "block_n", "block_k", "split", "eager", "stages"} if loop != "streamed" else set()
     plan = replace(plan, **{name: value for name, value in given.items() if name not in follows})
     if not fits(problem, plan):
