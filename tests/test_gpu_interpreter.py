@@ -24,6 +24,7 @@ LAYERS = (
     "states_of_a_packed_sequence",
     "recomputing_gives",
     "second_derivatives_equal_the_plain_loops",
+    "first_and_second and gru and lengths and resets",
     "chunks_equal_one_call and not any and (lstm] or gru)",
     "steps_equal_one_call and f32 and (lstm] or gru)",
 )
