@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.streamed import ShiftTensors
-from rnnfast_kernels.gpu.tiles import rows_of_step
+from rnnfast_kernels.gpu.tiles import finish_products, rows_of_step
 
 from rnnfast.backends import gpu, gpu_launch
 
@@ -86,6 +86,27 @@ def test_rows_are_counted_in_64_bits(device):
     result = torch.zeros(1, dtype=torch.int64, device=device)
     write_first_row[(1,)](tensors, result, 69_999, 70_000, 40_000)
     assert result.item() == 69_999 * 40_000
+
+
+@triton.jit
+def add_parts_of_gates(p_parts, p_sums, COUNT: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    tile = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    part = tl.arange(0, SPLIT)[:, None, None] * (M * N) + tile[None, :, :]
+    products = ()
+    for g in tl.static_range(COUNT):
+        products = products + (tl.load(p_parts + g * SPLIT * M * N + part),)  # noqa: RUF005
+    sums = finish_products(products, COUNT, M, N, SPLIT)
+    for g in tl.static_range(COUNT):
+        tl.store(p_sums + g * M * N + tile, sums[g])
+
+
+@pytest.mark.parametrize("split", [2, 4, 8])
+@pytest.mark.parametrize("gates", [1, 2, 3, 4, 5])
+def test_the_parts_of_any_number_of_gates_add_up(gates, split, device):
+    parts = torch.randn(gates, split, 16, 8, device=device)
+    sums = torch.full((gates, 16, 8), float("nan"), device=device)
+    add_parts_of_gates[(1,)](parts, sums, gates, split, 16, 8)
+    torch.testing.assert_close(sums, parts.sum(1))
 
 
 @named(*(Case(cell, dtype=dtype) for cell in CELLS for dtype in (torch.bfloat16, torch.float16, torch.float64)))
