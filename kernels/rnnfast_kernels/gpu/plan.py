@@ -297,13 +297,16 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     elif rereads and elements > 1:
         entries = problem.gates if problem.backward else 1
         ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
-        if ahead > (380 if elements == 2 else 230 if problem.backward else 300):
+        two = 440 if problem.itemsize == 2 else 380
+        if ahead > (two if elements == 2 else 230 if problem.backward else 300):
             return False
     if plan.eager:
         return True
     limit = 32
     if problem.backward and not plain(problem):
         limit = 64 if elements <= 1 else 32 * (4 // problem.itemsize) if elements == 2 else 16
+        if elements >= 1 and not CELLS[problem.cell].one_gradient:
+            limit = 24
     return operand <= (limit if problem.row == problem.H else 16)
 
 
