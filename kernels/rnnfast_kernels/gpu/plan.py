@@ -305,8 +305,8 @@ def reads_well(problem: Problem, plan: Plan) -> bool:
     limit = 32
     if problem.backward and not plain(problem):
         limit = 64 if elements <= 1 else 32 * (4 // problem.itemsize) if elements == 2 else 16
-        if elements >= 1 and not CELLS[problem.cell].one_gradient:
-            limit = 24
+    if problem.backward and not CELLS[problem.cell].one_gradient and (elements >= 1 or plain(problem)):
+        limit = min(limit, 24)
     return operand <= (limit if problem.row == problem.H else 16)
 
 
