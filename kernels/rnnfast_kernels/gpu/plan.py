@@ -10,85 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from rnnfast_kernels.cells import CELLS
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a plan needs to know of a device: its name (`sm_90`, `gfx942`), and shared memory for a program in bytes."""
-
-    arch: str
-    processors: int
-    shared: int
-    warp: int = 32
-
-    @property
-    def amd(self) -> bool:
-        return self.arch.startswith("gfx")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One pass over one layer. B rows, H hidden units, D directions; `precision` is that of `tl.dot`."""
-
-    cell: str
-    H: int
-    B: int
-    D: int
-    dtype: str
-    precision: str
-    backward: bool
-    device: Device
-
-    @property
-    def gates(self) -> int:
-        return CELLS[self.cell].gates
-
-    @property
-    def itemsize(self) -> int:
-        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
-
-    @property
-    def row(self) -> int:
-        """Entries of a row of weights whose beginning is aligned to 16 bytes, the widest access."""
-        return cdiv(self.H * self.itemsize, 16) * 16 // self.itemsize
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run one pass.
-
-    loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
-    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
-    operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
-    - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
-    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. A row of
-    weights is `row` entries long. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
-    take.
-    """
-
-    loop: str
-    block_b: int
-    block_n: int
-    warps: int
-    precision: str = "ieee"
-    block_k: int = 0
-    split: int = 1
-    chunks: int = 0
-    kept: int = 0
-    stages: int = 1
-    eager: bool = True
-    sparse: bool = False
-    members: int = 1
-    programs: int = 0
-    row: int = 0
-    shared: int = 0
-    registers: int = 0
-
-    @property
-    def width(self) -> int:
-        """All hidden units, rounded up to whole chunks."""
-        return self.chunks * self.split * self.block_k
+from rnnfast_kernels.gpu import registers
+from rnnfast_kernels.gpu.problem import Device, Plan, Problem, cdiv, next_power
 
 
 @dataclass(frozen=True)
@@ -116,26 +39,8 @@ RATES = {
 }
 
 
-# Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
-# where a thread holds much else, a sum for each gate or a large tile, spill.
-CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee crowded": (32,)}
-
-
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
 STAGES = 3
-
-
-def next_power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def cdiv(n: int, d: int) -> int:
-    return -(-n // d)
-
-
-def registers(device: Device, warps: int) -> int:
-    """All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake."""
-    return 0 if device.amd else min(255, 65536 // (32 * warps))
 
 
 def streamed(problem: Problem) -> Plan:
@@ -161,7 +66,7 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
         programs=cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
         shared=weights + operand,
-        registers=registers(problem.device, warps),
+        registers=registers.per_program(problem.device, warps),
     )
 
 
@@ -225,7 +130,7 @@ def cooperative(
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
         shared=used,
-        registers=registers(problem.device, warps),
+        registers=registers.per_program(problem.device, warps),
     )
 
 
@@ -235,14 +140,13 @@ def fits(problem: Problem, plan: Plan) -> bool:
     return plan.shared <= problem.device.shared and (alone or plan.programs <= problem.device.processors)
 
 
-def rates(problem: Problem) -> Rates:
-    device = problem.device
+def rates(device: Device) -> Rates:
     return RATES.get(device.arch) or RATES["gfx942" if device.amd else "sm_90"]
 
 
 def step_time(problem: Problem, plan: Plan) -> float:
     """The model's time of one step in microseconds."""
-    rate, processors = rates(problem), problem.device.processors
+    rate, processors = rates(problem.device), problem.device.processors
     speed = rate.products["half" if problem.itemsize == 2 else plan.precision]
     entries = problem.gates if problem.backward else 1
     if plan.loop == "streamed":
@@ -263,61 +167,9 @@ def step_time(problem: Problem, plan: Plan) -> float:
     return time + rate.barrier + waits * rate.latency + fetched / rate.l2
 
 
-def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
-    """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
-    sums = (2 if problem.backward else problem.gates) * block_b * block_n
-    room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
-    return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
-
-
-def chunk_sizes(problem: Problem, elements: int) -> tuple[int, ...]:
-    """Lengths to try of one warp's part of a chunk, where a thread computes some elements of the result."""
-    kind = "half" if problem.itemsize == 2 else problem.precision
-    crowded = kind == "ieee" and (not problem.backward or elements > 2)
-    return CHUNK_SIZES["ieee crowded" if crowded else kind]
-
-
-def reads_well(problem: Problem, plan: Plan) -> bool:
-    """Whether a thread has the registers for what a step reads; the limits are bytes per thread, found by compiling.
-
-    An operand that is read chunk by chunk has all chunks that the compiler cares to read ahead: fewer fit beside the
-    sums of all gates, forward, or beside the gates and states of a large tile, backward, and still fewer where rows are
-    not aligned. Weights that are read again have addresses; float32 products outside of matrix instructions take
-    theirs from registers.
-    """
-    threads = problem.device.warp * plan.warps
-    elements = plan.block_b * plan.block_n // threads
-    chunk = plan.split * plan.block_k * problem.itemsize / threads
-    operand = plan.block_b * chunk
-    rereads = plan.kept < plan.chunks
-    if plain(problem):
-        most = 512 if problem.backward else 384 if plan.block_n == 8 else 128
-        if rereads or (plan.eager and plan.kept * operand > most):
-            return False
-    elif rereads and elements > 1:
-        entries = problem.gates if problem.backward else 1
-        ahead = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
-        two = 440 if problem.itemsize == 2 else 380
-        if ahead > (two if elements == 2 else 230 if problem.backward else 300):
-            return False
-    if plan.eager:
-        return True
-    limit = 32
-    if problem.backward and not plain(problem):
-        limit = 64 if elements <= 1 else 32 * (4 // problem.itemsize) if elements == 2 else 16
-    if problem.backward and not CELLS[problem.cell].one_gradient and (elements >= 1 or plain(problem)):
-        limit = min(limit, 24)
-    return operand <= (limit if problem.row == problem.H else 16)
-
-
-def plain(problem: Problem) -> bool:
-    """Whether products are float32 without matrix instructions, which NVIDIA has for TF32 only."""
-    return problem.itemsize == 4 and problem.precision == "ieee" and not problem.device.amd
-
-
 def row_tiles(problem: Problem) -> tuple[int, ...]:
     """Numbers of batch rows to try in a tile: matrix instructions take 16 at least."""
-    sizes = (4, 8, 16, 32, 64, 128) if plain(problem) else (16, 32, 64, 128)
+    sizes = (4, 8, 16, 32, 64, 128) if problem.plain else (16, 32, 64, 128)
     return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
 
 
@@ -331,17 +183,17 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
-            parts = parts_of_k(problem, block_b, block_n, warps)
-            sizes = chunk_sizes(problem, block_b * block_n // (problem.device.warp * warps))
-            splits = (parts,) if plain(problem) else (parts, max(parts // 2, 1))
+            parts = registers.parts_of_k(problem, block_b, block_n, warps)
+            sizes = registers.chunk_sizes(problem, registers.elements(problem, block_b, block_n, warps))
+            splits = (parts,) if problem.plain else (parts, max(parts // 2, 1))
             for split, block_k in product(splits, sizes):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps)
-                if reads_well(problem, plan):
+                if registers.suffice(problem, plan):
                     yield plan
                 if plan.kept < plan.chunks:
                     # Where the operand takes less room there is more for the weights.
                     lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False)
-                    if lazy.kept == lazy.chunks and reads_well(problem, lazy):
+                    if lazy.kept == lazy.chunks and registers.suffice(problem, lazy):
                         yield lazy
     yield streamed(problem)
 

@@ -1,0 +1,96 @@
+"""What a plan is made from and what it says: a device, one pass over one layer, and how to run it."""
+
+from dataclasses import dataclass
+
+from rnnfast_kernels.cells import CELLS
+
+
+def next_power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device: its name (`sm_90`, `gfx942`), and shared memory for a program in bytes."""
+
+    arch: str
+    processors: int
+    shared: int
+    warp: int = 32
+
+    @property
+    def amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass over one layer. B rows, H hidden units, D directions; `precision` is that of `tl.dot`."""
+
+    cell: str
+    H: int
+    B: int
+    D: int
+    dtype: str
+    precision: str
+    backward: bool
+    device: Device
+
+    @property
+    def gates(self) -> int:
+        return CELLS[self.cell].gates
+
+    @property
+    def itemsize(self) -> int:
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def row(self) -> int:
+        """Entries of a row of weights whose beginning is aligned to 16 bytes, the widest access."""
+        return cdiv(self.H * self.itemsize, 16) * 16 // self.itemsize
+
+    @property
+    def plain(self) -> bool:
+        """Whether products are float32 without matrix instructions, which NVIDIA has for TF32 only."""
+        return self.itemsize == 4 and self.precision == "ieee" and not self.device.amd
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one pass.
+
+    loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
+    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
+    operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
+    - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
+    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. A row of
+    weights is `row` entries long. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
+    take.
+    """
+
+    loop: str
+    block_b: int
+    block_n: int
+    warps: int
+    precision: str = "ieee"
+    block_k: int = 0
+    split: int = 1
+    chunks: int = 0
+    kept: int = 0
+    stages: int = 1
+    eager: bool = True
+    sparse: bool = False
+    members: int = 1
+    programs: int = 0
+    row: int = 0
+    shared: int = 0
+    registers: int = 0
+
+    @property
+    def width(self) -> int:
+        """All hidden units, rounded up to whole chunks."""
+        return self.chunks * self.split * self.block_k

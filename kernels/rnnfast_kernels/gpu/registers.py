@@ -1,0 +1,83 @@
+"""What the registers of a thread have room for, so that no time loop spills.
+
+No compiler can be asked before it has compiled, so these are limits in bytes per thread that were found by compiling
+all of `aot` for sm_90. An element is one of the tile's that a thread computes; it has gates, states and gradients.
+"""
+
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu.problem import Device, Plan, Problem
+
+# Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
+# where a thread holds much else, a sum for each gate or a large tile, spill.
+CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee crowded": (32,)}
+
+
+def per_program(device: Device, warps: int) -> int:
+    """All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake."""
+    return 0 if device.amd else min(255, 65536 // (32 * warps))
+
+
+def elements(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
+    """How many elements of the tile a thread computes; 0 where there are more threads than elements."""
+    return block_b * block_n // (problem.device.warp * warps)
+
+
+def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
+    """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
+    sums = (2 if problem.backward else problem.gates) * block_b * block_n
+    room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
+    return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
+
+
+def chunk_sizes(problem: Problem, count: int) -> tuple[int, ...]:
+    """Lengths to try of one warp's part of a chunk, where a thread computes `count` elements."""
+    kind = "half" if problem.itemsize == 2 else problem.precision
+    crowded = kind == "ieee" and (not problem.backward or count > 2)
+    return CHUNK_SIZES["ieee crowded" if crowded else kind]
+
+
+def read_at_once(problem: Problem, plan: Plan) -> int:
+    """Most bytes of an operand whose chunks are all on their way at once; plans give a thread 512 at most."""
+    if problem.plain and not problem.backward:
+        return 384 if plan.block_n == 8 else 128
+    return 512
+
+
+def read_by_chunk(problem: Problem, count: int) -> int:
+    """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
+    two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
+    limits = {
+        "beside the sums of all gates": (not problem.backward, 32),
+        "beside the operands of products without matrix instructions": (problem.plain, 32),
+        "beside two elements in float32": (count == 2 and problem.itemsize == 4, 32),
+        "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
+        "beside gradients by both parts of the gates": (two_gradients and (count >= 1 or problem.plain), 24),
+        "with rows that are not aligned": (problem.row != problem.H, 16),
+    }
+    return min([64, *(most for applies, most in limits.values() if applies)])
+
+
+def read_again(problem: Problem, count: int) -> int:
+    """Most bytes of operands and of one chunk of weights, where weights are read again, which takes their addresses."""
+    if problem.plain:
+        return 0
+    if count <= 1:
+        return 2**20  # No limit was met.
+    if count == 2:
+        return 440 if problem.itemsize == 2 else 380
+    return 230 if problem.backward else 300
+
+
+def suffice(problem: Problem, plan: Plan) -> bool:
+    """Whether a thread has the registers for what a step of a cooperative plan reads."""
+    count = elements(problem, plan.block_b, plan.block_n, plan.warps)
+    chunk = plan.split * plan.block_k * problem.itemsize / (problem.device.warp * plan.warps)
+    operand = plan.block_b * chunk
+    if plan.kept < plan.chunks:
+        entries = problem.gates if problem.backward else 1
+        again = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
+        if again > read_again(problem, count):
+            return False
+    if plan.eager:
+        return plan.kept * operand <= read_at_once(problem, plan)
+    return operand <= read_by_chunk(problem, count)
