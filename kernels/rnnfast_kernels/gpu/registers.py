@@ -12,6 +12,10 @@ from rnnfast_kernels.gpu.problem import Device, Plan, Problem
 CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee crowded": (32,)}
 
 
+# Chunks that stay on the chip: the code of a step repeats for each.
+MOST_KEPT = 16
+
+
 def per_program(device: Device, warps: int) -> int:
     """All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake."""
     return 0 if device.amd else min(255, 65536 // (32 * warps))
@@ -78,6 +82,8 @@ def suffice(problem: Problem, plan: Plan) -> bool:
         again = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
         if again > read_again(problem, count):
             return False
+    if plan.kept > MOST_KEPT:
+        return False
     if plan.eager:
         return plan.kept * operand <= read_at_once(problem, plan)
     return operand <= read_by_chunk(problem, count)
