@@ -99,7 +99,10 @@ def on_the_device(request):
 
 
 def pytest_addoption(parser):
-    """Without pytest-timeout, which a borrowed machine may lack, its setting means nothing."""
+    parser.addoption(
+        "--compiled-for", metavar="TARGET", help="run Triton's kernels as compiled for a GPU that is not there"
+    )
+    # Without pytest-timeout, which a borrowed machine may lack, its setting means nothing.
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take")
 

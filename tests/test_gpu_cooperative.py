@@ -5,12 +5,12 @@ this can fail is shown with an exchange that is broken. What only hardware can s
 """
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import INTERPRETED
 from gpu_layers import Case, check, make, run
+from gpu_plans import TOGETHER
 
 if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -26,21 +26,6 @@ from rnnfast.backends import gpu, gpu_launch
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
-def several(units, split, **changes):
-    """Plans in which programs of `units` hidden units share a recurrence, 16 rows at a time."""
-    return lambda problem: replace(plan.cooperative(problem, 16, units, 16, split, 4, shared=10**9), **changes)
-
-
-LOOPS = {
-    "split": several(8, 2),
-    "unsplit": several(8, 1),
-    "wide": several(16, 2),
-    "rereading": several(8, 1, kept=1, stages=3),
-    "lazy": several(8, 2, eager=False),
-    "lazy-rereading": several(16, 1, kept=1, stages=3, eager=False),
-}
-
-
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
     """Float32 products as exact as they come."""
@@ -50,7 +35,7 @@ def strict(monkeypatch):
 def check_orders(case, loop, device, seeds=2):
     """Compare the results of one order with the reference, and those of others with the first."""
     layer = make(case, device)
-    with plan.override(LOOPS[loop]):
+    with plan.override(TOGETHER[loop]):
         with concurrent(0):
             first = check(gpu, layer)
         for seed in range(1, seeds):
@@ -159,7 +144,7 @@ def broken_layer(request, module, device, monkeypatch):
     """A layer in whose pass something is replaced, with the plan for it."""
     for name, replacement in request.param.items():
         monkeypatch.setattr(module, name, replacement)
-    with plan.override(LOOPS["unsplit"]):
+    with plan.override(TOGETHER["unsplit"]):
         yield make(Case("rnn_tanh", T=3, B=2), device)
 
 
@@ -203,7 +188,7 @@ def test_an_absent_arrival_is_a_deadlock(module, device, monkeypatch):
     monkeypatch.setattr(module, "arrive", lambda counter: builder.grid_idx[0] == 4 or barrier.arrive(counter))
     before = threading.active_count()
     said = r"deadlock: of 6 programs, \(3, 0, 0\), \(4, 0, 0\), \(5, 0, 0\) wait forever"
-    with plan.override(LOOPS["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match=said):
+    with plan.override(TOGETHER["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match=said):
         run(gpu, layer)
     assert threading.active_count() == before
 
@@ -214,7 +199,7 @@ def test_what_a_program_raises_ends_all(device, monkeypatch):
 
     monkeypatch.setattr(forward, "wait", fail)
     before = threading.active_count()
-    with plan.override(LOOPS["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match="out of order"):
+    with plan.override(TOGETHER["unsplit"]), concurrent(0), pytest.raises(InterpreterError, match="out of order"):
         run(gpu, make(Case("rnn_tanh", T=4, B=2), device))
     assert threading.active_count() == before
 

@@ -92,6 +92,8 @@ def forward_step(
             bias = tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(DTYPE)
             u = u + (products[g] + bias[None, :],)
     new_state, saved = CELL(x, u, state)
+    # Of a small tile several threads have each element: all of them have read it before one writes it.
+    tl.debug_barrier()
     store_states(p.states, new_state, span, b, n, d, D, STATES, H)
     if SAVED > 0:
         store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H)
@@ -143,6 +145,8 @@ def backward_step(
     for s in tl.static_range(STATES):
         dnew = dnew + (dstate[s] + dstates[s],)
     dx, du, direct = CELL(dnew, saved, state, new_state)
+    # As in the forward step.
+    tl.debug_barrier()
     store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
     if p.du is not None:
         store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
