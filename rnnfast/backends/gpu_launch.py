@@ -97,7 +97,7 @@ def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
 
 def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward: bool, save: bool) -> bool:
     """Run all steps in one launch; return False, with nothing run, where the device refuses to hold its programs."""
-    tensors = tensors._replace(w_hh=arrange(tensors.w_hh, recurrence, chosen.row, backward))
+    tensors = tensors._replace(w_hh=arrange(tensors.w_hh, recurrence, chosen, backward))
     if chosen.loop == "cooperative":
         tensors = tensors._replace(**workspace(chosen, recurrence, backward, tensors.w_hh))
     described = launch.loop(chosen, recurrence.cell.name, recurrence.H, backward, save, tensors, recurrence.extent)
@@ -112,12 +112,13 @@ def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward:
     return True
 
 
-def arrange(w_hh: Tensor, recurrence: Recurrence, row: int, backward: bool) -> Tensor:
-    """The recurrent weights as fused loops read them: [D, G, H, row], the contracted index last and padded with 0."""
+def arrange(w_hh: Tensor, recurrence: Recurrence, chosen: plan.Plan, backward: bool) -> Tensor:
+    """The recurrent weights as a fused loop reads them: [D, G, H, row], padded with 0; the contracted index is last, or
+    the one before where the plan says so."""
     D, H = w_hh.shape[0], recurrence.H
     weights = w_hh.view(D, recurrence.cell.gates, H, H)
-    weights = weights.transpose(2, 3) if backward else weights
-    return (weights if row == H else torch.nn.functional.pad(weights, (0, row - H))).contiguous()
+    weights = weights.transpose(2, 3) if backward == chosen.k_last else weights
+    return (weights if chosen.row == H else torch.nn.functional.pad(weights, (0, chosen.row - H))).contiguous()
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class ForwardTensors(NamedTuple):
     gates: Any  # [R, D, G, H]: W_ih x + b_ih on entry; where the pass is saved, the activated gates on return
     extra: Any  # [R, D, E, H]: what the cell saves beyond its G gates
-    w_hh: Any  # [D, G*H, H]; for a fused loop [D, G, H, ROW]: what each unit's gates multiply the units of h with
+    w_hh: Any  # [D, G*H, H]; for a fused loop [D, G, H, ROW]: by unit and unit of h, or the other way (Plan.k_last)
     b_hh: Any  # [D, G*H] or None
     initial: tuple  # S times [D, B, H]
     states: tuple  # S times [R, D, H]; None where not asked for
@@ -24,7 +24,7 @@ class ForwardTensors(NamedTuple):
 class BackwardTensors(NamedTuple):
     gates: Any  # [R, D, G, H]: as the forward pass left them
     extra: Any  # [R, D, E, H]
-    w_hh: Any  # [D, G*H, H]; for a fused loop [D, G, H, ROW]: what each unit multiplies the units of du with
+    w_hh: Any  # [D, G*H, H]; for a fused loop [D, G, H, ROW]: by unit and unit of du, or the other way
     initial: tuple  # S times [D, B, H]
     states: tuple  # S times [R, D, H]
     dstates: tuple  # S times [R, D, H] or None: gradients by every step's states

@@ -123,6 +123,7 @@ def backward_loop(
     STATES: tl.constexpr,
     H: tl.constexpr,
     ROW: tl.constexpr,
+    K_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,7 +151,7 @@ def backward_loop(
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
+    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
     if not RESIDENT:
         tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
         present = (b < whole[1])[:, None] & (n < H)[None, :]
@@ -236,7 +237,7 @@ def backward_loop(
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
                 a = load_sent(p_slot, j, None, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 for g in tl.static_range(GATES):
-                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     dh = add_product(a[g], w, dh, PRECISION)
         dentering = (direct[0] + finish_products((dh,), 1, BLOCK_B, BLOCK_N, SPLIT)[0],)
         for s in tl.static_range(1, STATES):

@@ -50,6 +50,7 @@ def forward_loop(
     STATES: tl.constexpr,
     H: tl.constexpr,
     ROW: tl.constexpr,
+    K_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,7 +76,7 @@ def forward_loop(
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, SPLIT, BLOCK_K)
+    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
     bias = ()
     for g in tl.static_range(GATES):
         if p.b_hh is None:
@@ -117,7 +118,7 @@ def forward_loop(
                 h_j = load_operand(p_h, j, None, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 sums = ()
                 for g in tl.static_range(GATES):
-                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     sums = sums + (add_product(h_j, w, products[g], PRECISION),)
                 products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.

@@ -70,6 +70,7 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         len(row.states),
         H,
         plan.row,
+        plan.k_last,
         plan.precision,
         plan.block_b,
         plan.block_n,

@@ -65,6 +65,7 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
         kept=1,
         programs=cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
+        k_last=problem.k_last,
         shared=weights + operand,
         registers=registers.per_program(problem.device, warps),
     )
@@ -129,6 +130,7 @@ def cooperative(
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
+        k_last=problem.k_last,
         shared=used,
         registers=registers.per_program(problem.device, warps),
     )

@@ -58,6 +58,14 @@ class Problem:
         """Whether products are float32 without matrix instructions, which NVIDIA has for TF32 only."""
         return self.itemsize == 4 and self.precision == "ieee" and not self.device.amd
 
+    @property
+    def k_last(self) -> bool:
+        """Whether weights lie along k, as matrix instructions read them; others want neighbouring units side by side.
+
+        Each in shared memory in the order of global memory, so that the threads of a warp meet in no bank of it.
+        """
+        return not self.plain
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,8 +76,8 @@ class Plan:
     operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
     - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
     `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. A row of
-    weights is `row` entries long. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may
-    take.
+    weights is `row` entries long: the k of a unit if `k_last`, or the units of a k. `shared` is what a program takes at
+    most; `registers`, unless 0, is what a thread may take.
     """
 
     loop: str
@@ -87,6 +95,7 @@ class Plan:
     members: int = 1
     programs: int = 0
     row: int = 0
+    k_last: bool = True
     shared: int = 0
     registers: int = 0
 

@@ -142,22 +142,27 @@ def clear(mask, tiles, COUNT: tl.constexpr):
 
 
 @triton.jit
-def chunk_index(j, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The values of k in chunk j: [BLOCK_K], or [SPLIT, BLOCK_K]."""
-    k = j * SPLIT * BLOCK_K + tl.arange(0, BLOCK_K)
-    if SPLIT > 1:
-        k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + k[None, :]
-    return k
+def load_weight(
+    pointer,
+    n,
+    j,
+    H: tl.constexpr,
+    ROW: tl.constexpr,
+    K_LAST: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N].
 
-
-@triton.jit
-def load_weight(pointer, n, j, H: tl.constexpr, ROW: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N]."""
-    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
-    n = tl.expand_dims(n, 0)
-    if SPLIT > 1:
-        n = tl.expand_dims(n, 0)
-    return tl.load(pointer + n * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
+    They come in rows of ROW entries: of a unit's k if K_LAST, or of all units of a k.
+    """
+    k = j * SPLIT * BLOCK_K + tl.arange(0, SPLIT * BLOCK_K)[:, None]
+    n = n[None, :]
+    if K_LAST:
+        w = tl.load(pointer + n * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
+    else:
+        w = tl.load(pointer + k * ROW + n, mask=(k < H) & (n < ROW), other=0.0)
+    return w if SPLIT == 1 else tl.reshape(w, (SPLIT, BLOCK_K, w.shape[1]))
 
 
 @triton.jit
@@ -168,6 +173,7 @@ def load_weights(
     COUNT: tl.constexpr,
     H: tl.constexpr,
     ROW: tl.constexpr,
+    K_LAST: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -176,7 +182,7 @@ def load_weights(
     for g in tl.static_range(GATES):
         chunks = ()
         for j in tl.static_range(COUNT):
-            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, H, ROW, SPLIT, BLOCK_K),)
+            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K),)
         weights = weights + (chunks,)
     return weights
 
@@ -198,14 +204,13 @@ def load_operand(
     Its first `rows` rows, or all for None; what others hold is undefined, and comes out in the same rows of the
     product. Past the first-level cache, which is not coherent between processors.
     """
-    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
+    k = j * SPLIT * BLOCK_K + tl.arange(0, SPLIT * BLOCK_K)[None, :]
     b = tl.arange(0, BLOCK_B)[:, None]
-    if SPLIT > 1:
-        b = tl.expand_dims(b, 0)
     if rows is None:
-        return tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
+        a = tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
     else:
-        return tl.load(pointer + b * WIDTH + k, mask=b < rows, cache_modifier=".cg")
+        a = tl.load(pointer + b * WIDTH + k, mask=b < rows, cache_modifier=".cg")
+    return a if SPLIT == 1 else tl.permute(tl.reshape(a, (BLOCK_B, SPLIT, BLOCK_K)), (1, 0, 2))
 
 
 @triton.jit
