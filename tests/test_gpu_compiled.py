@@ -16,8 +16,9 @@ from compiled_kernels import compiled_for
 from conftest import INTERPRETED
 from gpu_layers import Case, check, make, run
 from gpu_plans import ALONE, TOGETHER
+from ptx.banks import turns
 from ptx.machine import Deadlock
-from ptx.memory import Fault
+from ptx.memory import Fault, Region
 
 if INTERPRETED or torch.cuda.is_available():
     pytest.skip("compiles for GPUs that are not there", allow_module_level=True)
@@ -93,6 +94,25 @@ def test_every_order_gives_the_same(case):
         with plan.override(TOGETHER["wide"]), compiled_for("sm_90", seed):
             results.append(run(gpu, layer))
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+
+
+@named(
+    Case("lstm", T=2, B=16, H=128, dtype=torch.bfloat16, reverse=(False,)),
+    Case("rnn_tanh", T=2, B=16, H=128, reverse=(False,)),
+)
+def test_threads_meet_in_no_bank(case, monkeypatch):
+    """Each product reads all of its operands from shared memory, in every step."""
+    counts = []
+
+    def watch(region, *access):
+        if region.name == "shared memory":
+            counts.append(turns(*access))
+
+    monkeypatch.setattr(Region, "watch", watch)
+    with compiled_for("sm_90"):
+        run(gpu, make(case, CPU))
+    taken, least = map(sum, zip(*counts, strict=True))
+    assert taken < 1.2 * least
 
 
 def with_globals(kernel, **changes):

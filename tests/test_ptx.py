@@ -4,6 +4,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from ptx.banks import turns
 from ptx.code import parse
 from ptx.machine import Machine
 from ptx.memory import Fault
@@ -132,6 +133,18 @@ def test_whole_warps_are_needed():
     run(first.format(32) + matrix.format(guard="@%p1"))
     with pytest.raises(Fault, match="in a part of one"):
         run(first.format(31) + matrix.format(guard="@%p1"))
+
+
+@pytest.mark.parametrize(("width", "stride", "expected"), [
+    (4, 4, (1, 1)), (4, 8, (2, 1)), (4, 128, (32, 1)), (4, 0, (1, 1)), (16, 16, (4, 4)), (16, 32, (8, 4)),
+    (16, 128, (32, 4)), (2, 2, (1, 1)), (8, 8, (2, 2)), (16, 144, (4, 4)),
+])  # fmt: skip
+def test_turns_of_a_warp(width, stride, expected):
+    assert turns(np.arange(32), np.arange(32) * stride, width) == expected
+
+
+def test_turns_are_those_of_all_warps():
+    assert turns(np.arange(48), np.arange(48) * 8, 4) == (3, 2)
 
 
 def test_what_is_not_known_is_said():

@@ -41,6 +41,9 @@ class Region:
         self.read = self.reading = np.empty((0, granules), np.int32)
         self.unwritten: list[tuple] | None = []
 
+    def watch(self, threads: np.ndarray, addresses: np.ndarray, width: int) -> None:
+        """For those who count accesses: called before each."""
+
     def offsets(self, addresses: np.ndarray, width: int) -> np.ndarray:
         """Where accesses of `width` bytes lie in the region."""
         offsets = addresses.astype(np.int64) - self.address
@@ -58,6 +61,7 @@ class Region:
 
     def load(self, view: View, threads: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
         """What stands at the addresses, one for each thread: [threads, width] bytes."""
+        self.watch(threads, addresses, width)
         offsets = self.offsets(addresses, width)
         granules = self.granules(offsets, width)
         self.check_writes(view, threads, granules, "a load")
@@ -79,6 +83,7 @@ class Region:
 
     def store(self, view: View, threads: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
         """Write `values`, [threads, width] bytes."""
+        self.watch(threads, addresses, values.shape[1])
         offsets = self.offsets(addresses, values.shape[1])
         self.claim(view, threads, offsets, values.shape[1])
         places = offsets[:, None] + np.arange(values.shape[1])
