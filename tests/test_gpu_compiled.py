@@ -32,7 +32,7 @@ from rnnfast.backends import gpu, gpu_launch
 from rnnfast.backends.gpu_launch import make_problem
 
 CPU = torch.device("cpu")
-TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 
 
 def named(*cases):

@@ -14,6 +14,8 @@ COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
+# Types without a dtype: bytes of their bits.
+PACKED = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8}
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -29,8 +31,8 @@ def dtype_of(kind: str) -> np.dtype:
     """The dtype in which values of a PTX type are computed; bf16 has none, and is held in its bits."""
     if kind == "pred":
         return np.dtype(bool)
-    if kind in ("bf16", "bf16x2", "f16x2"):
-        return np.dtype(BITS[2 * (1 + kind.endswith("x2"))])
+    if kind in PACKED:
+        return np.dtype(BITS[PACKED[kind]])
     return np.dtype(f"{LETTERS[kind[0]]}{int(kind[1:]) // 8}")
 
 
@@ -143,6 +145,10 @@ def operation(opcode: tuple[str, ...]) -> Operation:
     name, kind = opcode[0], opcode[-1]
     if name in ("setp", "selp", "cvt"):
         return {"setp": comparison, "selp": selection, "cvt": conversion}[name](opcode)
+    if name in ("add", "sub", "fma") and opcode[-2] == "f32":
+        return of_mixed(operation(opcode[:-1]), kind)
+    if kind == "f32x2":
+        return of_pairs(operation((*opcode[:-1], "f32")))
     if name in ("shl", "shr"):
         return Operation(shift(np.left_shift if name == "shl" else np.right_shift), (kind, "u32"), kind)
     if name == "bfe":
@@ -168,6 +174,26 @@ def operation(opcode: tuple[str, ...]) -> Operation:
     if "ftz" in opcode:
         function = flushed(function)
     return Operation(function, (kind,) * count, kind)
+
+
+def of_mixed(single: Operation, kind: str) -> Operation:
+    """An operation in float32 whose operands but the last are narrower."""
+    widen = conversion(("cvt", "f32", kind)).function
+
+    def mixed(*operands: np.ndarray) -> np.ndarray:
+        return single.function(*map(widen, operands[:-1]), operands[-1])
+
+    return Operation(mixed, (kind,) * (len(single.operands) - 1) + ("f32",), "f32")
+
+
+def of_pairs(single: Operation) -> Operation:
+    """An operation on two float32 at once."""
+
+    def both(*operands: np.ndarray) -> np.ndarray:
+        pairs = (np.ascontiguousarray(x)[:, None].view(np.float32) for x in operands)
+        return np.ascontiguousarray(single.function(*pairs)).view(np.uint64)[:, 0]
+
+    return Operation(both, ("f32x2",) * len(single.operands), "f32x2")
 
 
 def flushed(function: Callable) -> Callable:
