@@ -97,9 +97,10 @@ def cooperative(
     in_flight = min(512 * device.warp * warps, int(0.6 * room))
     stages = 1
     if device.amd:
-        # The compiler keeps the weights in registers there: a quarter of them, to leave room for the rest.
+        # The compiler keeps the weights in registers there: a quarter of them, or half with 8 warps, to leave room for
+        # the rest. On their way there, a whole chunk of one gate's at a time passes through shared memory.
         kept = min(chunks, 512 * device.warp * warps // weights)
-        used = max(operand, reduced)
+        used = max(operand, reduced, weights // problem.gates)
     else:
         used = max(reduced, operand * (chunks if eager and operand * chunks <= in_flight else 1))
         kept = min(chunks, max(0, room - used) // weights)
@@ -179,7 +180,9 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     """Every plan worth considering, those that are simpler at equal time first."""
     for block_b in row_tiles(problem):
         if problem.H <= 256:
-            yield resident(problem, block_b, 8 if problem.H > 64 or problem.itemsize == 4 else 4)
+            # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
+            wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
+            yield resident(problem, block_b, 8 if wide else 4)
         # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
         for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.

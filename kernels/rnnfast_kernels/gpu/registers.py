@@ -1,11 +1,11 @@
 """What the registers of a thread have room for, so that no time loop spills.
 
 No compiler can be asked before it has compiled, so these are limits in bytes per thread that were found by compiling
-all of `aot` for sm_90. An element is one of the tile's that a thread computes; it has gates, states and gradients.
+all of `aot`. An element is one of the tile's that a thread computes; it has gates, states and gradients.
 """
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu.problem import Device, Plan, Problem
+from rnnfast_kernels.gpu.problem import Device, Plan, Problem, cdiv
 
 # Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
 # where a thread holds much else, a sum for each gate or a large tile, spill.
@@ -47,9 +47,12 @@ def read_at_once(problem: Problem, plan: Plan) -> int:
     return 512
 
 
-def read_by_chunk(problem: Problem, count: int) -> int:
+def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
+    if problem.precision == "tf32" and not problem.backward and count == 2 and plan.block_n == 8:
+        # Weights no wider than a matrix instruction take so few registers that the operand may have more.
+        return 128
     limits = {
         "beside the sums of all gates": (not problem.backward, 32),
         "beside the operands of products without matrix instructions": (problem.plain, 32),
@@ -61,15 +64,46 @@ def read_by_chunk(problem: Problem, count: int) -> int:
     return min([64, *(most for applies, most in limits.values() if applies)])
 
 
-def read_again(problem: Problem, count: int) -> int:
+def read_again(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of operands and of one chunk of weights, where weights are read again, which takes their addresses."""
     if problem.plain:
         return 0
     if count <= 1:
         return 2**20  # No limit was met.
+    if count == 2 and problem.itemsize == 2:
+        return 440
     if count == 2:
-        return 440 if problem.itemsize == 2 else 380
+        # Where the last program has absent units, whether to read a row of weights takes a register as well.
+        absent = problem.H % plan.block_n > 0
+        if absent and not problem.backward and problem.gates * plan.block_n > 96:
+            return 0
+        return 340 if absent else 380
     return 230 if problem.backward else 300
+
+
+def most_kept(problem: Problem, count: int) -> int:
+    """Most chunks that stay on the chip, each of which is a tile of weights, with its addresses, for every gate."""
+    tiles = 1000  # No limit was met.
+    if problem.backward and count > 2:
+        tiles = 40
+    elif problem.precision == "tf32" and not problem.backward and count >= 2:
+        tiles = 44
+    return min(MOST_KEPT, tiles // problem.gates)
+
+
+def copies(plan: Plan) -> int:
+    """How many warps hold the same weights: those without a part of k or, of the only part, columns of their own."""
+    return plan.warps // (plan.split if plan.split > 1 else min(plan.warps, cdiv(plan.block_n, 16)))
+
+
+def hold_weights(problem: Problem, plan: Plan) -> bool:
+    """Whether the weights that stay on the chip leave room for the rest on AMD, where they stay in registers.
+
+    A processor has 512 KiB of them. A quarter is for operands and the cell; with more than two copies of the weights
+    it is not enough, because there are as many of the sums.
+    """
+    kept = plan.kept * problem.gates * plan.block_n * plan.split * plan.block_k * problem.itemsize
+    return copies(plan) <= 2 and copies(plan) * kept <= 384 * 1024
 
 
 def suffice(problem: Problem, plan: Plan) -> bool:
@@ -80,10 +114,12 @@ def suffice(problem: Problem, plan: Plan) -> bool:
     if plan.kept < plan.chunks:
         entries = problem.gates if problem.backward else 1
         again = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
-        if again > read_again(problem, count):
+        if again > read_again(problem, plan, count):
             return False
-    if plan.kept > MOST_KEPT:
+    if plan.kept > most_kept(problem, count):
+        return False
+    if problem.device.amd and not hold_weights(problem, plan):
         return False
     if plan.eager:
         return plan.kept * operand <= read_at_once(problem, plan)
-    return operand <= read_by_chunk(problem, count)
+    return operand <= read_by_chunk(problem, plan, count)
