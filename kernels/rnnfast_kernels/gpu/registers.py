@@ -8,8 +8,15 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu.problem import Device, Plan, Problem, cdiv
 
 # Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
-# where a thread holds much else, a sum for each gate or a large tile, spill.
-CHUNK_SIZES = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (64, 32), "ieee crowded": (32,)}
+# where a thread holds much else, a sum for each gate or a large tile, spill. A tile of fewer elements than threads has
+# room for the shorter ones; where they end nearer to the last unit, more of the chunks stay on the chip.
+CHUNK_SIZES = {
+    "half": (128, 64, 32),
+    "tf32": (32, 16),
+    "ieee": (64, 32),
+    "ieee crowded": (32,),
+    "ieee small": (32, 16),
+}
 
 
 # Chunks that stay on the chip: the code of a step repeats for each.
@@ -37,6 +44,8 @@ def chunk_sizes(problem: Problem, count: int) -> tuple[int, ...]:
     """Lengths to try of one warp's part of a chunk, where a thread computes `count` elements."""
     kind = "half" if problem.itemsize == 2 else problem.precision
     crowded = kind == "ieee" and (not problem.backward or count > 2)
+    if crowded and problem.plain and count == 0 and problem.H > 128:
+        return CHUNK_SIZES["ieee small"]
     return CHUNK_SIZES["ieee crowded" if crowded else kind]
 
 
@@ -56,6 +65,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     limits = {
         "beside the sums of all gates": (not problem.backward, 32),
         "beside the operands of products without matrix instructions": (problem.plain, 32),
+        "beside those and the sums of all gates": (problem.plain and not problem.backward, 48 // problem.gates),
         "beside two elements in float32": (count == 2 and problem.itemsize == 4, 32),
         "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
         "beside gradients by both parts of the gates": (two_gradients and (count >= 1 or problem.plain), 24),
@@ -66,15 +76,15 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
 
 def read_again(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of operands and of one chunk of weights, where weights are read again, which takes their addresses."""
+    # Where the last program has absent units, whether to read a row of weights takes a register as well.
+    absent = problem.H % plan.block_n > 0
     if problem.plain:
-        return 0
+        return 160 if count == 0 and not problem.backward and not absent else 0
     if count <= 1:
         return 2**20  # No limit was met.
     if count == 2 and problem.itemsize == 2:
         return 440
     if count == 2:
-        # Where the last program has absent units, whether to read a row of weights takes a register as well.
-        absent = problem.H % plan.block_n > 0
         if absent and not problem.backward and problem.gates * plan.block_n > 96:
             return 0
         return 340 if absent else 380
@@ -83,12 +93,11 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
 
 def most_kept(problem: Problem, count: int) -> int:
     """Most chunks that stay on the chip, each of which is a tile of weights, with its addresses, for every gate."""
-    tiles = 1000  # No limit was met.
     if problem.backward and count > 2:
-        tiles = 40
-    elif problem.precision == "tf32" and not problem.backward and count >= 2:
-        tiles = 44
-    return min(MOST_KEPT, tiles // problem.gates)
+        return min(MOST_KEPT, 40 // problem.gates)
+    if problem.precision == "tf32" and not problem.backward and count >= 2:
+        return min(MOST_KEPT, 44 // problem.gates)
+    return MOST_KEPT
 
 
 def copies(plan: Plan) -> int:

@@ -19,6 +19,12 @@ from triton import knobs
 # The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
+# An operand passes through shared memory, where the rows of one part of k have to follow one another, or threads that
+# read them meet in a bank. Triton orders its dimensions there as in the load's layout; since 3.7, those first of which a
+# thread holds several. So the load is told, since then, that neighbouring parts are contiguous, which puts them before the
+# rows. They are not, but k is, over more entries: it alone decides what one access takes.
+PARTS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+
 
 @triton.jit
 def place(D, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr):
@@ -142,6 +148,15 @@ def clear(mask, tiles, COUNT: tl.constexpr):
 
 
 @triton.jit
+def chunk_index(j, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The values of k in chunk j: [BLOCK_K], or [SPLIT, BLOCK_K]."""
+    k = j * SPLIT * BLOCK_K + tl.arange(0, BLOCK_K)
+    if SPLIT > 1:
+        k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + k[None, :]
+    return k
+
+
+@triton.jit
 def load_weight(
     pointer,
     n,
@@ -156,13 +171,18 @@ def load_weight(
 
     They come in rows of ROW entries: of a unit's k if K_LAST, or of all units of a k.
     """
-    k = j * SPLIT * BLOCK_K + tl.arange(0, SPLIT * BLOCK_K)[:, None]
-    n = n[None, :]
+    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
+    n = tl.expand_dims(n, 0)
+    if SPLIT > 1:
+        n = tl.expand_dims(n, 0)
     if K_LAST:
-        w = tl.load(pointer + n * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
+        if SPLIT > 1 and PARTS_FIRST:
+            p_chunk = pointer + tl.max_contiguous(n * ROW + k, [2, BLOCK_K, 1])
+        else:
+            p_chunk = pointer + n * ROW + k
+        return tl.load(p_chunk, mask=(k < ROW) & (n < H), other=0.0)
     else:
-        w = tl.load(pointer + k * ROW + n, mask=(k < H) & (n < ROW), other=0.0)
-    return w if SPLIT == 1 else tl.reshape(w, (SPLIT, BLOCK_K, w.shape[1]))
+        return tl.load(pointer + k * ROW + n, mask=(k < H) & (n < ROW), other=0.0)
 
 
 @triton.jit
@@ -204,13 +224,18 @@ def load_operand(
     Its first `rows` rows, or all for None; what others hold is undefined, and comes out in the same rows of the
     product. Past the first-level cache, which is not coherent between processors.
     """
-    k = j * SPLIT * BLOCK_K + tl.arange(0, SPLIT * BLOCK_K)[None, :]
+    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
     b = tl.arange(0, BLOCK_B)[:, None]
-    if rows is None:
-        a = tl.load(pointer + b * WIDTH + k, cache_modifier=".cg")
+    if SPLIT > 1:
+        b = tl.expand_dims(b, 0)
+    if SPLIT > 1 and PARTS_FIRST:
+        p_chunk = pointer + tl.max_contiguous(b * WIDTH + k, [2, 1, BLOCK_K])
     else:
-        a = tl.load(pointer + b * WIDTH + k, mask=b < rows, cache_modifier=".cg")
-    return a if SPLIT == 1 else tl.permute(tl.reshape(a, (BLOCK_B, SPLIT, BLOCK_K)), (1, 0, 2))
+        p_chunk = pointer + b * WIDTH + k
+    if rows is None:
+        return tl.load(p_chunk, cache_modifier=".cg")
+    else:
+        return tl.load(p_chunk, mask=b < rows, cache_modifier=".cg")
 
 
 @triton.jit
