@@ -15,15 +15,17 @@ then has its own part of k, which shortens the chain of dependent products.
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.target_info import is_cuda
 
 # The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
-# An operand passes through shared memory, where the rows of one part of k have to follow one another, or threads that
-# read them meet in a bank. Triton orders its dimensions there as in the load's layout; since 3.7, those first of which a
-# thread holds several. So the load is told, since then, that neighbouring parts are contiguous, which puts them before the
-# rows. They are not, but k is, over more entries: it alone decides what one access takes.
-PARTS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+# On NVIDIA an operand passes through shared memory, where the rows of one part of k have to follow one another, or
+# threads that read them meet in a bank. Triton orders its dimensions there as in the load's layout; since 3.7, those
+# first of which a thread holds several. So the load is told, since then, that neighbouring parts are contiguous, which
+# puts them before the rows. They are not, but k is, over more entries: it alone decides what one access takes.
+ORDERED_BY_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+PARTS_FIRST = tl.constexpr(ORDERED_BY_REGISTERS and not knobs.runtime.interpret)
 
 
 @triton.jit
@@ -176,7 +178,7 @@ def load_weight(
     if SPLIT > 1:
         n = tl.expand_dims(n, 0)
     if K_LAST:
-        if SPLIT > 1 and PARTS_FIRST:
+        if SPLIT > 1 and PARTS_FIRST and is_cuda():
             p_chunk = pointer + tl.max_contiguous(n * ROW + k, [2, BLOCK_K, 1])
         else:
             p_chunk = pointer + n * ROW + k
@@ -228,7 +230,7 @@ def load_operand(
     b = tl.arange(0, BLOCK_B)[:, None]
     if SPLIT > 1:
         b = tl.expand_dims(b, 0)
-    if SPLIT > 1 and PARTS_FIRST:
+    if SPLIT > 1 and PARTS_FIRST and is_cuda():
         p_chunk = pointer + tl.max_contiguous(b * WIDTH + k, [2, 1, BLOCK_K])
     else:
         p_chunk = pointer + b * WIDTH + k
