@@ -70,6 +70,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
         "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
         "beside gradients by both parts of the gates": (two_gradients and (count >= 1 or problem.plain), 24),
         "with rows that are not aligned": (problem.row != problem.H, 16),
+        "with those and gradients of two elements": (problem.row != problem.H and problem.backward and count == 2, 12),
     }
     return min([64, *(most for applies, most in limits.values() if applies)])
 
