@@ -107,5 +107,11 @@ def pytest_addoption(parser):
         parser.addini("timeout", "seconds that a test may take")
 
 
+# The target of --compiled-for.
+compiled_for: str | None = None
+
+
 def pytest_configure(config):
+    global compiled_for
+    compiled_for = config.getoption("--compiled-for")
     config.addinivalue_line("markers", "timeout(seconds): what a test may take, with pytest-timeout")

@@ -12,19 +12,20 @@ from types import FunctionType
 
 import pytest
 import torch
-from compiled_kernels import compiled_for
 from conftest import INTERPRETED
 from gpu_layers import Case, check, make, run
-from gpu_plans import ALONE, TOGETHER
 from ptx.banks import turns
 from ptx.machine import Deadlock
 from ptx.memory import Fault, Region
 
 if INTERPRETED or torch.cuda.is_available():
     pytest.skip("compiles for GPUs that are not there", allow_module_level=True)
+pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from compiled_kernels import compiled_for
+from gpu_plans import ALONE, TOGETHER
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.barrier import wait
 

@@ -5,16 +5,22 @@ Every loop is forced in turn by a plan of the test's own. In the interpreter, wh
 cooperative loop has one program to a group here; several programs to a group are in test_gpu_cooperative.py.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
+import conftest
 import loop_backend
 import pytest
 import torch
+from conftest import INTERPRETED
+from gpu_layers import Case, check, exact, make, run
+
+if not (INTERPRETED or conftest.compiled_for or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, TRITON_INTERPRET=1, or --compiled-for", allow_module_level=True)
+
 import triton
 import triton.language as tl
 from compiled_kernels import compiled_for
-from conftest import INTERPRETED
-from gpu_layers import Case, check, exact, make, run
 from gpu_plans import ALONE
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.streamed import ShiftTensors
@@ -26,15 +32,10 @@ CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_of_some_kind(request):
-    target = request.config.getoption("--compiled-for")
-    if target:
-        with compiled_for(target):
-            yield
-    elif INTERPRETED or torch.cuda.is_available():
+def kernels_run_as_compiled():
+    """Where that is asked for."""
+    with compiled_for(conftest.compiled_for) if conftest.compiled_for else nullcontext():
         yield
-    else:
-        pytest.skip("needs a GPU, TRITON_INTERPRET=1, or --compiled-for")
 
 
 @pytest.fixture(params=ALONE)
