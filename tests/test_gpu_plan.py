@@ -105,6 +105,15 @@ def test_copies_of_weights_leave_room_in_registers():
     assert registers.hold_weights(large, replace(twice, kept=4))
 
 
+def test_warps_repeat_products_that_they_cannot_share(monkeypatch):
+    asked = problem("lstm", 768, 128)
+    large, small = (plan.cooperative(asked, *tile, 64, 4, 8) for tile in ((64, 16), (16, 8)))
+    for version, expected in (((3, 6), (2, 2)), ((3, 9), (1, 2))):
+        monkeypatch.setattr(registers, "TRITON", version)
+        assert (registers.repeats(asked, large), registers.repeats(asked, small)) == expected
+    assert registers.repeats(asked, plan.cooperative(asked, 16, 8, 64, 8, 8)) == 1
+
+
 def test_conditions_on_absent_units_leave_less_to_weights_that_are_read_again():
     asked = problem("gru", 650, 64, dtype="float32", precision="tf32", device=DEVICES["A100"])
     chosen = plan.cooperative(asked, 32, 16, 32, 4, 8)

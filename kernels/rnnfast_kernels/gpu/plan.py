@@ -161,10 +161,8 @@ def step_time(problem: Problem, plan: Plan) -> float:
     kept = weights * plan.kept / plan.chunks
     row = entries * plan.width * problem.itemsize / 1e3  # of the operand
     operands = row * plan.block_b
-    # Warps without a part of k of their own repeat another's products; later compilers than Triton 3.6 let some of them
-    # share a large tile instead.
-    repeats = registers.copies(plan) if plan.split > 1 and not problem.plain else 1
-    time = rate.overhead + (kept + operands) / rate.shared + repeats * work * plan.block_b / speed
+    repeated = registers.repeats(problem, plan) * work * plan.block_b
+    time = rate.overhead + (kept + operands) / rate.shared + repeated / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
     waits = 1 if plan.eager else plan.kept

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+import triton
+
 from rnnfast_kernels.cells import CELLS
+
+# Its major and minor version.
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def next_power(n: int) -> int:

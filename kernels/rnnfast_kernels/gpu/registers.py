@@ -5,7 +5,7 @@ all of `aot`. An element is one of the tile's that a thread computes; it has gat
 """
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu.problem import Device, Plan, Problem, cdiv
+from rnnfast_kernels.gpu.problem import TRITON, Device, Plan, Problem, cdiv
 
 # Values of k in one warp's part of a chunk; longer ones of TF32, shorter ones of float32, and longer ones of float32
 # where a thread holds much else, a sum for each gate or a large tile, spill. A tile of fewer elements than threads has
@@ -104,6 +104,18 @@ def most_kept(problem: Problem, count: int) -> int:
 def copies(plan: Plan) -> int:
     """How many warps hold the same weights: those without a part of k or, of the only part, columns of their own."""
     return plan.warps // (plan.split if plan.split > 1 else min(plan.warps, cdiv(plan.block_n, 16)))
+
+
+def repeats(problem: Problem, plan: Plan) -> int:
+    """How many warps compute the same products: those without a part of k, unless they share a tile that is large.
+
+    Triton lets them do so on NVIDIA, since 3.9. Without matrix instructions all threads have work of their own.
+    """
+    if plan.split == 1 or problem.plain:
+        return 1
+    sharing = plan.warps // plan.split
+    tiles = cdiv(plan.block_b, 16) * cdiv(plan.block_n, 8)
+    return sharing if problem.device.amd or TRITON < (3, 9) else max(1, sharing // tiles)
 
 
 def hold_weights(problem: Problem, plan: Plan) -> bool:

@@ -17,6 +17,8 @@ import triton.language as tl
 from triton import knobs
 from triton.language.target_info import is_cuda
 
+from rnnfast_kernels.gpu.problem import TRITON
+
 # The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -24,8 +26,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # threads that read them meet in a bank. Triton orders its dimensions there as in the load's layout; since 3.7, those
 # first of which a thread holds several. So the load is told, since then, that neighbouring parts are contiguous, which
 # puts them before the rows. They are not, but k is, over more entries: it alone decides what one access takes.
-ORDERED_BY_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-PARTS_FIRST = tl.constexpr(ORDERED_BY_REGISTERS and not knobs.runtime.interpret)
+PARTS_FIRST = tl.constexpr(TRITON >= (3, 7) and not knobs.runtime.interpret)
 
 
 @triton.jit
