@@ -136,6 +136,19 @@ def wait_relaxed(p_counter, arrivals):
 
 
 @triton.jit
+def arrive_at_home(p_counter):
+    tl.debug_barrier()
+    tl.atomic_add(p_counter, 1, sem="release", scope="cta")
+
+
+@triton.jit
+def wait_at_home(p_counter, arrivals):
+    while tl.atomic_add(p_counter, 0, sem="acquire", scope="cta") < arrivals:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def wait_for_fewer(p_counter, arrivals):
     wait(p_counter, arrivals - 1)
 
@@ -149,6 +162,8 @@ RACE = r"data race at byte \d+ of p.exchange: a (load|store) by block \d, thread
 BROKEN = {
     "relaxed arrivals": ({"arrive": arrive_relaxed}, Fault, RACE),
     "relaxed waits": ({"wait": wait_relaxed}, Fault, RACE),
+    "arrivals for one processor": ({"arrive": arrive_at_home}, Fault, RACE),
+    "waits for one processor": ({"wait": wait_at_home}, Fault, RACE),
     "one arrival too few": ({"wait": wait_for_fewer}, Fault, RACE),
     "one arrival too many": ({"wait": wait_for_more}, Deadlock, "3 wait forever"),
 }

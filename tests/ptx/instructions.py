@@ -69,7 +69,7 @@ def load(opcode: tuple[str, ...], operands: tuple) -> Callable:
     def memory(block: Block, active: np.ndarray) -> None:
         threads, addresses = block.threads[active], block.address(source)[active]
         if "acquire" in opcode:
-            content = acquire(block, addresses, element)
+            content = acquire(block, opcode, addresses, element)
         elif opcode[1] == "global":
             content = block.device.memory.region(addresses).load(block.view, threads, addresses, element * count)
         else:
@@ -82,12 +82,18 @@ def load(opcode: tuple[str, ...], operands: tuple) -> Callable:
     return parameter if opcode[1] == "param" else memory
 
 
-def acquire(block: Block, addresses: np.ndarray, width: int) -> np.ndarray:
+def ordered(opcode: tuple[str, ...], order: str) -> bool:
+    """Whether an access acquires or releases, for all blocks of a device to see."""
+    return (order in opcode or "acq_rel" in opcode) and ("gpu" in opcode or "sys" in opcode)
+
+
+def acquire(block: Block, opcode: tuple[str, ...], addresses: np.ndarray, width: int) -> np.ndarray:
     """Read what atomic operations write, and see, behind the next barrier, what was done before they released it."""
     device = block.device
     region = device.memory.region(addresses)
-    for address in addresses.tolist():
-        np.maximum(block.acquired, device.released.get(address, 0), out=block.acquired)
+    if ordered(opcode, "acquire"):
+        for address in addresses.tolist():
+            np.maximum(block.acquired, device.released.get(address, 0), out=block.acquired)
     block.polled = device.changes
     return region.content[region.offsets(addresses, width)[:, None] + np.arange(width)]
 
@@ -116,8 +122,7 @@ def atomic(opcode: tuple[str, ...], operands: tuple) -> Callable:
         raise NotImplementedError(".".join(opcode))
     result, target, source = operands if opcode[0] == "atom" else (None, *operands)
     read = reader(names(source)[0], "u32")
-    for_all = "gpu" in opcode or "sys" in opcode
-    acquires, releases = (for_all and (order in opcode or "acq_rel" in opcode) for order in ("acquire", "release"))
+    releases = ordered(opcode, "release")
 
     def act(block: Block, active: np.ndarray) -> None:
         device, addresses = block.device, block.address(target)[active]
@@ -125,8 +130,8 @@ def atomic(opcode: tuple[str, ...], operands: tuple) -> Callable:
         places = region.offsets(addresses, 4)
         added = np.broadcast_to(read(block), active.shape)[active]
         before = np.zeros(active.size, np.uint32)
-        if acquires:
-            acquire(block, addresses, 4)
+        if "acquire" in opcode or "acq_rel" in opcode:
+            acquire(block, opcode, addresses, 4)
         for thread, place, address, number in zip(
             np.flatnonzero(active), places, addresses.tolist(), added, strict=True
         ):
