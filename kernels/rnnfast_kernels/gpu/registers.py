@@ -82,7 +82,8 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
     if problem.plain:
         return 160 if count == 0 and not problem.backward and not absent else 0
     if count <= 1:
-        return 2**20  # No limit was met.
+        # Of others than these no limit was met.
+        return 400 if absent and problem.itemsize == 4 and not problem.backward else 2**20
     if count == 2 and problem.itemsize == 2:
         return 440
     if count == 2:
