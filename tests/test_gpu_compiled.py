@@ -72,6 +72,12 @@ def test_every_loop(cell, loop):
         check(gpu, layer)
 
 
+def test_streamed_steps_read_before_they_write():
+    """Of a tile with fewer elements than threads several threads have each, and gates are overwritten."""
+    with plan.override(plan.streamed), compiled_for("sm_90"):
+        check(gpu, make(Case("lstm", T=2, B=1, H=5, reverse=(False,)), CPU))
+
+
 def tf32(*args):
     return replace(make_problem(*args), precision="tf32")
 
@@ -113,7 +119,7 @@ def test_threads_meet_in_no_bank(case, monkeypatch):
     with compiled_for("sm_90"):
         run(gpu, make(case, CPU))
     taken, least = map(sum, zip(*counts, strict=True))
-    assert taken < 1.5 * least
+    assert taken < 1.3 * least
 
 
 def with_globals(kernel, **changes):
@@ -122,28 +128,18 @@ def with_globals(kernel, **changes):
     return triton.jit(update_wrapper(function, kernel.fn), do_not_specialize=kernel.do_not_specialize)
 
 
+SEM, SCOPE = tl.constexpr("relaxed"), tl.constexpr("gpu")
+
+
 @triton.jit
-def arrive_relaxed(p_counter):
+def arrive_in_order(p_counter):
     tl.debug_barrier()
-    tl.atomic_add(p_counter, 1, sem="relaxed", scope="gpu")
+    tl.atomic_add(p_counter, 1, sem=SEM, scope=SCOPE)
 
 
 @triton.jit
-def wait_relaxed(p_counter, arrivals):
-    while tl.atomic_add(p_counter, 0, sem="relaxed", scope="gpu") < arrivals:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def arrive_at_home(p_counter):
-    tl.debug_barrier()
-    tl.atomic_add(p_counter, 1, sem="release", scope="cta")
-
-
-@triton.jit
-def wait_at_home(p_counter, arrivals):
-    while tl.atomic_add(p_counter, 0, sem="acquire", scope="cta") < arrivals:
+def wait_in_order(p_counter, arrivals):
+    while tl.atomic_add(p_counter, 0, sem=SEM, scope=SCOPE) < arrivals:
         pass
     tl.debug_barrier()
 
@@ -159,11 +155,20 @@ def wait_for_more(p_counter, arrivals):
 
 
 RACE = r"data race at byte \d+ of p.exchange: a (load|store) by block \d, thread \d+ is not ordered behind a "
+HERE = {"SCOPE": tl.constexpr("cta")}
 BROKEN = {
-    "relaxed arrivals": ({"arrive": arrive_relaxed}, Fault, RACE),
-    "relaxed waits": ({"wait": wait_relaxed}, Fault, RACE),
-    "arrivals for one processor": ({"arrive": arrive_at_home}, Fault, RACE),
-    "waits for one processor": ({"wait": wait_at_home}, Fault, RACE),
+    "relaxed arrivals": ({"arrive": arrive_in_order}, Fault, RACE),
+    "relaxed waits": ({"wait": wait_in_order}, Fault, RACE),
+    "arrivals for one processor": (
+        {"arrive": with_globals(arrive_in_order, **HERE, SEM=tl.constexpr("release"))},
+        Fault,
+        RACE,
+    ),
+    "waits for one processor": (
+        {"wait": with_globals(wait_in_order, **HERE, SEM=tl.constexpr("acquire"))},
+        Fault,
+        RACE,
+    ),
     "one arrival too few": ({"wait": wait_for_fewer}, Fault, RACE),
     "one arrival too many": ({"wait": wait_for_more}, Deadlock, "3 wait forever"),
 }

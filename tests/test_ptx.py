@@ -8,6 +8,7 @@ from ptx.banks import turns
 from ptx.code import parse
 from ptx.machine import Machine
 from ptx.memory import Fault
+from ptx.operations import Unknown
 
 HEAD = """
 .visible .entry kernel(
@@ -148,5 +149,5 @@ def test_turns_are_those_of_all_warps():
 
 
 def test_what_is_not_known_is_said():
-    with pytest.raises(NotImplementedError, match=r"tanh\.approx\.f32"):
+    with pytest.raises(Unknown, match=r"tanh\.approx\.f32"):
         run("tanh.approx.f32 %r10, %r10;")

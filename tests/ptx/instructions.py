@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.block import POISON, Block, names, reader
-from ptx.operations import BITS, dtype_of, operation, packed_comparison
+from ptx.operations import BITS, Unknown, dtype_of, operation, packed_comparison
 
 
 def calculation(opcode: tuple[str, ...], operands: tuple) -> Callable:
@@ -119,7 +119,7 @@ def store(opcode: tuple[str, ...], operands: tuple) -> Callable:
 def atomic(opcode: tuple[str, ...], operands: tuple) -> Callable:
     """red and atom: an addition of 32 bits for every program of the device to see, with what its order publishes."""
     if "add" not in opcode or opcode[1] != "global" or opcode[-1] not in ("u32", "s32"):
-        raise NotImplementedError(".".join(opcode))
+        raise Unknown(".".join(opcode))
     result, target, source = operands if opcode[0] == "atom" else (None, *operands)
     read = reader(names(source)[0], "u32")
     releases = ordered(opcode, "release")
@@ -173,7 +173,7 @@ def copy(opcode: tuple[str, ...], operands: tuple) -> Callable:
         wanted = sizes > 0
         if wanted.any():
             if (sizes[wanted] != width).any():
-                raise NotImplementedError("cp.async of a part")
+                raise Unknown("cp.async of a part")
             region = block.device.memory.region(addresses[wanted])
             content[wanted] = region.load(block.view, threads[wanted], addresses[wanted], width)
         places = block.shared.offsets(block.address(target)[active], width)

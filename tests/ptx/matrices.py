@@ -8,7 +8,7 @@ import numpy as np
 from ptx.block import Block, names, reader
 from ptx.code import Address
 from ptx.memory import Fault
-from ptx.operations import from_bf16
+from ptx.operations import Unknown, from_bf16
 
 WARP = 32
 # A lane's place in the tiles of mma (PTX ISA, "Matrix Fragments for mma.m16n8k16" and the like).
@@ -76,7 +76,7 @@ def shuffle(opcode: tuple[str, ...], operands: tuple) -> Callable:
     """shfl.sync: another lane's value, by its number or by the bits in which it differs."""
     how, target, source = opcode[2], operands[0], operands[1]
     if how not in ("bfly", "idx"):
-        raise NotImplementedError(".".join(opcode))
+        raise Unknown(".".join(opcode))
     read = reader(operands[2], "u32")
 
     def act(block: Block, active: np.ndarray) -> None:
@@ -109,7 +109,7 @@ def multiply(opcode: tuple[str, ...], operands: tuple) -> Callable:
     """mma.m16n8k16 of half precision and mma.m16n8k8 of TF32, accumulated in float32."""
     shape, kind = opcode[3], opcode[-2]
     if shape not in ("m16n8k16", "m16n8k8") or kind not in ("bf16", "f16", "tf32") or opcode[-1] != "f32":
-        raise NotImplementedError(".".join(opcode))
+        raise Unknown(".".join(opcode))
     depth = int(shape[6:])
     per_register = 1 if kind == "tf32" else 2
     # Registers of A: rows g and g + 8 of the first half of the columns, then of the second; of B: one per half.

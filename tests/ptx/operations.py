@@ -19,6 +19,10 @@ PACKED = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8}
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
+class Unknown(Exception):
+    """An instruction, or a form of one, that the machine does not run, because no compiled kernel has had it so far."""
+
+
 class Operation(NamedTuple):
     """What an opcode computes: a function of arrays, the types of its operands, and that of its result."""
 
@@ -141,7 +145,7 @@ FLOAT_BINARY = {"min": np.fmin, "max": np.fmax, "mul": np.multiply, "div": np.di
 
 
 def operation(opcode: tuple[str, ...]) -> Operation:
-    """What an opcode computes; NotImplementedError for one that compiled kernels have not needed so far."""
+    """What an opcode computes; raises Unknown."""
     name, kind = opcode[0], opcode[-1]
     if name in ("setp", "selp", "cvt"):
         return {"setp": comparison, "selp": selection, "cvt": conversion}[name](opcode)
@@ -170,7 +174,7 @@ def operation(opcode: tuple[str, ...]) -> Operation:
     elif name in BINARY:
         function, count = BINARY[name], 2
     else:
-        raise NotImplementedError(".".join(opcode))
+        raise Unknown(".".join(opcode))
     if "ftz" in opcode:
         function = flushed(function)
     return Operation(function, (kind,) * count, kind)
@@ -257,5 +261,5 @@ def conversion(opcode: tuple[str, ...]) -> Operation:
         rounding = ROUNDINGS.get(next((part for part in opcode if part in ROUNDINGS), ""), lambda a: a)
         function = lambda a: rounding(a).astype(dtype_of(to))  # noqa: E731
     if function is None or "sat" in opcode or "rna" in opcode:
-        raise NotImplementedError(".".join(opcode))
+        raise Unknown(".".join(opcode))
     return Operation(function, (source,), to)

@@ -114,9 +114,9 @@ def repeats(problem: Problem, plan: Plan) -> int:
     """
     if plan.split == 1 or problem.plain:
         return 1
-    sharing = plan.warps // plan.split
-    tiles = cdiv(plan.block_b, 16) * cdiv(plan.block_n, 8)
-    return sharing if problem.device.amd or TRITON < (3, 9) else max(1, sharing // tiles)
+    if problem.device.amd or TRITON < (3, 9):
+        return copies(plan)
+    return max(1, copies(plan) // (cdiv(plan.block_b, 16) * cdiv(plan.block_n, 8)))
 
 
 def hold_weights(problem: Problem, plan: Plan) -> bool:
