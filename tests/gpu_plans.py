@@ -17,9 +17,14 @@ def alone(block_k, split, rows=16, **changes):
     return choose
 
 
-def together(units, split, **changes):
-    """Cooperative plans in which programs of `units` hidden units share a recurrence."""
-    return lambda problem: replace(plan.cooperative(problem, 16, units, 16, split, 4, shared=ROOM), **changes)
+def together(units, split, slices=1, **changes):
+    """Cooperative plans in which programs of `units` hidden units share a recurrence; in backward with slices of k."""
+
+    def choose(problem):
+        several = slices if problem.backward else 1
+        return replace(plan.cooperative(problem, 16, units, 16, split, 4, shared=ROOM, slices=several), **changes)
+
+    return choose
 
 
 ALONE = {
@@ -38,4 +43,6 @@ TOGETHER = {
     "rereading": together(8, 1, kept=1, stages=3),
     "lazy": together(8, 2, eager=False),
     "lazy-rereading": together(16, 1, kept=1, stages=3, eager=False),
+    "grid": together(8, 2, slices=4),
+    "grid-rereading": together(8, 1, slices=2, kept=1, stages=3),
 }

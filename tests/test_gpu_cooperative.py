@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 from gpu_layers import Case, check, make, run
-from gpu_plans import TOGETHER
+from gpu_plans import TOGETHER, together
 
 if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -55,8 +55,8 @@ def test_every_cell(case, device):
 
 
 @pytest.mark.parametrize(("cell", "loop"), [
-    *(("lstm", loop) for loop in ("unsplit", "lazy", "rereading")),
-    *(("gru", loop) for loop in ("wide", "rereading", "lazy-rereading")),
+    *(("lstm", loop) for loop in ("unsplit", "lazy", "rereading", "grid")),
+    *(("gru", loop) for loop in ("wide", "rereading", "lazy-rereading", "grid-rereading")),
 ])  # fmt: skip
 def test_every_loop(cell, loop, device):
     check_orders(Case(cell, T=4, B=3, H=33, reverse=(True,)), loop, device)
@@ -71,8 +71,9 @@ def test_layouts(case, device):
 
 
 @named(Case("lstm", B=18), Case("rnn_tanh", B=18, layout="packed", resets=True))
-def test_several_tiles_of_rows(case, device):
-    check_orders(case, "unsplit", device)
+@pytest.mark.parametrize("loop", ["unsplit", "grid"])
+def test_several_tiles_of_rows(case, loop, device):
+    check_orders(case, loop, device)
 
 
 @named(*(Case(cell, T=5, B=2, dtype=torch.bfloat16, reverse=(False,)) for cell in CELLS))
@@ -118,6 +119,28 @@ def wait_and_arrive(counter, arrivals):
     barrier.arrive(counter)
 
 
+def one_buffer_of_parts(*args):
+    to_column, from_column, slot, counter = PARTS_TILES(*args)
+    return to_column, from_column, slot * 0, counter
+
+
+def counter_of_all_columns(p, *rest):
+    *tiles, _ = PARTS_TILES(p, *rest)
+    return *tiles, p.counters + 2 * barrier.COUNTER_STRIDE
+
+
+def counter_of_the_line(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES):
+    *tiles, _ = PARTS_TILES(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES)
+    return *tiles, p.counters + tl.program_id(0) // COLUMNS * barrier.COUNTER_STRIDE
+
+
+PARTS_TILES = backward.parts_tiles
+# What is replaced in the second exchange, by what, in a grid of two lines and two columns.
+BROKEN_GRID = {
+    "one buffer of parts": one_buffer_of_parts,
+    "one counter for all columns": counter_of_all_columns,
+    "one counter for line and column": counter_of_the_line,
+}
 # What is replaced in the module of a pass, and by what; a group has three members.
 BROKEN = {
     "nobody waits": {"wait": lambda counter, arrivals: None},
@@ -135,7 +158,9 @@ UNORDERED = {
     "relaxed waits": wait_with(sem="relaxed"),
     "waits for one processor": wait_with(sem="acquire", scope="cta"),
 }
-RACE = r"data race at byte \d+ of p\.(exchange|counters): an? .* by program \(\d, 0, 0\) is not ordered behind an? "
+RACE = (
+    r"data race at byte \d+ of p\.(exchange|parts|counters): an? .* by program \(\d, 0, 0\) is not ordered behind an? "
+)
 PASSES = pytest.mark.parametrize("module", [forward, backward], ids=["forward", "backward"])
 
 
@@ -170,6 +195,16 @@ def test_a_broken_exchange_gives_wrong_values(broken_layer):
 def test_a_broken_exchange_is_a_race(broken_layer):
     with pytest.raises(InterpreterError, match=RACE):
         try_orders(run, broken_layer, range(12), races=True)
+
+
+@pytest.mark.parametrize("races", [False, True], ids=["wrong values", "a race"])
+@pytest.mark.parametrize("replacement", BROKEN_GRID.values(), ids=BROKEN_GRID)
+def test_a_broken_grid(replacement, races, device, monkeypatch):
+    monkeypatch.setattr(backward, "parts_tiles", replacement)
+    layer = make(Case("rnn_tanh", T=4, B=2, reverse=(False,)), device)
+    error, words = (InterpreterError, RACE) if races else (AssertionError, "relative error")
+    with plan.override(together(8, 1, slices=2)), pytest.raises(error, match=words):
+        try_orders(run if races else check, layer, range(12), races)
 
 
 @PASSES

@@ -33,22 +33,29 @@ def loop_of(layer, rows: int, backward: bool = False) -> plan.Plan:
     return plan.choose(plan.Problem(cell, layer.hidden_size, rows, 1, dtype, "ieee", backward, device))
 
 
-def test_the_barrier_holds_for_thousands_of_launches_beside_another_stream():
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_barriers_hold_for_thousands_of_launches_beside_another_stream(backward):
     """Every launch gives the same bits, at the largest grid that is on the device at once."""
     layer = rnnfast.LSTM(8, 1024, dtype=torch.bfloat16)
-    x = torch.randn(6, 16, 8, dtype=torch.bfloat16)
-    chosen = loop_of(layer, 16)
+    x = torch.randn(6, 16, 8, dtype=torch.bfloat16, requires_grad=backward)
+    chosen = loop_of(layer, 16, backward)
     assert chosen.loop == "cooperative"
     assert chosen.programs > 0.9 * torch.cuda.get_device_properties(0).multi_processor_count
     other, busy = torch.cuda.Stream(), torch.randn(2048, 2048)
-    with torch.no_grad():
-        expected = layer(x)[0]
+    with torch.set_grad_enabled(backward):
+        output = layer(x)[0]
+        coming = torch.randn_like(output)
+
+        def launch():
+            return torch.autograd.grad(output, x, coming, retain_graph=True)[0] if backward else layer(x)[0]
+
+        expected = launch()
         wrong = torch.zeros((), dtype=torch.int64)
         for n in range(2000):
             if n % 20 == 0:
                 with torch.cuda.stream(other):
                     busy @ busy
-            wrong += (layer(x)[0] != expected).any()
+            wrong += (launch() != expected).any()
     assert wrong.item() == 0
 
 

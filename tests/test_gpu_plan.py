@@ -55,10 +55,12 @@ def test_every_plan_covers_the_layer(device):
         if chosen.loop == "streamed":
             continue
         assert chosen.members * chosen.block_n >= asked.H
-        assert chosen.width >= asked.H
+        assert chosen.members == chosen.columns * chosen.slices
+        # Each slice has the units of its programs.
+        assert chosen.width >= min(chosen.columns * chosen.block_n, asked.H)
         assert chosen.programs == chosen.members * asked.D * -(-asked.B // chosen.block_b)
         assert 0 <= chosen.kept <= chosen.chunks
-        assert all(size & (size - 1) == 0 for size in (chosen.block_b, chosen.block_n, chosen.block_k, chosen.split))
+        assert all(size & (size - 1) == 0 for size in (chosen.block_b, chosen.reach, chosen.block_k, chosen.split))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,17 @@ def test_weights_stay_on_the_chip_where_they_fit():
     assert plan.choose(problem(H=1024)).kept == plan.choose(problem(H=1024)).chunks
     large = plan.choose(problem(H=2048))
     assert 0 < large.kept < large.chunks
+
+
+def test_programs_form_a_grid_where_they_would_read_too_much():
+    assert plan.choose(problem(H=256, backward=True)).slices == 1
+    assert plan.choose(problem(H=1024, B=64)).slices == 1
+    large = problem(H=1024, B=64, backward=True)
+    chosen = plan.choose(large)
+    assert chosen.slices > 1
+    assert chosen.columns > 1
+    one = varied(large, {"slices": 1, "split": 8, "k": 32})
+    assert plan.step_time(large, chosen) < 0.7 * plan.step_time(large, one)
 
 
 def test_float32_without_matrix_instructions_takes_tiles_of_few_rows():
@@ -112,6 +125,15 @@ def test_warps_repeat_products_that_they_cannot_share(monkeypatch):
         monkeypatch.setattr(registers, "TRITON", version)
         assert (registers.repeats(asked, large), registers.repeats(asked, small)) == expected
     assert registers.repeats(asked, plan.cooperative(asked, 16, 8, 64, 8, 8)) == 1
+
+
+def test_warps_that_divide_units_read_the_same_operand(monkeypatch):
+    asked = problem(H=1024, B=64, backward=True)
+    grid = plan.cooperative(asked, 32, 16, 64, 1, 8, slices=16)
+    shared, square = (plan.cooperative(asked, *tile, 64, 4, 8) for tile in ((32, 8), (64, 64)))
+    for version, expected in (((3, 6), ((8, 1), (2, 2), (2, 2))), ((3, 9), ((8, 1), (1, 2), (1, 2)))):
+        monkeypatch.setattr(registers, "TRITON", version)
+        assert tuple(tuple(registers.readers(asked, chosen)) for chosen in (grid, shared, square)) == expected
 
 
 def test_conditions_on_absent_units_leave_less_to_weights_that_are_read_again():

@@ -178,6 +178,7 @@ def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor
         resets=call.resets,
         exchange=None,
         counters=None,
+        parts=None,
     )
     run_backward(call.recurrence, tensors)
     return dinitial

@@ -132,16 +132,19 @@ def warn_refused(reason: str) -> None:
 
 
 def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: Tensor) -> dict[str, Tensor]:
-    """The zeroed counters and exchange buffer of a cooperative loop, from one allocation."""
-    groups = chosen.programs // chosen.members
-    shape = (2, groups, chosen.block_b, recurrence.cell.gates if backward else 1, chosen.width)
-    counters = groups * COUNTER_STRIDE.value * 4
-    size = torch.Size(shape).numel() * like.element_size()
-    memory = torch.zeros(counters + size, dtype=torch.uint8, device=like.device)
-    return {
-        "counters": memory[:counters].view(torch.int32),
-        "exchange": memory[counters:].view(like.dtype).view(shape),
+    """The zeroed counters and exchange buffers of a cooperative loop, from one allocation."""
+    groups, slices, rows = chosen.programs // chosen.members, chosen.slices, chosen.block_b
+    barriers = groups * (1 if slices == 1 else slices + chosen.columns)
+    entries = recurrence.cell.gates if backward else 1
+    shapes = {
+        "counters": (torch.int32, (barriers, COUNTER_STRIDE.value)),
+        "exchange": (like.dtype, (2, groups, slices, rows, entries, chosen.width)),
     }
+    if slices > 1:
+        shapes["parts"] = (torch.float32, (2, chosen.programs, slices, rows, chosen.block_n))
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes.values()]
+    memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device).split(sizes)
+    return {name: part.view(shapes[name][0]).view(shapes[name][1]) for name, part in zip(shapes, memory, strict=True)}
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:

@@ -104,9 +104,9 @@ class Driver:
         return 0
 
 
-def tensors(problem: plan.Problem, fused: bool, ragged: bool) -> NamedTuple:
+def tensors(problem: plan.Problem, chosen: plan.Plan, ragged: bool) -> NamedTuple:
     """The tensors of a pass, as types without memory; if ragged, with all that a kernel can be given."""
-    cell = CELLS[problem.cell]
+    cell, fused = CELLS[problem.cell], chosen.loop == "cooperative"
     like = MockTensor(problem.dtype)
     index = MockTensor("int64") if ragged else None
     resets = MockTensor("bool") if ragged else None
@@ -126,14 +126,16 @@ def tensors(problem: plan.Problem, fused: bool, ragged: bool) -> NamedTuple:
     }
     if problem.backward:
         du = None if cell.one_gradient else like
-        return BackwardTensors(dstates=per_state, dfinals=per_state, dx=like, du=du, dinitial=per_state, **common)
+        parts = MockTensor("float32") if chosen.slices > 1 else None
+        own = {"dstates": per_state, "dfinals": per_state, "dx": like, "du": du, "dinitial": per_state, "parts": parts}
+        return BackwardTensors(**own, **common)
     return ForwardTensors(b_hh=like, finals=per_state, **common)
 
 
 def describe(case: Case) -> Launch:
     """The launch of a case, on types without memory."""
     problem, chosen = case.problem, case.plan
-    arguments = tensors(problem, chosen.loop == "cooperative", case.ragged)
+    arguments = tensors(problem, chosen, case.ragged)
     extent = Extent(1000, problem.B, problem.D, 2)
     common = (chosen, problem.cell, problem.H, problem.backward, True, arguments)
     if chosen.loop != "streamed":

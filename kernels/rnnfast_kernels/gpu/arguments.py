@@ -35,5 +35,6 @@ class BackwardTensors(NamedTuple):
     rows: Any
     first: Any
     resets: Any
-    exchange: Any  # [2, groups, BLOCK_B, G, K]
-    counters: Any
+    exchange: Any  # [2, groups, slices, BLOCK_B, G, K]
+    counters: Any  # int32 [groups, 32]; with several slices of k, [groups * slices + groups * columns, 32]
+    parts: Any  # float32 [2, programs, slices, BLOCK_B, BLOCK_N], zero on entry; None where there is one slice

@@ -3,6 +3,10 @@
 T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together. Programs,
 groups and weights are arranged as in the forward loop; what the members of a group exchange is du, the gradient by the
 recurrent part of the gates, G times as much as h.
+
+Where that is too much for each program to read, a group's programs form a grid of SLICES x COLUMNS, program by program
+along its lines. A line's programs exchange the du of their own units, which is their slice of k, and multiply it for
+all units of their columns; behind a second barrier the programs of a column add up what each slice gives.
 """
 
 import triton
@@ -11,6 +15,7 @@ import triton.language as tl
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
 from rnnfast_kernels.gpu.tiles import (
     add,
+    add_parts,
     add_product,
     all_rows,
     clear,
@@ -109,6 +114,49 @@ def load_sent(
     return tiles
 
 
+@triton.jit
+def slice_of_weights(
+    p_w,
+    BLOCK_N: tl.constexpr,
+    H: tl.constexpr,
+    ROW: tl.constexpr,
+    K_LAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """What a program of a grid multiplies with: the units of its column; where the weights of its slice of k begin, and
+    how many values of k they are for."""
+    SLICE: tl.constexpr = COLUMNS * BLOCK_N
+    member = tl.program_id(0) % (SLICES * COLUMNS)
+    first = member // COLUMNS * SLICE
+    i = tl.arange(0, SLICES * BLOCK_N)
+    n = (i // BLOCK_N * COLUMNS + member % COLUMNS) * BLOCK_N + i % BLOCK_N
+    if K_LAST:
+        # As it is for whole rows, an access of 16 bytes has all of its k or none.
+        aligned: tl.constexpr = 128 // p_w.dtype.element_ty.primitive_bitwidth
+        return n, p_w + first, tl.multiple_of(tl.minimum(ROW - first, SLICE), aligned)
+    else:
+        return n, p_w + first * ROW, tl.minimum(H - first, SLICE)
+
+
+@triton.jit
+def parts_tiles(p, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr):
+    """The second exchange: a program's tiles for its column, [BLOCK_B, SLICES * BLOCK_N], those of its column for it,
+    [SLICES, BLOCK_B, BLOCK_N], the way to the second buffer, and the column's counter."""
+    TILE: tl.constexpr = BLOCK_B * BLOCK_N
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    line, column = program // COLUMNS, program % COLUMNS
+    group, own_slice = line // SLICES, line % SLICES
+    b, n = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N)
+    i = tl.arange(0, SLICES * BLOCK_N)
+    receiver = (group * SLICES + i // BLOCK_N) * COLUMNS + column
+    to_column = (receiver * SLICES + own_slice)[None, :] * TILE + b[:, None] * BLOCK_N + (i % BLOCK_N)[None, :]
+    sender = (program * SLICES + tl.arange(0, SLICES))[:, None, None]
+    from_column = sender * TILE + (b[:, None] * BLOCK_N + n[None, :])[None, :, :]
+    counter = p.counters + (programs // COLUMNS + group * COLUMNS + column) * COUNTER_STRIDE
+    return p.parts + to_column, p.parts + from_column, programs * SLICES * TILE, counter
+
+
 @triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
 def backward_loop(
     p,
@@ -135,6 +183,7 @@ def backward_loop(
     EAGER: tl.constexpr,
     SPARSE: tl.constexpr,
     MEMBERS: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
 
@@ -145,18 +194,27 @@ def backward_loop(
     RAGGED: tl.constexpr = p.rows is not None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
     ENTRIES: tl.constexpr = GATES * WIDTH
-    group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
+    COLUMNS: tl.constexpr = MEMBERS // SLICES
+    REACH: tl.constexpr = SLICES * BLOCK_N
+    _, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     # Step 0 of this loop is the last that ran.
     reverse = ((reversals >> d) & 1) == 0
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    if SLICES > 1:
+        n_column, p_w, count = slice_of_weights(p_w, BLOCK_N, H, ROW, K_LAST, COLUMNS, SLICES)
+        p_to_column, p_from_column, parts_slot, column_counter = parts_tiles(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES)
+    else:
+        n_column = n
+        count: tl.constexpr = ROW if K_LAST else H
+    weights = load_weights(p_w, n_column, count, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
     if not RESIDENT:
-        tile, slot, own = exchange_tile(p, group, n, BLOCK_B, ENTRIES, MEMBERS)
+        line, first = tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS * BLOCK_N
+        tile, slot, own = exchange_tile(p, line, first + tl.arange(0, BLOCK_N), BLOCK_B, ENTRIES, COLUMNS)
         present = (b < whole[1])[:, None] & (n < H)[None, :]
         rows = whole[1] if SPARSE else None
-        counter = p.counters + group * COUNTER_STRIDE
+        counter = p.counters + line * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
     span = rows_of_step(p, 0, reverse, T, B, b0)
@@ -214,32 +272,39 @@ def backward_loop(
         if p.du is not None:
             store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
         if not RESIDENT:
-            wait(counter, (k + 1) * MEMBERS)
+            wait(counter, (k + 1) * COLUMNS)
             operands = ()
             if EAGER:
                 for j in tl.static_range(KEPT):
                     operands = operands + (load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
         else:
             operands = (widen(sent, GATES, p.w_hh.dtype.element_ty),)
-        dh = zero_product(BLOCK_B, BLOCK_N, SPLIT)
-        if EAGER:
+        dh = zero_product(BLOCK_B, REACH, SPLIT)
+        if EAGER and BLOCK_B * REACH <= 2048:
+            # A sum for each gate, so that products need not wait for one another.
             for g in tl.static_range(GATES):
-                product = zero_product(BLOCK_B, BLOCK_N, SPLIT)
+                product = zero_product(BLOCK_B, REACH, SPLIT)
                 for j in tl.static_range(KEPT):
                     product = add_product(operands[j][g], weights[g][j], product, PRECISION)
                 dh += product
         else:
             for j in tl.static_range(KEPT):
-                a = load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                a = operands[j] if EAGER else load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 for g in tl.static_range(GATES):
                     dh = add_product(a[g], weights[g][j], dh, PRECISION)
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
                 a = load_sent(p_slot, j, None, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 for g in tl.static_range(GATES):
-                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n_column, j, count, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     dh = add_product(a[g], w, dh, PRECISION)
-        dentering = (direct[0] + finish_products((dh,), 1, BLOCK_B, BLOCK_N, SPLIT)[0],)
+        (dh,) = finish_products((dh,), 1, BLOCK_B, REACH, SPLIT)
+        if SLICES > 1:
+            tl.store(p_to_column + k % 2 * parts_slot, dh, mask=(b < whole[1])[:, None])
+            arrive(column_counter)
+            wait(column_counter, (k + 1) * SLICES)
+            dh = add_parts(tl.load(p_from_column + k % 2 * parts_slot, cache_modifier=".cg"), SLICES)
+        dentering = (direct[0] + dh,)
         for s in tl.static_range(1, STATES):
             dentering = dentering + (direct[s],)
         dstate = dentering

@@ -71,12 +71,13 @@ def forward_loop(
     """
     RESIDENT: tl.constexpr = p.exchange is None
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
+    COUNT: tl.constexpr = ROW if K_LAST else H
     group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     reverse = ((reversals >> d) & 1) != 0
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    weights = load_weights(p_w, n, COUNT, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
     bias = ()
     for g in tl.static_range(GATES):
         if p.b_hh is None:
@@ -118,7 +119,7 @@ def forward_loop(
                 h_j = load_operand(p_h, j, None, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 sums = ()
                 for g in tl.static_range(GATES):
-                    w = load_weight(p_w + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K)
+                    w = load_weight(p_w + g * H * ROW, n, j, COUNT, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     sums = sums + (add_product(h_j, w, products[g], PRECISION),)
                 products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.

@@ -83,6 +83,8 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         plan.sparse,
         plan.members,
     )
+    if backward:
+        args += (plan.slices,)
     return Launch(kernel, (plan.programs,), args, options(plan))
 
 

@@ -81,18 +81,22 @@ def cooperative(
     shared: int | None = None,
     eager: bool = True,
     ahead: int = STAGES,
+    slices: int = 1,
 ) -> Plan:
     """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep.
 
-    eager: read the operand at once where there is room for it. ahead: stages for weights that are not kept.
+    eager: read the operand at once where there is room for it. ahead: stages for weights that are not kept. slices: of
+    k, each for as many programs.
     """
     device = problem.device
     room = device.shared if shared is None else shared
-    members = cdiv(problem.H, block_n)
-    chunks = cdiv(problem.H, split * block_k)
+    reach = block_n * slices
+    columns = cdiv(problem.H, reach)
+    members = columns * slices
+    chunks = cdiv(min(problem.H, columns * block_n), split * block_k)
     operand = block_b * split * block_k * problem.itemsize * (problem.gates if problem.backward else 1)  # one chunk
-    weights = problem.gates * block_n * split * block_k * problem.itemsize  # one chunk
-    reduced = split * block_b * block_n * 4 * (1 if problem.backward or problem.gates == 1 else 4)
+    weights = problem.gates * reach * split * block_k * problem.itemsize  # one chunk
+    reduced = split * block_b * reach * 4 * (1 if problem.backward or problem.gates == 1 else 4)
     # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
     in_flight = min(512 * device.warp * warps, int(0.6 * room))
     stages = 1
@@ -129,6 +133,7 @@ def cooperative(
         eager=eager,
         sparse=sparse,
         members=members,
+        slices=slices,
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
         k_last=problem.k_last,
@@ -156,25 +161,43 @@ def step_time(problem: Problem, plan: Plan) -> float:
         work = problem.gates * problem.H * problem.H * problem.D
         read = work * problem.itemsize / 1e3 / (rate.l2 * processors)
         return rate.streamed + max(read, work * problem.B / (3 * speed * processors))
-    work = problem.gates * plan.width * plan.block_n
+    work = problem.gates * plan.width * plan.reach
     weights = work * problem.itemsize / 1e3
     kept = weights * plan.kept / plan.chunks
     row = entries * plan.width * problem.itemsize / 1e3  # of the operand
     operands = row * plan.block_b
     repeated = registers.repeats(problem, plan) * work * plan.block_b
-    time = rate.overhead + (kept + operands) / rate.shared + repeated / speed
+    # Operands go into shared memory before they come from there; so do the parts of sums, of every gate.
+    readers = registers.readers(problem, plan)
+    parts = 0 if plan.split == 1 else plan.split * plan.block_b * plan.reach * 4 / 1e3
+    passed = operands + 2 * parts * (1 if problem.backward else problem.gates)
+    passed += operands * readers.rows + kept * readers.units
+    time = rate.overhead + passed / rate.shared + repeated / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
+    time += rate.barrier
     waits = 1 if plan.eager else plan.kept
     waits += (plan.chunks - plan.kept) / plan.stages
-    fetched = row * (problem.B if plan.sparse else plan.block_b) + weights - kept
-    return time + rate.barrier + waits * rate.latency + fetched / rate.l2
+    rows = problem.B if plan.sparse else plan.block_b
+    fetched = row * rows + weights - kept
+    if plan.slices > 1:
+        # A second exchange: a program's sums for all programs of its column, and theirs for it.
+        time += rate.barrier
+        waits += 1
+        fetched += 2 * rows * plan.reach * 4 / 1e3
+    return time + waits * rate.latency + fetched / rate.l2
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
     """Numbers of batch rows to try in a tile: matrix instructions take 16 at least."""
     sizes = (4, 8, 16, 32, 64, 128) if problem.plain else (16, 32, 64, 128)
     return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
+
+
+def numbers_of_slices(problem: Problem, block_n: int) -> tuple[int, ...]:
+    """Into how many slices to try to cut k. In forward sums of every gate would cost more than reading all of h."""
+    several = (2, 4, 8, 16) if problem.backward else ()
+    return (1, *(slices for slices in several if 2 * block_n * slices <= problem.H))
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -185,20 +208,22 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
         # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
-        for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
+        units = (16, 32, 64) if problem.device.amd else (8, 16, 32, 64)
+        for block_n, slices in ((n, slices) for n in units for slices in numbers_of_slices(problem, n)):
+            reach = block_n * slices
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
             warps = 4 if few and not problem.backward else 8
-            parts = registers.parts_of_k(problem, block_b, block_n, warps)
-            sizes = registers.chunk_sizes(problem, registers.elements(problem, block_b, block_n, warps))
+            parts = registers.parts_of_k(problem, block_b, reach, warps)
+            sizes = registers.chunk_sizes(problem, registers.elements(problem, block_b, reach, warps))
             splits = (parts,) if problem.plain else (parts, max(parts // 2, 1))
             for split, block_k in product(splits, sizes):
-                plan = cooperative(problem, block_b, block_n, block_k, split, warps)
+                plan = cooperative(problem, block_b, block_n, block_k, split, warps, slices=slices)
                 if registers.suffice(problem, plan):
                     yield plan
                 if plan.kept < plan.chunks:
                     # Where the operand takes less room there is more for the weights.
-                    lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False)
+                    lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False, slices=slices)
                     if lazy.kept == lazy.chunks and registers.suffice(problem, lazy):
                         yield lazy
     yield streamed(problem)
@@ -216,7 +241,8 @@ def best(problem: Problem) -> Plan:
     if problem.dtype == "float64":
         return streamed(problem)
     fitting = (plan for plan in candidates(problem) if fits(problem, plan))
-    return min(fitting, key=lambda plan: step_time(problem, plan))
+    # A tenth of a microsecond is less than the model can tell.
+    return min(fitting, key=lambda plan: round(step_time(problem, plan), 1))
 
 
 _override: Callable[[Problem], Plan] | None = None

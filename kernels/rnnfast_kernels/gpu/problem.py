@@ -80,9 +80,10 @@ class Plan:
     over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
     operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
     - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
-    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. A row of
-    weights is `row` entries long: the k of a unit if `k_last`, or the units of a k. `shared` is what a program takes at
-    most; `registers`, unless 0, is what a thread may take.
+    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. In backward
+    they may form a grid: each multiplies one of `slices` of k with the weights of a whole column of programs, who then
+    add up their parts of one another's units. A row of weights is `row` entries long: the k of a unit if `k_last`, or
+    the units of a k. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may take.
     """
 
     loop: str
@@ -98,6 +99,7 @@ class Plan:
     eager: bool = True
     sparse: bool = False
     members: int = 1
+    slices: int = 1
     programs: int = 0
     row: int = 0
     k_last: bool = True
@@ -106,5 +108,15 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """All hidden units, rounded up to whole chunks."""
+        """The hidden units of a slice of k, of all if there is one, rounded up to whole chunks."""
         return self.chunks * self.split * self.block_k
+
+    @property
+    def columns(self) -> int:
+        """Programs of a group with the same slice of k."""
+        return self.members // self.slices
+
+    @property
+    def reach(self) -> int:
+        """For how many hidden units a program multiplies: its own, or those of a column of programs."""
+        return self.slices * self.block_n

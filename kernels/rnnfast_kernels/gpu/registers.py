@@ -4,6 +4,8 @@ No compiler can be asked before it has compiled, so these are limits in bytes pe
 all of `aot`. An element is one of the tile's that a thread computes; it has gates, states and gradients.
 """
 
+from typing import NamedTuple
+
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu.problem import TRITON, Device, Plan, Problem, cdiv
 
@@ -28,14 +30,14 @@ def per_program(device: Device, warps: int) -> int:
     return 0 if device.amd else min(255, 65536 // (32 * warps))
 
 
-def elements(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
+def elements(problem: Problem, block_b: int, reach: int, warps: int) -> int:
     """How many elements of the tile a thread computes; 0 where there are more threads than elements."""
-    return block_b * block_n // (problem.device.warp * warps)
+    return block_b * reach // (problem.device.warp * warps)
 
 
-def parts_of_k(problem: Problem, block_b: int, block_n: int, warps: int) -> int:
+def parts_of_k(problem: Problem, block_b: int, reach: int, warps: int) -> int:
     """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
-    sums = (2 if problem.backward else problem.gates) * block_b * block_n
+    sums = (2 if problem.backward else problem.gates) * block_b * reach
     room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
     return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
 
@@ -52,14 +54,14 @@ def chunk_sizes(problem: Problem, count: int) -> tuple[int, ...]:
 def read_at_once(problem: Problem, plan: Plan) -> int:
     """Most bytes of an operand whose chunks are all on their way at once; plans give a thread 512 at most."""
     if problem.plain and not problem.backward:
-        return 384 if plan.block_n == 8 else 128
+        return 384 if plan.reach == 8 else 128
     return 512
 
 
 def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
-    if problem.precision == "tf32" and not problem.backward and count == 2 and plan.block_n == 8:
+    if problem.precision == "tf32" and not problem.backward and count == 2 and plan.reach == 8:
         # Weights no wider than a matrix instruction take so few registers that the operand may have more.
         return 128
     limits = {
@@ -78,7 +80,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
 def read_again(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of operands and of one chunk of weights, where weights are read again, which takes their addresses."""
     # Where the last program has absent units, whether to read a row of weights takes a register as well.
-    absent = problem.H % plan.block_n > 0
+    absent = problem.H % plan.reach > 0
     if problem.plain:
         return 160 if count == 0 and not problem.backward and not absent else 0
     if count <= 1:
@@ -87,7 +89,7 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
     if count == 2 and problem.itemsize == 2:
         return 440
     if count == 2:
-        if absent and not problem.backward and problem.gates * plan.block_n > 96:
+        if absent and not problem.backward and problem.gates * plan.reach > 96:
             return 0
         return 340 if absent else 380
     return 230 if problem.backward else 300
@@ -102,9 +104,26 @@ def most_kept(problem: Problem, count: int) -> int:
     return MOST_KEPT
 
 
+def in_grid(problem: Problem, plan: Plan) -> int:
+    """Most bytes of sums and operands of a program that multiplies for its whole column."""
+    own, shifted = elements(problem, plan.block_b, plan.block_n, plan.warps), problem.row != problem.H
+    again = plan.kept < plan.chunks
+    limits = {
+        "of many rows without matrix instructions": (problem.plain and plan.block_b > 32, 180),
+        "beside weights that are read again": (again, 200),
+        "with rows that are not aligned, beside more than two elements": (shifted and own > 2, 200),
+        "with rows that are not aligned, chunk by chunk": (shifted and (again or not plan.eager), 120),
+    }
+    return min([256, *(most for applies, most in limits.values() if applies)])
+
+
 def copies(plan: Plan) -> int:
-    """How many warps hold the same weights: those without a part of k or, of the only part, columns of their own."""
-    return plan.warps // (plan.split if plan.split > 1 else min(plan.warps, cdiv(plan.block_n, 16)))
+    """How many warps hold the same weights: those without a part of k or, of the only part, columns of their own.
+
+    AMD's matrix instructions are 16 columns wide, or 32 where there are as many rows.
+    """
+    wide = 16 if plan.block_b < 32 else 32
+    return plan.warps // (plan.split if plan.split > 1 else min(plan.warps, cdiv(plan.reach, wide)))
 
 
 def repeats(problem: Problem, plan: Plan) -> int:
@@ -116,32 +135,59 @@ def repeats(problem: Problem, plan: Plan) -> int:
         return 1
     if problem.device.amd or TRITON < (3, 9):
         return copies(plan)
-    return max(1, copies(plan) // (cdiv(plan.block_b, 16) * cdiv(plan.block_n, 8)))
+    return max(1, copies(plan) // (cdiv(plan.block_b, 16) * cdiv(plan.reach, 8)))
+
+
+class Readers(NamedTuple):
+    """How many warps read the same rows of an operand, and how many the weights of the same units."""
+
+    rows: int
+    units: int
+
+
+def readers(problem: Problem, plan: Plan) -> Readers:
+    """Of the warps with the same part of k, as Triton divides a tile among them on NVIDIA."""
+    sharing = plan.warps // plan.split
+    if problem.plain or problem.device.amd:
+        return Readers(1, 1)
+    if plan.split > 1 and TRITON < (3, 9):
+        return Readers(sharing, sharing)
+    rows = units = 1
+    while rows * units < sharing:
+        left = cdiv(plan.block_b, 16 * rows)
+        if left > 1 and left >= plan.reach // (16 * units):
+            rows *= 2
+        else:
+            units *= 2
+    return Readers(units, rows)
 
 
 def hold_weights(problem: Problem, plan: Plan) -> bool:
     """Whether the weights that stay on the chip leave room for the rest on AMD, where they stay in registers.
 
-    A processor has 512 KiB of them. A quarter is for operands and the cell; with more than two copies of the weights
-    it is not enough, because there are as many of the sums.
+    A processor has 512 KiB of them. A quarter is for operands and the cell; with more than two copies of the weights,
+    or in a grid with more than one, it is not enough, because there are as many of the sums.
     """
-    kept = plan.kept * problem.gates * plan.block_n * plan.split * plan.block_k * problem.itemsize
-    return copies(plan) <= 2 and copies(plan) * kept <= 384 * 1024
+    kept = plan.kept * problem.gates * plan.reach * plan.split * plan.block_k * problem.itemsize
+    return copies(plan) <= (2 if plan.slices == 1 else 1) and copies(plan) * kept <= 384 * 1024
 
 
 def suffice(problem: Problem, plan: Plan) -> bool:
     """Whether a thread has the registers for what a step of a cooperative plan reads."""
-    count = elements(problem, plan.block_b, plan.block_n, plan.warps)
+    count = elements(problem, plan.block_b, plan.reach, plan.warps)
     chunk = plan.split * plan.block_k * problem.itemsize / (problem.device.warp * plan.warps)
     operand = plan.block_b * chunk
     if plan.kept < plan.chunks:
         entries = problem.gates if problem.backward else 1
-        again = (plan.kept + 1) * entries * operand + problem.gates * plan.block_n * chunk
+        again = (plan.kept + 1) * entries * operand + problem.gates * plan.reach * chunk
         if again > read_again(problem, plan, count):
             return False
     if plan.kept > most_kept(problem, count):
         return False
     if problem.device.amd and not hold_weights(problem, plan):
+        return False
+    arriving = max(1, plan.kept if plan.eager else 1) * problem.gates * operand
+    if plan.slices > 1 and 4 * count + arriving > in_grid(problem, plan):
         return False
     if plan.eager:
         return plan.kept * operand <= read_at_once(problem, plan)

@@ -164,6 +164,7 @@ def load_weight(
     pointer,
     n,
     j,
+    count,
     H: tl.constexpr,
     ROW: tl.constexpr,
     K_LAST: tl.constexpr,
@@ -172,7 +173,7 @@ def load_weight(
 ):
     """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N].
 
-    They come in rows of ROW entries: of a unit's k if K_LAST, or of all units of a k.
+    They come in rows of ROW entries: of a unit's k if K_LAST, or of all units of a k. There are `count` values of k.
     """
     k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
     n = tl.expand_dims(n, 0)
@@ -183,15 +184,16 @@ def load_weight(
             p_chunk = pointer + tl.max_contiguous(n * ROW + k, [2, BLOCK_K, 1])
         else:
             p_chunk = pointer + n * ROW + k
-        return tl.load(p_chunk, mask=(k < ROW) & (n < H), other=0.0)
+        return tl.load(p_chunk, mask=(k < count) & (n < H), other=0.0)
     else:
-        return tl.load(pointer + k * ROW + n, mask=(k < H) & (n < ROW), other=0.0)
+        return tl.load(pointer + k * ROW + n, mask=(k < count) & (n < ROW), other=0.0)
 
 
 @triton.jit
 def load_weights(
     pointer,
     n,
+    count,
     GATES: tl.constexpr,
     COUNT: tl.constexpr,
     H: tl.constexpr,
@@ -205,7 +207,7 @@ def load_weights(
     for g in tl.static_range(GATES):
         chunks = ()
         for j in tl.static_range(COUNT):
-            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, H, ROW, K_LAST, SPLIT, BLOCK_K),)
+            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, count, H, ROW, K_LAST, SPLIT, BLOCK_K),)
         weights = weights + (chunks,)
     return weights
 

@@ -11,6 +11,7 @@ CHOICES = {
     "k": "block_k",
     "split": "split",
     "warps": "warps",
+    "slices": "slices",
     "eager": "eager",
     "kept": "kept",
     "stages": "stages",
@@ -34,12 +35,11 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     if loop == "cooperative":
         k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
         eager = bool(given.get("eager", plan.eager or plan.kept < plan.chunks))
-        plan = cooperative(
-            problem, max(rows, fewest), units, k, split, warps, eager=eager, ahead=given.get("stages", STAGES)
-        )
+        ahead, slices = given.get("stages", STAGES), given.get("slices", plan.slices)
+        plan = cooperative(problem, max(rows, fewest), units, k, split, warps, eager=eager, ahead=ahead, slices=slices)
     else:
         plan = resident(problem, max(rows, fewest), warps) if loop == "resident" else streamed(problem)
-    follows = {"block_b", "block_n", "block_k", "split", "eager", "stages"} if loop != "streamed" else set()
+    follows = {"block_b", "block_n", "block_k", "split", "slices", "eager", "stages"} if loop != "streamed" else set()
     plan = replace(plan, **{name: value for name, value in given.items() if name not in follows})
     if not fits(problem, plan):
         device = problem.device
