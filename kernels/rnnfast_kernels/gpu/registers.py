@@ -61,6 +61,7 @@ def read_at_once(problem: Problem, plan: Plan) -> int:
 def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
+    own = elements(problem, plan.block_b, plan.block_n, plan.warps)
     if problem.precision == "tf32" and not problem.backward and count == 2 and plan.reach == 8:
         # Weights no wider than a matrix instruction take so few registers that the operand may have more.
         return 128
@@ -72,7 +73,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
         "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
         "beside gradients by both parts of the gates": (two_gradients and (count >= 1 or problem.plain), 24),
         "with rows that are not aligned": (problem.row != problem.H, 16),
-        "with those and gradients of two elements": (problem.row != problem.H and problem.backward and count == 2, 12),
+        "with those and gradients of two elements": (problem.row != problem.H and problem.backward and own == 2, 12),
     }
     return min([64, *(most for applies, most in limits.values() if applies)])
 
