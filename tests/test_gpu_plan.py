@@ -127,6 +127,14 @@ def test_warps_repeat_products_that_they_cannot_share(monkeypatch):
     assert registers.repeats(asked, plan.cooperative(asked, 16, 8, 64, 8, 8)) == 1
 
 
+def test_warps_that_would_hold_all_sums_of_a_part_divide_the_only_part(monkeypatch):
+    asked = problem(H=1024, B=128)
+    for version, expected in (((3, 6), 1), ((3, 9), 4)):
+        monkeypatch.setattr(registers, "TRITON", version)
+        assert registers.parts_of_k(asked, 64, 16, 8) == expected
+        assert registers.parts_of_k(asked, 16, 16, 8) == 8
+
+
 def test_warps_that_divide_units_read_the_same_operand(monkeypatch):
     asked = problem(H=1024, B=64, backward=True)
     grid = plan.cooperative(asked, 32, 16, 64, 1, 8, slices=16)

@@ -39,7 +39,17 @@ def parts_of_k(problem: Problem, block_b: int, reach: int, warps: int) -> int:
     """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
     sums = (2 if problem.backward else problem.gates) * block_b * reach
     room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
-    return min(warps, 1 << max(room // sums, 1).bit_length() - 1)
+    parts = min(warps, 1 << max(room // sums, 1).bit_length() - 1)
+    # Warps that share a part without dividing it would have all of its sums each.
+    return parts if parts == warps or divide_parts(problem) or problem.device.amd else 1
+
+
+def divide_parts(problem: Problem) -> bool:
+    """Whether warps with the same part of k divide its product among them, rather than computing all of it each.
+
+    Triton lets them do so on NVIDIA, since 3.9. Without matrix instructions all threads have work of their own.
+    """
+    return problem.plain or (TRITON >= (3, 9) and not problem.device.amd)
 
 
 def chunk_sizes(problem: Problem, count: int) -> tuple[int, ...]:
@@ -128,13 +138,10 @@ def copies(plan: Plan) -> int:
 
 
 def repeats(problem: Problem, plan: Plan) -> int:
-    """How many warps compute the same products: those without a part of k, unless they share a tile that is large.
-
-    Triton lets them do so on NVIDIA, since 3.9. Without matrix instructions all threads have work of their own.
-    """
+    """How many warps compute the same products: those without a part of k, unless they divide a tile that is large."""
     if plan.split == 1 or problem.plain:
         return 1
-    if problem.device.amd or TRITON < (3, 9):
+    if not divide_parts(problem):
         return copies(plan)
     return max(1, copies(plan) // (cdiv(plan.block_b, 16) * cdiv(plan.reach, 8)))
 
@@ -151,7 +158,7 @@ def readers(problem: Problem, plan: Plan) -> Readers:
     sharing = plan.warps // plan.split
     if problem.plain or problem.device.amd:
         return Readers(1, 1)
-    if plan.split > 1 and TRITON < (3, 9):
+    if plan.split > 1 and not divide_parts(problem):
         return Readers(sharing, sharing)
     rows = units = 1
     while rows * units < sharing:
