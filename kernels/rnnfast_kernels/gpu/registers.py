@@ -94,6 +94,8 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
     absent = problem.H % plan.reach > 0
     if problem.plain:
         return 160 if count == 0 and not problem.backward and not absent else 0
+    if count <= 1 and problem.device.amd:
+        return 600
     if count <= 1:
         # Of others than these no limit was met.
         return 400 if absent and problem.itemsize == 4 and not problem.backward else 2**20
