@@ -2,7 +2,8 @@
 compiled for a GPU that is not there with `--compiled-for sm_90` (compiled_kernels.py).
 
 Every loop is forced in turn by a plan of the test's own. In the interpreter, where programs run one after another, a
-cooperative loop has one program to a group here; several programs to a group are in test_gpu_cooperative.py.
+cooperative loop has one program to a group here; several programs to a group are in test_gpu_cooperative.py. Elsewhere
+they are here too, and so are layers of usual sizes by the plans of the device.
 """
 
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ if not (INTERPRETED or conftest.compiled_for or torch.cuda.is_available()):
 import triton
 import triton.language as tl
 from compiled_kernels import compiled_for
-from gpu_plans import ALONE
+from gpu_plans import ALONE, TOGETHER
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.streamed import ShiftTensors
 from rnnfast_kernels.gpu.tiles import finish_products, rows_of_step
@@ -57,6 +58,40 @@ def named(*cases):
 
 @named(*(Case(cell, T=3, B=3, H=33, layout="padded", resets=True) for cell in CELLS))
 def test_every_loop(case, loop, device):
+    check(gpu, make(case, device))
+
+
+at_once = pytest.mark.skipif(INTERPRETED, reason="programs run one after another")
+
+
+@at_once
+@named(*(Case(cell, T=4, B=18, H=33, layout="padded", resets=True) for cell in ("lstm", "gru")))
+@pytest.mark.parametrize("forced", TOGETHER)
+def test_programs_that_share_a_recurrence(case, forced, device):
+    with plan.override(TOGETHER[forced]):
+        check(gpu, make(case, device))
+
+
+USUAL = (
+    ("lstm", 1, 256, torch.bfloat16),
+    ("lstm", 16, 512, torch.float16),
+    ("lstm", 16, 650, torch.float32),
+    ("gru", 16, 650, torch.bfloat16),
+    ("lstm", 64, 768, torch.bfloat16),
+    ("gru", 16, 1024, torch.float32),
+    ("lstm", 64, 1024, torch.bfloat16),
+    ("lstm", 16, 2048, torch.bfloat16),
+)
+
+
+@at_once
+@named(
+    *(
+        Case(cell, T=3, B=B, H=H, dtype=dtype, layout=layout, reverse=(False,))
+        for (cell, B, H, dtype), layout in zip(USUAL, ("dense", "packed") * 4, strict=True)
+    )
+)
+def test_usual_sizes_by_the_plans_of_the_device(case, device):
     check(gpu, make(case, device))
 
 

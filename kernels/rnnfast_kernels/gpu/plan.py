@@ -219,10 +219,11 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             splits = (parts,) if problem.plain else (parts, max(parts // 2, 1))
             for split, block_k in product(splits, sizes):
                 plan = cooperative(problem, block_b, block_n, block_k, split, warps, slices=slices)
-                if registers.suffice(problem, plan):
+                enough = registers.suffice(problem, plan)
+                if enough:
                     yield plan
-                if plan.kept < plan.chunks:
-                    # Where the operand takes less room there is more for the weights.
+                if plan.kept < plan.chunks or not enough:
+                    # Where the operand takes less room there is more for the weights, or enough for the rest.
                     lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False, slices=slices)
                     if lazy.kept == lazy.chunks and registers.suffice(problem, lazy):
                         yield lazy

@@ -61,22 +61,32 @@ def chunk_sizes(problem: Problem, count: int) -> tuple[int, ...]:
     return CHUNK_SIZES["ieee crowded" if crowded else kind]
 
 
+def one_part_of_many(problem: Problem, plan: Plan) -> bool:
+    """Whether all warps divide one part of k among them only because their sums would be too many (`parts_of_k`).
+
+    The compiler then takes operands of the whole part from shared memory early.
+    """
+    return plan.split == 1 and not problem.backward and not problem.device.amd and not divide_parts(problem)
+
+
 def read_at_once(problem: Problem, plan: Plan) -> int:
     """Most bytes of an operand whose chunks are all on their way at once; plans give a thread 512 at most."""
     if problem.plain and not problem.backward:
         return 384 if plan.reach == 8 else 128
-    return 512
+    return 64 if one_part_of_many(problem, plan) else 512
 
 
 def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
-    own = elements(problem, plan.block_b, plan.block_n, plan.warps)
+    own, only = elements(problem, plan.block_b, plan.block_n, plan.warps), one_part_of_many(problem, plan)
     if problem.precision == "tf32" and not problem.backward and count == 2 and plan.reach == 8:
         # Weights no wider than a matrix instruction take so few registers that the operand may have more.
         return 128
     limits = {
         "beside the sums of all gates": (not problem.backward, 32),
+        "of the only part of k, beside four gates": (only and problem.gates > 3, 0),
+        "of the only part of k, with rows that are not aligned": (only and problem.row != problem.H, 0),
         "beside the operands of products without matrix instructions": (problem.plain, 32),
         "beside those and the sums of all gates": (problem.plain and not problem.backward, 48 // problem.gates),
         "beside two elements in float32": (count == 2 and problem.itemsize == 4, 32),
@@ -94,6 +104,8 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
     absent = problem.H % plan.reach > 0
     if problem.plain:
         return 160 if count == 0 and not problem.backward and not absent else 0
+    if one_part_of_many(problem, plan):
+        return 0
     if count <= 1 and problem.device.amd:
         return 600
     if count <= 1:
@@ -125,6 +137,7 @@ def in_grid(problem: Problem, plan: Plan) -> int:
         "of many rows without matrix instructions": (problem.plain and plan.block_b > 32, 180),
         "beside weights that are read again": (again, 200),
         "with rows that are not aligned, beside more than two elements": (shifted and own > 2, 200),
+        "chunk by chunk, beside more than two elements": (own > 2 and not plan.eager, 180),
         "with rows that are not aligned, chunk by chunk": (shifted and (again or not plan.eager), 120),
     }
     return min([256, *(most for applies, most in limits.values() if applies)])
