@@ -19,17 +19,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 540
 # What a part may take to end in order, once it is told to.
 GRACE_SECONDS = 20
-# Processes that share the device while tests run: most of a test's time is compilation on the host.
+# Most processes that share a part's tests, and the device: most of a test's time is compilation on the host.
 TESTERS = 8
 MEASURE = ("benchmarks", "--backend", "triton")
 
@@ -103,28 +107,46 @@ def run(words: Sequence[str], seconds: float, log: Path | None, interpreted: boo
     return state, time.monotonic() - start
 
 
-def present(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def test(part: Part, out: Path, seconds: float, interpreted: bool) -> Outcome:
-    """Run a part's tests; what they say goes to a file, and a traceback of what hangs with it."""
-    junit = out / f"tests-{part.name}.xml"
-    junit.unlink(missing_ok=True)
+    """Run a part's tests, shared among processes of which each has a core or two."""
+    processes = 1 if part.alone else max(1, min(TESTERS, (os.cpu_count() or 1) // 2))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+
+        def run_share(n: int) -> tuple[str, float]:
+            share = f"{n}/{processes}"
+            return run(pytest_words(part, share, junits[n]), seconds, logs[n], interpreted)
+
+        junits, logs = ([Path(folder) / f"{n}.{kind}" for n in range(processes)] for kind in ("xml", "txt"))
+        ends = list(pool.map(run_share, range(processes)))
+        found = [read_tests(junit, log) for junit, log in zip(junits, logs, strict=True)]
+        # A traceback of what hangs is here too.
+        (out / f"tests-{part.name}.txt").write_text("".join(log.read_text(errors="replace") for log in logs))
+    state = next((state for state, _ in ends if state != "done"), "done")
+    counts, failures = sum((f.counts for f in found), Counter()), [name for f in found for name in f.failures]
+    text = ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped"))
+    text += "" if all(f.complete for f in found) else " before it was cut off"
+    return Outcome(part.name, state, max(took for _, took in ends), text, tuple(failures))
+
+
+def pytest_words(part: Part, share: str, junit: Path) -> list[str]:
     words = ["pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=30", "--tb=short"]
     # The machine's packages are of other versions, which may deprecate what ours do not.
-    words += ["-W", "default", "-o", "faulthandler_timeout=60", f"--junitxml={junit}"]
-    if present("pytest_timeout"):
+    words += ["-W", "default", "-o", "faulthandler_timeout=60", f"--junitxml={junit}", "--share", share]
+    if importlib.util.find_spec("pytest_timeout"):
         words += ["-o", "timeout=90", "-o", "timeout_method=thread"]
-    if present("xdist") and not interpreted and not part.alone:
-        words += ["-n", str(TESTERS)]
-    log = out / f"tests-{part.name}.txt"
-    state, took = run([*words, *(f"tests/test_{name}.py" for name in part.tests)], seconds, log, interpreted)
-    return Outcome(part.name, state, took, *read_tests(junit, log))
+    return [*words, *(f"tests/test_{name}.py" for name in part.tests)]
 
 
-def read_tests(junit: Path, log: Path) -> tuple[str, tuple[str, ...]]:
-    """How many tests ended how, and which failed; from the log where pytest came to no end."""
+class Tests(NamedTuple):
+    """How many tests ended how, whether these are all, and which failed."""
+
+    counts: Counter
+    complete: bool
+    failures: tuple[str, ...]
+
+
+def read_tests(junit: Path, log: Path) -> Tests:
+    """What became of the tests; from the log where pytest came to no end."""
     if junit.exists():
         suite = ElementTree.parse(junit).getroot()[0]
         total, failed, skipped = (
@@ -134,12 +156,11 @@ def read_tests(junit: Path, log: Path) -> tuple[str, tuple[str, ...]]:
         )
         cases = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
         names = tuple(f"{case.get('classname')}::{case.get('name')}" for case in cases)
-        return f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped", names
+        return Tests(Counter(passed=total - failed - skipped, failed=failed, skipped=skipped), True, names)
     lines = log.read_text(errors="replace").splitlines()
-    verdicts = [word for line in lines for word in (" PASSED", " FAILED", " SKIPPED") if word in line]
-    counts = {word.strip().lower(): verdicts.count(word) for word in dict.fromkeys(verdicts)}
+    verdicts = [word for line in lines for word in ("passed", "failed", "skipped") if f" {word.upper()}" in line]
     failures = tuple(line.strip() for line in lines if " FAILED" in line or " ERROR" in line)
-    return ", ".join(f"{count} {word}" for word, count in counts.items()) + " before it was cut off", failures
+    return Tests(Counter(verdicts), False, failures)
 
 
 def measure(part: Part, out: Path, seconds: float, interpreted: bool, words: Sequence[str]) -> Outcome:

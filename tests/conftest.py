@@ -102,6 +102,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--compiled-for", metavar="TARGET", help="run Triton's kernels as compiled for a GPU that is not there"
     )
+    parser.addoption("--share", metavar="N/ALL", help="run every ALL-th test only, from the N-th on")
     # Without pytest-timeout, which a borrowed machine may lack, its setting means nothing.
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take")
@@ -115,3 +116,12 @@ def pytest_configure(config):
     global compiled_for
     compiled_for = config.getoption("--compiled-for")
     config.addinivalue_line("markers", "timeout(seconds): what a test may take, with pytest-timeout")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests that are of no interest to this process to others."""
+    if config.getoption("--share") is None:
+        return
+    n, parts = map(int, config.getoption("--share").split("/"))
+    config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % parts != n])
+    items[:] = items[n::parts]

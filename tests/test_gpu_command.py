@@ -1,6 +1,7 @@
 """The command for a machine with a GPU: its parts keep to their time, and what they said is read right."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -40,12 +41,39 @@ def test_how_a_part_ended_is_told(words, state, tmp_path, monkeypatch):
 def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
     log, junit = tmp_path / "log", tmp_path / "junit"
     log.write_text(LOG)
-    assert gpu.read_tests(junit, log) == (
-        "1 passed, 1 failed before it was cut off",
-        ("tests/test_a.py::test_two FAILED [ 20%]",),
-    )
+    cut_off = ({"passed": 1, "failed": 1}, False, ("tests/test_a.py::test_two FAILED [ 20%]",))
+    assert gpu.read_tests(junit, log) == cut_off
     junit.write_text(JUNIT)
-    assert gpu.read_tests(junit, log) == ("1 passed, 1 failed, 1 skipped", ("tests.test_a::test_two",))
+    assert gpu.read_tests(junit, log) == (
+        {"passed": 1, "failed": 1, "skipped": 1},
+        True,
+        ("tests.test_a::test_two",),
+    )
+
+
+TESTS = """
+import os, pytest
+@pytest.mark.parametrize("n", range(5))
+def test_numbers(n):
+    print("process", os.getpid())
+    assert n != 3
+def test_absent():
+    pytest.skip("not today")
+"""
+
+
+def test_processes_share_the_tests_of_a_part(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(TESTS)
+    shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 5)
+    outcome = gpu.test(gpu.Part("some", 1.0, ("some",)), tmp_path, 100.0, False)
+    assert outcome.state == "status 1"
+    assert outcome.counts == "4 passed, 1 failed, 1 skipped"
+    (failure,) = outcome.failures
+    assert failure.endswith("test_numbers[3]")
+    assert (tmp_path / "tests-some.txt").read_text().count("test session starts") == 2
 
 
 def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
