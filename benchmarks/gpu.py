@@ -40,29 +40,29 @@ MEASURE = ("benchmarks", "--backend", "triton")
 
 @dataclass(frozen=True)
 class Part:
-    """share: of the time that is left when the part begins. tests: files; none where the part measures.
+    """share: of the time, beside those of the other parts. tests: files; none where the part measures.
 
     alone: its tests want the device for themselves.
     """
 
     name: str
-    share: float
+    share: int
     tests: tuple[str, ...] = ()
     alone: bool = False
 
 
 PARTS = (
-    Part("kernels", 0.25, ("gpu_numerics",)),
-    Part("device", 0.15, ("gpu_device",), alone=True),
+    Part("kernels", 3, ("gpu_numerics",)),
+    Part("device", 3, ("gpu_device",), alone=True),
     Part(
         "layers",
-        0.4,
+        4,
         (
             "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles",
             "accelerate", "cell_modules", "parametrizations", "compile", "export", "torch_samples",
         ),
     ),
-    Part("benchmark", 1.0),
+    Part("benchmark", 4),
 )  # fmt: skip
 
 
@@ -232,10 +232,10 @@ def main(given: Sequence[str] | None = None) -> int:
     wanted = ["benchmark"] if arguments.case else arguments.parts.split(",")
     outcomes: list[Outcome] = []
     interpreted = arguments.device == "cpu"
-    for part in PARTS:
-        if part.name not in wanted:
-            continue
-        seconds = max(1.0, part.share * (end - time.monotonic()) - GRACE_SECONDS)
+    parts = [part for part in PARTS if part.name in wanted]
+    for at, part in enumerate(parts):
+        share = part.share / sum(other.share for other in parts[at:])
+        seconds = max(1.0, share * (end - time.monotonic()) - GRACE_SECONDS)
         print(f"{part.name}: at most {seconds:.0f} s", flush=True)
         if part.tests:
             outcomes.append(test(part, out, seconds, interpreted))

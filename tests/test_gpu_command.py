@@ -68,7 +68,7 @@ def test_processes_share_the_tests_of_a_part(tmp_path, monkeypatch):
     shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 5)
-    outcome = gpu.test(gpu.Part("some", 1.0, ("some",)), tmp_path, 100.0, False)
+    outcome = gpu.test(gpu.Part("some", 1, ("some",)), tmp_path, 100.0, False)
     assert outcome.state == "status 1"
     assert outcome.counts == "4 passed, 1 failed, 1 skipped"
     (failure,) = outcome.failures
@@ -87,6 +87,23 @@ def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
 
 def test_the_tests_of_every_part_exist():
     assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for part in gpu.PARTS for name in part.tests)
+
+
+def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
+    given = {}
+
+    def take(part, out, seconds, *rest):
+        given[part.name] = round(seconds) + gpu.GRACE_SECONDS
+        return gpu.Outcome(part.name, "done", 0.0)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "test", take)
+    monkeypatch.setattr(gpu, "measure", take)
+    assert gpu.main([]) == 0
+    assert given == {"kernels": 116, "device": 147, "layers": 270, "benchmark": 540}
+    given.clear()
+    assert gpu.main(["--parts", "device,kernels", "--seconds", "300"]) == 0
+    assert given == {"kernels": 150, "device": 300}
 
 
 def test_a_plan_is_read_for_one_pass_or_both():
