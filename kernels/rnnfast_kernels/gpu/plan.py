@@ -222,7 +222,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
                 enough = registers.suffice(problem, plan)
                 if enough:
                     yield plan
-                if plan.kept < plan.chunks or not enough:
+                if plan.kept < plan.chunks or not (enough or problem.plain):
                     # Where the operand takes less room there is more for the weights, or enough for the rest.
                     lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False, slices=slices)
                     if lazy.kept == lazy.chunks and registers.suffice(problem, lazy):

@@ -137,7 +137,7 @@ def in_grid(problem: Problem, plan: Plan) -> int:
         "of many rows without matrix instructions": (problem.plain and plan.block_b > 32, 180),
         "beside weights that are read again": (again, 200),
         "with rows that are not aligned, beside more than two elements": (shifted and own > 2, 200),
-        "chunk by chunk, beside more than two elements": (own > 2 and not plan.eager, 180),
+        "chunk by chunk": (not plan.eager, 180),
         "with rows that are not aligned, chunk by chunk": (shifted and (again or not plan.eager), 120),
     }
     return min([256, *(most for applies, most in limits.values() if applies)])
