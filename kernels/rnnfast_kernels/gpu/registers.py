@@ -80,6 +80,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
     own, only = elements(problem, plan.block_b, plan.block_n, plan.warps), one_part_of_many(problem, plan)
+    many = plan.kept * problem.gates >= 24
     if problem.precision == "tf32" and not problem.backward and count == 2 and plan.reach == 8:
         # Weights no wider than a matrix instruction take so few registers that the operand may have more.
         return 128
@@ -89,6 +90,7 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
         "of the only part of k, with rows that are not aligned": (only and problem.row != problem.H, 0),
         "beside the operands of products without matrix instructions": (problem.plain, 32),
         "beside those and the sums of all gates": (problem.plain and not problem.backward, 48 // problem.gates),
+        "beside all those and many tiles of weights": (many and problem.plain and not problem.backward, 12),
         "beside two elements in float32": (count == 2 and problem.itemsize == 4, 32),
         "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
         "beside gradients by both parts of the gates": (two_gradients and (count >= 1 or problem.plain), 24),
