@@ -194,10 +194,20 @@ def row_tiles(problem: Problem) -> tuple[int, ...]:
     return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
 
 
-def numbers_of_slices(problem: Problem, block_n: int) -> tuple[int, ...]:
-    """Into how many slices to try to cut k. In forward sums of every gate would cost more than reading all of h."""
-    several = (2, 4, 8, 16) if problem.backward else ()
-    return (1, *(slices for slices in several if 2 * block_n * slices <= problem.H))
+def grids(problem: Problem, block_b: int) -> Iterator[tuple[int, int]]:
+    """Units of a program and slices of k to try: those of groups that are on the device all at once.
+
+    One slice in forward, where the sums of every gate would cost more than reading all of h.
+    """
+    groups = cdiv(problem.B, block_b) * problem.D
+    # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
+    for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
+        for slices in (1, 2, 4, 8, 16) if problem.backward else (1,):
+            columns = cdiv(problem.H, block_n * slices)
+            if slices > 1 and 2 * block_n * slices > problem.H:
+                continue
+            if columns * slices == 1 or groups * columns * slices <= problem.device.processors:
+                yield block_n, slices
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -207,9 +217,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
             wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
-        # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
-        units = (16, 32, 64) if problem.device.amd else (8, 16, 32, 64)
-        for block_n, slices in ((n, slices) for n in units for slices in numbers_of_slices(problem, n)):
+        for block_n, slices in grids(problem, block_b):
             reach = block_n * slices
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
             few = block_b * block_n < 8 * problem.device.warp
