@@ -28,16 +28,21 @@ LAYER = Record(
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row",
     # Scratch of this job; `zeros` is a row of zeros.
     "tile", "places", "operands", "goals", "h_work", "extra_work", "full_work", "zeros",
-    # Blocks of hidden units that this job computes. If these are not all, others do the rest at the same time; they
-    # share the slice's work space, and `met` counts how often they have met. `sched_yield` is that function.
-    "first_block", "last_block", "workers", "met", "sched_yield",
+    # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
+    # whose records follow one another from `parts` on. They share the slice's work space. `claimed` is the address of a
+    # count of the phases of this part that a thread has taken, `finished` that of the phases of all parts that are done
+    # (see `run_phases`). `sched_yield` is that function.
+    "first_block", "last_block", "workers", "parts", "claimed", "finished", "sched_yield",
     # Where this record is of a layer's changes (see `second`): the record of the layer itself, and scratch for the
     # recurrent part of a step's gates, [rows, G, hidden].
     "around", "u_work", "u_row",
 )  # fmt: skip
 
-# Looks at a counter before the core is offered to another thread.
-PATIENCE = 10000
+# Bytes of a record.
+LAYER_BYTES = 8 * len(LAYER.names)
+# Looks at a counter, a fraction of a microsecond each, before a thread does the part of another one, before it does so
+# where that one was absent the last time, and before it offers its core to other threads.
+PATIENCE, SHORT_PATIENCE, REST = 48, 8, 64
 
 
 def live_rows(job, step):
@@ -76,17 +81,46 @@ def gates_address(job, order, step):
     return job.gates + (order % job.chunk) * job.rows * job.gates_row
 
 
-def meet(job, times):
-    """Wait until all workers of the slice have come here for so many times."""
-    if job.workers > 1:
-        arrive(job.met)
-        goal = times * job.workers
+def run_phases(address, phases, backward):
+    """Run all phases of a part, and those of other parts whose threads do not come.
+
+    A phase of a part is taken by whoever first adds one to the part's count `claimed`; phase n + 1 begins when all parts
+    have finished phase n. Usually every thread takes its own part. One that the scheduler has stopped holds up the
+    others only if that happens within a phase: elsewhere they take its part, and it skips what was done meanwhile.
+    """
+    job = layer_at(address)
+    if job.workers == 1:
+        for phase in range(phases):
+            run_phase(address, phase, backward)
+        return
+    patience = PATIENCE
+    for phase in range(phases):
+        if claim(job.claimed, phase):
+            run_phase(address, phase, backward)
+            arrive(job.finished)
+        goal = (phase + 1) * job.workers
         looks = 0
-        while count_of(job.met) < goal:
+        while count_of(job.finished) < goal:
             pause()
             looks += 1
-            if looks > PATIENCE:
+            if looks == patience:
+                patience = PATIENCE
+                for part in range(job.workers):
+                    other = job.parts + part * LAYER_BYTES
+                    if claim(layer_at(other).claimed, phase):
+                        run_phase(other, phase, backward)
+                        arrive(job.finished)
+                        patience = SHORT_PATIENCE
+            if looks > REST:
                 call_address(job.sched_yield)
+
+
+def run_phase(address, phase, backward):
+    """Run one phase of a part."""
+    if backward:
+        backward_phase(address, phase)
+    else:
+        forward_phase(address, phase)
 
 
 def project_inputs(job, first, last):
@@ -199,38 +233,48 @@ def project_output(job, step, live, h_next, h_stride, full_stride):
         give_row(h_next + row * h_stride, h + row * job.h_row, job.width)
 
 
-def layer_forward(address):
-    """Run the slice through all steps."""
+def forward_phase(address, phase):
+    """Phase 0 takes the initial states, phase n the n-th step, and the last one gives the final states."""
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
-    h_now, h_next = job.h_work, job.h_work + job.rows * h_stride
-    if job.first_block == 0:
-        start_states(job, h_stride, extra_stride)
-    meet(job, 1)
-    for order in range(job.steps):
-        if order % job.chunk == 0:
-            project_inputs(job, order, min(order + job.chunk, job.steps))
-        step = step_at(job, order)
-        live = live_rows(job, step)
-        if job.starts == 0:
-            clear_padding(job, step, live)
-        if job.resets:
-            apply_resets(job, step, live, h_now, h_stride, extra_stride)
-        advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, extra_stride)
-        if job.w_hr:
-            project_output(job, step, live, h_next, h_stride, extra_stride)
-        meet(job, order + 2)
-        staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
+    if phase == 0:
         if job.first_block == 0:
-            for row in range(staying, live):
-                give_row(h_next + row * h_stride, job.h_final + row * job.width * GIVEN, job.width)
-        h_now, h_next = h_next, h_now
-    if job.first_block == 0:
-        for state in range(EXTRA):
-            for row in range(job.rows):
-                goal = job.extra_final + state * job.extra_final_step + row * job.hidden * GIVEN
-                give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            start_states(job, h_stride, extra_stride)
+        return
+    order = phase - 1
+    h_now = job.h_work + order % 2 * job.rows * h_stride
+    h_next = job.h_work + phase % 2 * job.rows * h_stride
+    live = live_rows(job, step_at(job, order)) if order < job.steps else 0
+    if job.first_block == 0 and order > 0:
+        for row in range(live, live_rows(job, step_at(job, order - 1))):
+            give_row(h_now + row * h_stride, job.h_final + row * job.width * GIVEN, job.width)
+    if order == job.steps:
+        if job.first_block == 0:
+            give_extra_finals(job, extra_stride)
+        return
+    step = step_at(job, order)
+    if order % job.chunk == 0:
+        project_inputs(job, order, min(order + job.chunk, job.steps))
+    if job.starts == 0:
+        clear_padding(job, step, live)
+    if job.resets:
+        apply_resets(job, step, live, h_now, h_stride, extra_stride)
+    advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, extra_stride)
+    if job.w_hr:
+        project_output(job, step, live, h_next, h_stride, extra_stride)
+
+
+def give_extra_finals(job, extra_stride):
+    for state in range(EXTRA):
+        for row in range(job.rows):
+            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * GIVEN
+            give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+
+
+def layer_forward(address):
+    """Run the slice through all steps."""
+    run_phases(address, layer_at(address).steps + 2, False)
 
 
 def start_gradients(job, h_stride, extra_stride):
@@ -331,47 +375,70 @@ def clear_gradients(job, step, live):
         clear_row(job.du_gates + index * job.dgates_row, GATES * job.hidden)
 
 
-def layer_backward(address):
-    """Run the slice back through all steps: gradients by the gates and, if wanted, by the initial states."""
+def backward_phase(address, phase):
+    """Phase 0 takes the gradients by the final states, phase n goes back through the n-th step from the last.
+
+    The product that takes a step's gradients to the h that entered it wants all its gates, so it stands at the
+    beginning of the next phase. The last phase gives the gradients by the initial states.
+    """
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
-    if job.first_block == 0:
-        start_gradients(job, h_stride, extra_stride)
-    meet(job, 1)
-    fill_places(job.goals, job.h_work, h_stride, job.rows)
-    for order in range(job.steps - 1, -1, -1):
-        step = step_at(job, order)
-        live = live_rows(job, step)
-        index = first_index(job, step)
-        if job.starts == 0:
-            clear_gradients(job, step, live)
-        add_gradients(job, step, live, h_stride, extra_stride)
-        if job.w_hr:
-            fill_places(job.places, job.full_work, extra_stride, live)
-            rows = as_operands(live, job.goals, job.width, job.operands)
-            project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
-            for row in range(live):
-                goal = job.dh_total + (index + row) * job.dh_total_row
-                copy_row(job.h_work + row * h_stride, goal, job.width)
+    order = job.steps - phase
+    if phase == 0:
+        if job.first_block == 0:
+            start_gradients(job, h_stride, extra_stride)
+        return
+    if order < -1:
+        if job.first_block == 0:
+            end_gradients(job, h_stride, extra_stride)
+        return
+    if phase == 1:
+        fill_places(job.goals, job.h_work, h_stride, job.rows)
+    else:
+        through_recurrent(job, order + 1, h_stride, extra_stride)
+    if order >= 0:
+        through_cell(job, order, h_stride, extra_stride)
+
+
+def through_cell(job, order, h_stride, extra_stride):
+    """From the gradients by a step's states to those by its gates."""
+    step = step_at(job, order)
+    live = live_rows(job, step)
+    index = first_index(job, step)
+    if job.starts == 0:
+        clear_gradients(job, step, live)
+    add_gradients(job, step, live, h_stride, extra_stride)
+    if job.w_hr:
+        fill_places(job.places, job.full_work, extra_stride, live)
+        rows = as_operands(live, job.goals, job.width, job.operands)
+        project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
         for row in range(live):
-            differentiate_cell(job, order, step, row, h_stride, extra_stride)
-        fill_places(job.places, job.du_gates + index * job.dgates_row, job.dgates_row, live)
-        depth = GATES * job.hidden
-        direct = job.w_hr == 0
-        meet(job, job.steps - order + 1)
-        if order == 0 and job.dh_first == 0:
-            return
-        places = as_operands(live, job.places, depth, job.operands)
-        project_plain_blocks(
-            live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
-            job.goals, 0, job.tile, direct,
-        )  # fmt: skip
-        for row in range(live):
-            if is_reset(job, step, row):
-                clear_row(job.h_work + row * h_stride, job.width)
-                for state in range(EXTRA):
-                    clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
-    meet(job, job.steps + 2)
-    if job.first_block == 0 and job.dh_first:
-        end_gradients(job, h_stride, extra_stride)
+            goal = job.dh_total + (index + row) * job.dh_total_row
+            copy_row(job.h_work + row * h_stride, goal, job.width)
+    for row in range(live):
+        differentiate_cell(job, order, step, row, h_stride, extra_stride)
+
+
+def through_recurrent(job, order, h_stride, extra_stride):
+    """From the gradients by a step's gates to those by the states that entered it."""
+    step = step_at(job, order)
+    live = live_rows(job, step)
+    fill_places(job.places, job.du_gates + first_index(job, step) * job.dgates_row, job.dgates_row, live)
+    depth = GATES * job.hidden
+    places = as_operands(live, job.places, depth, job.operands)
+    project_plain_blocks(
+        live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+        job.goals, 0, job.tile, job.w_hr == 0,
+    )  # fmt: skip
+    for row in range(live):
+        if is_reset(job, step, row):
+            clear_row(job.h_work + row * h_stride, job.width)
+            for state in range(EXTRA):
+                clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+
+
+def layer_backward(address):
+    """Run the slice back through all steps: gradients by the gates and, if wanted, by the initial states."""
+    job = layer_at(address)
+    run_phases(address, job.steps + (3 if job.dh_first else 1), True)

@@ -257,25 +257,26 @@ def loop_jobs(
     depth: terms of its longest sums.
     """
 
-    def job(first: int, last: int, workers: int, met: Ref | int) -> Ref:
+    def job(first: int, last: int, **part: "int | Ref") -> Ref:
         private = {
             "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
             "places": recipe.buffer(8 * rows * chunk),
             "goals": recipe.buffer(8 * rows * chunk),
             "operands": operands(recipe, shape.target, rows * chunk, depth),
         }
-        part = {"first_block": first, "last_block": last, "workers": workers, "met": met}
-        part |= {"sched_yield": Ref("sched_yield")}
-        return recipe.record(loops.LAYER, **fields, **private, **part)
+        return recipe.record(loops.LAYER, **fields, **private, first_block=first, last_block=last, **part)
 
     blocks = -(-shape.hidden // shape.target.lanes)
     cuts = panel_cuts(blocks, widest, shape.workers)
     workers = len(cuts) - 1
-    alone = job(0, blocks, 1, 0)
+    alone = job(0, blocks, workers=1)
     if workers == 1:
         return [[alone], []]
-    met = recipe.counter()
-    return [[job(first, last, workers, met) for first, last in pairwise(cuts)], [alone]]
+    finished, *claimed = [recipe.counter() for _ in range(1 + workers)]
+    shared = {"workers": workers, "parts": recipe.next_record(), "finished": finished}
+    shared |= {"sched_yield": Ref("sched_yield")}
+    pairs = zip(pairwise(cuts), claimed, strict=True)
+    return [[job(first, last, claimed=each, **shared) for (first, last), each in pairs], [alone]]
 
 
 def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str]) -> dict[str, Ref]:

@@ -86,6 +86,10 @@ class Recipe:
             self.which.append(self.bases.setdefault(base, len(self.bases)))
         return Ref(RECORDS, 8 * position)
 
+    def next_record(self) -> Ref:
+        """Where the next record will be; those added after it follow."""
+        return Ref(RECORDS, 8 * len(self.values))
+
     def counter(self) -> Ref:
         """Add an integer that starts at 0, on a cache line of its own."""
         apart = LINE // 8

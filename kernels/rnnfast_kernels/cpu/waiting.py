@@ -21,6 +21,18 @@ def arrive(typing, address):
 
 
 @intrinsic
+def claim(typing, address, count):
+    """Add one to a counter that stands at `count`, and say whether it did."""
+
+    def lower(context, builder, sig, args):
+        place = pointer(builder, args[0], INT64)
+        found = builder.cmpxchg(place, args[1], builder.add(args[1], INT64(1)), "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.int64, types.int64), lower
+
+
+@intrinsic
 def count_of(typing, address):
     """Read a counter that other threads add to."""
 
@@ -56,4 +68,4 @@ def call_address(typing, address):
     return types.void(types.int64), lower
 
 
-OPERATIONS = {"arrive": arrive, "count_of": count_of, "pause": pause, "call_address": call_address}
+OPERATIONS = {"arrive": arrive, "claim": claim, "count_of": count_of, "pause": pause, "call_address": call_address}
