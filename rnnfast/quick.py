@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.pool import usable
 from torch import Tensor
 
 from rnnfast import autograd, quick_training
@@ -70,7 +71,9 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
     differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
     if not (quick_training.can_prepare if differentiated else can_prepare)(options, x):
         return None
-    return Kind(options, differentiated, torch.get_num_threads(), x.stride(), len(states), tuple(map(facts, tensors)))
+    return Kind(
+        options, differentiated, usable(torch.get_num_threads()), x.stride(), len(states), tuple(map(facts, tensors))
+    )
 
 
 def can_prepare(options, x: Tensor) -> bool:

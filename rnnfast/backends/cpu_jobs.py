@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import plan, plan_backward, plan_forward
+from rnnfast_kernels.cpu import plan, plan_backward, plan_forward, pool
 from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.recipe import Recipe
@@ -123,7 +123,7 @@ class Call:
     def measure(self, layer: Layer) -> plan.Shape:
         """Collect what a plan depends on."""
         x, sizes = self.x, self.sizes
-        threads = torch.get_num_threads()
+        threads = pool.usable(torch.get_num_threads())
         cuts = None
         if sizes is not None and threads > 1:
             cuts = row_cuts(sizes, self.hx[0].shape[1], -(-threads // len(layer.reverse)))

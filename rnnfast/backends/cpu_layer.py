@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import plan_backward, plan_forward
+from rnnfast_kernels.cpu import plan_backward, plan_forward, pool
 from rnnfast_kernels.cpu.compiled import Kernel, kernel
 from rnnfast_kernels.cpu.pages import WORTH_IT
 from rnnfast_kernels.cpu.plan import zeros
@@ -123,7 +123,7 @@ class PreparedLayer:
         final states. wanted: for each of x, the initial states and the weights, whether its gradient is; the others are
         None, unless they come with a wanted one.
         """
-        key = (wanted, tuple([grad is not None for grad in grads]), torch.get_num_threads())
+        key = (wanted, tuple([grad is not None for grad in grads]), pool.usable(torch.get_num_threads()))
         known = self.backward_passes.get(key)
         if known is None:
             known = self.backward_passes[key] = self.prepare_backward(*key)

@@ -84,9 +84,9 @@ def gates_address(job, order, step):
 def run_phases(address, phases, backward):
     """Run all phases of a part, and those of other parts whose threads do not come.
 
-    A phase of a part is taken by whoever first adds one to the part's count `claimed`; phase n + 1 begins when all parts
-    have finished phase n. Usually every thread takes its own part. One that the scheduler has stopped holds up the
-    others only if that happens within a phase: elsewhere they take its part, and it skips what was done meanwhile.
+    A phase of a part is taken by whoever first adds one to the part's count `claimed`; phase n + 1 begins when all
+    parts have finished phase n. Usually every thread takes its own part. One that the scheduler has stopped holds up
+    the others only if that happens within a phase: elsewhere they take its part, and it skips what was done meanwhile.
     """
     job = layer_at(address)
     if job.workers == 1:

@@ -12,10 +12,13 @@ them for ever, plain Python threads share the jobs; kernels release the interpre
 
 import ctypes
 import functools
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from rnnfast_kernels.cpu.job import PHASE
@@ -26,6 +29,7 @@ growing = threading.Lock()
 lent = 0
 lending = threading.Lock()
 forked = False
+known_cores, read_at = 1, -math.inf
 
 
 class Team(NamedTuple):
@@ -52,9 +56,53 @@ def team() -> Team:
     return Team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
 
 
+def usable(threads: int) -> int:
+    """The number of threads that a call may use: what was asked for, and no more than there are cores."""
+    return min(threads, cores())
+
+
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process can have: its affinity, and the quota of its control group. Read again every second."""
+    global known_cores, read_at
+    now = time.monotonic()
+    if now - read_at > 1.0:
+        affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        granted = quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+        known_cores, read_at = max(1, math.ceil(min(affinity, granted))), now
+    return known_cores
+
+
+def quota(groups: Path, root: Path) -> float:
+    """Cores' worth of time that Linux's control groups, version 1 or 2, grant a process; infinite without a limit.
+
+    groups: the file that lists the process's groups. root: the folder that the groups are folders in.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    limits = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root if not controllers else root / controllers if (root / controllers).is_dir() else root / "cpu"
+        # The limits of all groups above hold too. In a container the path may not exist: its group is then at the top.
+        inner = Path(path.lstrip("/"))
+        limits += [limit_of(top / each) for each in (inner, *inner.parents)]
+    return min(limits)
+
+
+def limit_of(group: Path) -> float:
+    """Cores' worth of time that one control group has."""
+    try:
+        if (group / "cpu.max").exists():
+            amount, period = (group / "cpu.max").read_text().split()
+        else:
+            amount, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(amount) / int(period) if amount != "max" and int(amount) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def borrow(threads: int) -> bool:
@@ -72,6 +120,44 @@ def give_back(threads: int) -> None:
     global lent
     with lending:
         lent -= threads
+
+
+class Crowd:
+    """Whether other processes want the cores, told from calls that take far longer than they usually do.
+
+    Threads that wait for one another wait for whichever the scheduler has stopped, milliseconds at a time; a thread by
+    itself only shares its core. So a process that meets a crowd runs its calls on one thread for a while. It then tries
+    a team again, and stays alone for longer if that was slow again.
+    """
+
+    SLOW, SLACK = 2.5, 2e-4  # a slow call takes this many times its usual time, and seconds more
+    NEAR = 0.2  # two slow calls within so many seconds mean a crowd; one may be chance
+    SHORTEST, LONGEST = 0.05, 1.6  # seconds alone, doubled each time
+
+    def __init__(self) -> None:
+        self.alone_until = self.last_slow = -math.inf
+        self.pause = self.SHORTEST
+
+    def is_here(self) -> bool:
+        """Say whether calls should run on one thread for now."""
+        return self.alone_until > 0 and time.perf_counter() < self.alone_until
+
+    def note(self, now: float, begun: float, usual: float) -> float:
+        """Take note of a call by a team, from `begun` to `now`, and return what its usual time is from now on."""
+        taken = now - begun
+        if taken <= self.SLOW * usual + self.SLACK:
+            if self.alone_until > 0 and now - self.last_slow > self.NEAR:
+                self.alone_until, self.pause = -math.inf, self.SHORTEST
+            return taken if taken < usual else usual + (taken - usual) / 256
+        again = self.alone_until > 0
+        if again or now - self.last_slow < self.NEAR:
+            self.pause = min(2 * self.pause, self.LONGEST) if again else self.SHORTEST
+            self.alone_until = now + self.pause
+        self.last_slow = now
+        return usual
+
+
+crowd = Crowd()
 
 
 class Countdown:
@@ -124,11 +210,11 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
 
 def forget() -> None:
     """Start afresh in a forked child."""
-    global tasks, growing, lent, lending, forked
+    global tasks, growing, lent, lending, forked, crowd
     tasks = queue.SimpleQueue()
     growing, lending = threading.Lock(), threading.Lock()
     workers.clear()
-    lent = 0
+    lent, crowd = 0, Crowd()
     forked = True
     team.cache_clear()
 

@@ -4,6 +4,8 @@ While a recipe is written, an address is a `Ref`: a named base and an offset. Ru
 of all records, in machine code, so that a call with sizes that were seen before costs microseconds.
 """
 
+import math
+import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +122,9 @@ class Recipe:
         self.records = self.buffer(8 * len(self.values)).offset
         self.kept = values, which = array("q", self.values), array("q", self.which)
         self.named = tuple(self.bases)[FIXED:]
+        # Seconds that a call by a team usually takes, where all rows have all steps.
+        self.usual = math.inf
+        self.sizes = self.named.index("sizes") if "sizes" in self.named else None
         self.template = (values.buffer_info()[0], which.buffer_info()[0], len(values))
         return self
 
@@ -152,16 +157,19 @@ class Recipe:
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone or not pool.borrow(self.threads):
+        if program.alone or pool.crowd.is_here() or not pool.borrow(self.threads):
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
         try:
+            begun = time.perf_counter()
             team = pool.team()
             if team.start:
                 self.start(kernel, scratch, addresses, team, program)
-                return
-            records = self.start(kernel, scratch, addresses, team)
-            for phase in program.phases:
-                pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+            else:
+                records = self.start(kernel, scratch, addresses, team)
+                for phase in program.phases:
+                    pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+            if self.sizes is None or addresses[self.sizes] == 0:
+                self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
         finally:
             pool.give_back(self.threads)
