@@ -97,6 +97,11 @@ class Cell:
     states: tuple[str, ...]
     one_gradient: bool
 
+    @property
+    def kept(self) -> int:
+        """Room, in entries, for the input part of the gates and then, in its place, for what is saved; 0 for nothing."""
+        return max(self.gates, self.saved) if self.saved else 0
+
 
 CELLS = {
     cell.name: cell

@@ -2,7 +2,7 @@
 
 What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order, what of it there is:
 
-    gates  [*L, D, saved * H]   what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
+    gates  [*L, D, kept * H]    what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
     full   [*L, D, H]           the cell's output before its projection (with `proj_size`)
 """
 
@@ -107,7 +107,7 @@ def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     dtype = layer.x.dtype
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
     if cell.saved:
-        shapes.append(((*lead, cell.saved * hidden), WIDER.get(dtype, dtype)))
+        shapes.append(((*lead, cell.kept * hidden), WIDER.get(dtype, dtype)))
     if layer.weights[0].w_hr is not None:
         shapes.append(((*lead, hidden), dtype))
     return tuple(shapes)

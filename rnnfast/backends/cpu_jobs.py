@@ -168,7 +168,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     if shape.extra and keep_extra:
         kept["extra"] = room(x, *call.lead, shape.hidden)
     if save and call.cell.saved:
-        kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden, dtype=wider)
+        kept["gates"] = make(*call.lead, call.cell.kept * shape.hidden, dtype=wider)
     if save and call.projected:
         kept["full"] = make(*call.lead, shape.hidden)
     h = room(x, *call.lead, shape.width)
