@@ -36,6 +36,8 @@ def test_tanh_errs_by_few_units_in_the_last_place_and_by_less_than_one_near_one(
     unit = np.exp2(np.floor(np.log2(np.abs(exact))) - BITS[dtype])
     error = np.abs(y - exact) / unit
     for least, limit in LIMITS:
+        # A GPU's own e^x and 1 / x of float32 are approximate.
+        limit = 3 * limit if x.is_cuda and dtype == torch.float32 else limit
         assert error[np.abs(exact) >= least].max() <= limit, least
     assert (np.abs(y) <= 1).all()
 

@@ -7,11 +7,14 @@ from itertools import product
 import pytest
 import torch
 from closeness import assert_close
+from conftest import backends_under_test
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS, Cell
 
 from rnnfast import functional, linearised, reference, use_backend
+from rnnfast.backends import Layer
 from rnnfast.backends.choice import load
+from rnnfast.ops import pack_weights
 
 F64 = {"dtype": torch.float64}
 
@@ -77,12 +80,12 @@ ONE_STATE = [name for name, cell in MADE_UP.items() if len(cell.states) == 1]
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch, backend):
+def registered(monkeypatch):
     for name, cell in MADE_UP.items():
         monkeypatch.setitem(CELLS, name, cell)
         monkeypatch.setitem(reference.FORWARD, name, bind(cell.forward, reference.TORCH))
         monkeypatch.setitem(linearised.BACKWARD, name, bind(cell.backward, linearised.PULLBACKS))
-        if backend == "triton":
+        if backends_under_test() == ["triton"]:
             from rnnfast_kernels.gpu import activations
 
             bound = activations.BoundCell(activations.bound(cell.forward), activations.bound(cell.backward))
@@ -137,10 +140,32 @@ def test_and_with_lengths_and_resets(cell, backend):
 
 @pytest.mark.parametrize(("cell", "directions"), list(product(ONE_STATE, (1, 2))))
 def test_what_is_saved_is_as_announced(cell, directions, backend):
-    from rnnfast.backends import Layer
-    from rnnfast.ops import pack_weights
-
     x, h, *weights = (leaf.detach() for leaf in make(cell, 4, 2, 5, directions))
     layer = Layer(cell, x, (h,), pack_weights(weights, directions), (False, True)[:directions])
     saved = load(backend).forward(layer, save=True, all_states=False).saved
     assert tuple((tuple(each.shape), each.dtype) for each in saved) == load(backend).saved_like(layer)
+
+
+def test_three_states(backend):
+    """Triton's kernels take any number of states; Numba's refuse more than two rather than mix them up."""
+    leaves = make("three", 4, 3, 17)
+    if backend == "triton":
+        compare("three", leaves, backend)
+        return
+    with pytest.raises(RuntimeError, match="more than two states"):
+        everything("three", leaves)
+    x, *states = (leaf.detach() for leaf in leaves[:4])
+    layer = Layer("three", x, tuple(states), pack_weights(leaves[4:], 2), (False, True))
+    with pytest.raises(ValueError, match="zip"):
+        load(backend).forward(layer, save=False, all_states=False)
+
+
+def test_three_states_start_from_zero():
+    x, *states = make("three", 4, 3, 5)[:4]
+    options, weights = functional.Options("three", bidirectional=True), make("three", 4, 3, 5)[4:]
+    with use_backend("reference"):
+        (output, finals), zero = functional.recurrent(options, x, weights, None), [s * 0 for s in states]
+        expected, expected_finals = functional.recurrent(options, x, weights, zero)
+    assert torch.equal(output, expected)
+    assert len(finals) == 3
+    assert all(torch.equal(a, b) for a, b in zip(finals, expected_finals, strict=True))

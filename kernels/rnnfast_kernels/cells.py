@@ -99,7 +99,7 @@ class Cell:
 
     @property
     def kept(self) -> int:
-        """Room, in entries, for the input part of the gates and then, in its place, for what is saved; 0 for nothing."""
+        """Entries of a buffer that holds the input part of the gates and then what is saved; 0 if nothing is."""
         return max(self.gates, self.saved) if self.saved else 0
 
 

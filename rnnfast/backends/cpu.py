@@ -43,6 +43,8 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend runs on the CPU, not on {device.type}"
     if cell not in CELLS:
         return f"the numba backend has no kernel for the cell {cell}"
+    if len(CELLS[cell].states) > 2:
+        return f"the numba backend has no kernels for cells of more than two states, such as {cell}"
     if dtype not in DTYPE_NAMES:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():

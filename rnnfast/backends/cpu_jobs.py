@@ -104,7 +104,8 @@ class Call:
         self.cell = CELLS[layer.cell]
         self.hx = [initial.contiguous() for initial in layer.hx]
         self.sizes = self.starts = None
-        self.tensors: dict[str, Tensor | None] = dict(zip(("x", "h_first", "extra_first"), (x, *self.hx), strict=False))
+        names = ("h_first", "extra_first")[: len(self.cell.states)]
+        self.tensors: dict[str, Tensor | None] = {"x": x, **dict(zip(names, self.hx, strict=True))}
         for names, weights in zip(weight_names(len(layer.weights)), layer.weights, strict=True):
             for name, weight in zip(names, weights, strict=True):
                 self.tensors[name] = None if weight is None else weight.contiguous()
