@@ -169,3 +169,15 @@ def test_three_states_start_from_zero():
     assert torch.equal(output, expected)
     assert len(finals) == 3
     assert all(torch.equal(a, b) for a, b in zip(finals, expected_finals, strict=True))
+
+
+def test_where_no_kernel_runs_a_cell_that_torch_lacks_the_plain_loop_does():
+    leaves = make("three", 4, 3, 5)
+    with use_backend("reference"):
+        expected = everything("three", leaves)
+    with use_backend("torch"), pytest.raises(RuntimeError, match="lacks the cell three"):
+        everything("three", leaves)
+    if backends_under_test() == ["numba"]:
+        with use_backend("auto"):
+            got = everything("three", leaves)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
