@@ -186,7 +186,8 @@ def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, w
     if n_states(options) == 1:
         return (h,)
     hidden = weights[1].shape[0] // CELLS[options.cell].gates
-    return h, h if hidden == h.shape[2] else x.new_zeros(rows, batch, hidden)
+    other = h if hidden == h.shape[2] else x.new_zeros(rows, batch, hidden)
+    return (h, *(other,) * (n_states(options) - 1))
 
 
 def n_states(options: Options) -> int:

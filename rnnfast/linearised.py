@@ -115,13 +115,18 @@ def jacobian(cell: str, saved: States, entering: States, new: States) -> tuple[T
     """Differentiate a cell's equations: `Linear.by_x`, `by_recurrent` and `direct_from`."""
     one, zero = new[0].new_ones(()), new[0].new_zeros(())
     by_x, by_recurrent = [], []
+
+    def whole(parts: tuple[Tensor | None, ...]) -> list[Tensor]:
+        # A part may be zero for every input, or the same number.
+        return [(zero if part is None else part).expand_as(new[0]) for part in parts]
+
     for n in range(len(new)):
         seeds = tuple(one if n == m else zero for m in range(len(new)))
         dx, du, direct = BACKWARD[cell](seeds, saved, entering, new)
-        direct = [part for part in direct if part is not None]
-        by_x.append(torch.stack(dx, -2))  # [T, B, G, H]
-        by_recurrent.append(torch.stack((*du, *direct), -2))  # [T, B, G+K, H]
-    return torch.stack(by_x, -3), torch.stack(by_recurrent, -3), len(new) - len(direct)
+        direct_from = next((m for m, part in enumerate(direct) if part is not None), len(direct))
+        by_x.append(torch.stack(whole(dx), -2))  # [T, B, G, H]
+        by_recurrent.append(torch.stack(whole((*du, *direct[direct_from:])), -2))  # [T, B, G+K, H]
+    return torch.stack(by_x, -3), torch.stack(by_recurrent, -3), direct_from
 
 
 def masked(tensor: Tensor, where: Tensor | None) -> Tensor:

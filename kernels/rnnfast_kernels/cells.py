@@ -97,6 +97,11 @@ class Cell:
     states: tuple[str, ...]
     one_gradient: bool
 
+    @property
+    def kept(self) -> int:
+        """Entries of a buffer that holds the input part of the gates and then what is saved; 0 if nothing is."""
+        return max(self.gates, self.saved) if self.saved else 0
+
 
 CELLS = {
     cell.name: cell

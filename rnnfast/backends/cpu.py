@@ -2,7 +2,7 @@
 
 What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order, what of it there is:
 
-    gates  [*L, D, saved * H]   what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
+    gates  [*L, D, kept * H]    what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
     full   [*L, D, H]           the cell's output before its projection (with `proj_size`)
 """
 
@@ -43,6 +43,8 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend runs on the CPU, not on {device.type}"
     if cell not in CELLS:
         return f"the numba backend has no kernel for the cell {cell}"
+    if len(CELLS[cell].states) > 2:
+        return f"the numba backend has no kernels for cells of more than two states, such as {cell}"
     if dtype not in DTYPE_NAMES:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():
@@ -107,7 +109,7 @@ def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     dtype = layer.x.dtype
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
     if cell.saved:
-        shapes.append(((*lead, cell.saved * hidden), WIDER.get(dtype, dtype)))
+        shapes.append(((*lead, cell.kept * hidden), WIDER.get(dtype, dtype)))
     if layer.weights[0].w_hr is not None:
         shapes.append(((*lead, hidden), dtype))
     return tuple(shapes)

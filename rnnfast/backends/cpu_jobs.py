@@ -104,7 +104,8 @@ class Call:
         self.cell = CELLS[layer.cell]
         self.hx = [initial.contiguous() for initial in layer.hx]
         self.sizes = self.starts = None
-        self.tensors: dict[str, Tensor | None] = dict(zip(("x", "h_first", "extra_first"), (x, *self.hx), strict=False))
+        names = ("h_first", "extra_first")[: len(self.cell.states)]
+        self.tensors: dict[str, Tensor | None] = {"x": x, **dict(zip(names, self.hx, strict=True))}
         for names, weights in zip(weight_names(len(layer.weights)), layer.weights, strict=True):
             for name, weight in zip(names, weights, strict=True):
                 self.tensors[name] = None if weight is None else weight.contiguous()
@@ -168,7 +169,7 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     if shape.extra and keep_extra:
         kept["extra"] = room(x, *call.lead, shape.hidden)
     if save and call.cell.saved:
-        kept["gates"] = make(*call.lead, call.cell.saved * shape.hidden, dtype=wider)
+        kept["gates"] = make(*call.lead, call.cell.kept * shape.hidden, dtype=wider)
     if save and call.projected:
         kept["full"] = make(*call.lead, shape.hidden)
     h = room(x, *call.lead, shape.width)

@@ -65,7 +65,7 @@ class PreparedLayer:
         self.initial = () if sizes.zero else self.named("{}_first")
         widths = {
             "extra": sizes.hidden * (len(self.states) - 1),
-            "gates": sizes.hidden * CELLS[sizes.cell].saved,
+            "gates": sizes.hidden * CELLS[sizes.cell].kept,
             "full": sizes.hidden * ("w_hr" in sizes.fields),
         }
         self.kept = tuple(name for name, width in widths.items() if width)

@@ -20,7 +20,7 @@ LAYER = Record(
     "h_final", "extra_final", "extra_final_step",
     # States after every step: h is [rows, width], each extra state [rows, hidden].
     "h", "h_row", "extra", "extra_row", "extra_step",
-    # Gates [rows, saved or G, hidden]; kept for all steps if `keep`, else for a chunk of steps.
+    # Gates, then what is saved, [rows, Cell.kept or G, hidden]; for all steps if `keep`, else for a chunk of steps.
     "gates", "gates_row", "gate_step", "keep", "chunk", "full", "full_row",
     # Gradients.
     "dh", "dh_row", "dextra", "dextra_row", "dextra_step",

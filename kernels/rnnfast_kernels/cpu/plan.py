@@ -228,7 +228,7 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
         fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
     if "gates" in kept:
         hidden = shape.hidden * shape.item
-        row = shape.row.saved * hidden
+        row = shape.row.kept * hidden
         fields |= {
             "gates": Ref("gates", direction * row),
             "gates_row": shape.directions * row,

@@ -141,7 +141,7 @@ def forward_loop(
             arrive(counter)
         store_states(p.states, new_state, span, b, n, d, D, STATES, H)
         if SAVED > 0:
-            store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H)
+            store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H, SAVED)
         if SAVED > GATES:
             store_gates(p.extra, saved, span, b, n, d, D, SAVED - GATES, GATES, H)
         x = next_x

@@ -96,7 +96,7 @@ def forward_step(
     tl.debug_barrier()
     store_states(p.states, new_state, span, b, n, d, D, STATES, H)
     if SAVED > 0:
-        store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H)
+        store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H, SAVED)
     if SAVED > GATES:
         store_gates(p.extra, saved, span, b, n, d, D, SAVED - GATES, GATES, H)
     leaving = select((b < span[1])[:, None], new_state, kept, STATES)

@@ -78,13 +78,15 @@ def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def store_gates(pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr):
-    """Write tiles START, START + 1, ... to a tensor [R, D, COUNT, H], at one step's rows."""
+def store_gates(
+    pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr = 64
+):
+    """Write tiles START, START + 1, ... but none from LAST on, to a tensor [R, D, COUNT, H], at one step's rows."""
     first, count = span
     p_tile = pointer + (first * D + d) * (COUNT * H)
     offsets = b[:, None] * (D * COUNT * H) + n[None, :]
     mask = (b < count)[:, None] & (n < H)[None, :]
-    for g in tl.static_range(COUNT):
+    for g in tl.static_range(min(COUNT, LAST - START)):
         tl.store(p_tile + g * H + offsets, tiles[START + g].to(pointer.dtype.element_ty), mask=mask)
 
 

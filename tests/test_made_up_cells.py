@@ -1,0 +1,183 @@
+"""Cells that the table does not have: fewer values saved than gates, more, and more than two states."""
+
+# ruff: noqa: F821
+
+from itertools import product
+
+import pytest
+import torch
+from closeness import assert_close
+from conftest import backends_under_test
+from rnnfast_kernels.bind import bind
+from rnnfast_kernels.cells import CELLS, Cell
+
+from rnnfast import functional, linearised, reference, use_backend
+from rnnfast.backends import Layer
+from rnnfast.backends.choice import load
+from rnnfast.ops import pack_weights
+
+F64 = {"dtype": torch.float64}
+
+
+def leak_forward(x, u, state):
+    """h' = f h + candidate: two gates, of which one is saved."""
+    f = sigmoid(x[0] + u[0])
+    return (f * state[0] + (x[1] + u[1]),), (f,)
+
+
+def leak_backward(dstate, saved, state, new_state):
+    dh, f = dstate[0], saved[0]
+    dx = (sigmoid_backward(dh * state[0], f), dh)
+    return dx, dx, (dh * f,)
+
+
+def apart_forward(x, u, state):
+    """h' = tanh(f h + x_1 + u_2): three gates, one saved, and two gradients."""
+    f = sigmoid(x[0] + u[0])
+    return (tanh(f * state[0] + (x[1] + u[2])),), (f,)
+
+
+def apart_backward(dstate, saved, state, new_state):
+    inner, f = tanh_backward(dstate[0], new_state[0]), saved[0]
+    gate, none = sigmoid_backward(inner * state[0], f), zeros_like(inner)
+    return (gate, inner, none), (gate, none, inner), (inner * f,)
+
+
+def rich_forward(x, u, state):
+    """h' = g + f (h - g): one gate, three values saved."""
+    g, f = tanh(x[0]), sigmoid(u[0])
+    apart = state[0] - g
+    return (g + f * apart,), (g, f, apart)
+
+
+def rich_backward(dstate, saved, state, new_state):
+    dh, (g, f, apart) = dstate[0], saved
+    return (tanh_backward(dh - dh * f, g),), (sigmoid_backward(dh * apart, f),), (dh * f,)
+
+
+def three_forward(x, u, state):
+    """h' = tanh(x + u + b), b' = tanh(h' + c), c' = h + b: three states."""
+    h = tanh(x[0] + u[0] + state[1])
+    return (h, tanh(h + state[2]), state[0] + state[1]), ()
+
+
+def three_backward(dstate, saved, state, new_state):
+    dc = tanh_backward(dstate[1], new_state[1])
+    dx = tanh_backward(dstate[0] + dc, new_state[0])
+    return (dx,), (dx,), (dstate[2], dstate[2] + dx, dc)
+
+
+MADE_UP = {
+    cell.name: cell
+    for cell in (
+        Cell("leak", leak_forward, leak_backward, 2, 1, ("h",), True),
+        Cell("apart", apart_forward, apart_backward, 3, 1, ("h",), False),
+        Cell("rich", rich_forward, rich_backward, 1, 3, ("h",), False),
+        Cell("three", three_forward, three_backward, 1, 0, ("h", "b", "c"), True),
+    )
+}
+ONE_STATE = [name for name, cell in MADE_UP.items() if len(cell.states) == 1]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for name, cell in MADE_UP.items():
+        monkeypatch.setitem(CELLS, name, cell)
+        monkeypatch.setitem(reference.FORWARD, name, bind(cell.forward, reference.TORCH))
+        monkeypatch.setitem(linearised.BACKWARD, name, bind(cell.backward, linearised.PULLBACKS))
+        if backends_under_test() == ["triton"]:
+            from rnnfast_kernels.gpu import activations
+
+            bound = activations.BoundCell(activations.bound(cell.forward), activations.bound(cell.backward))
+            monkeypatch.setitem(activations.BOUND, name, bound)
+
+
+def make(cell, steps, batch, hidden, directions=2, inputs=3):
+    """x, the initial states and the weights."""
+    torch.manual_seed(0)
+    columns = MADE_UP[cell].gates * hidden
+    x = torch.randn(steps, batch, inputs, **F64)
+    hx = [torch.randn(directions, batch, hidden, **F64) for _ in MADE_UP[cell].states]
+    shapes = [(columns, inputs), (columns, hidden), (columns,), (columns,)] * directions
+    weights = [torch.randn(shape, **F64) * hidden**-0.5 for shape in shapes]
+    return [tensor.requires_grad_() for tensor in (x, *hx, *weights)]
+
+
+def everything(cell, leaves, **options):
+    """Results, gradients, and the gradient of their squares."""
+    states = len(MADE_UP[cell].states)
+    x, hx, weights = leaves[0], leaves[1 : 1 + states], leaves[1 + states :]
+    choice = functional.Options(cell, bidirectional=len(weights) > 4)
+    output, finals = functional.recurrent(choice, x, weights, hx if states > 1 else hx[0], **options)[:2]
+    finals = finals if states > 1 else (finals,)
+    results = [output, *finals]
+    loss = sum((each * torch.arange(each.numel(), **F64).view_as(each).cos()).sum() for each in results)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    second = torch.autograd.grad(sum((each**2).sum() for each in first), leaves)
+    return [*results, *first, *second]
+
+
+def compare(cell, leaves, backend, **options):
+    for _ in range(3):
+        got = everything(cell, leaves, **options)
+    with use_backend("reference"):
+        expected = everything(cell, leaves, **options)
+    for n, (value, found) in enumerate(zip(expected, got, strict=True)):
+        assert_close(f"{cell} {n}", value, found, 1e-11)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 5), (5, 3, 17)], ids=str)
+@pytest.mark.parametrize("cell", ONE_STATE)
+def test_any_number_of_values_may_be_saved(cell, size, backend):
+    compare(cell, make(cell, *size), backend)
+
+
+@pytest.mark.parametrize("cell", ONE_STATE)
+def test_and_with_lengths_and_resets(cell, backend):
+    resets = torch.rand(5, 3) < 0.3
+    compare(cell, make(cell, 5, 3, 17, 1), backend, lengths=torch.tensor([2, 5, 3]), resets=resets)
+
+
+@pytest.mark.parametrize(("cell", "directions"), list(product(ONE_STATE, (1, 2))))
+def test_what_is_saved_is_as_announced(cell, directions, backend):
+    x, h, *weights = (leaf.detach() for leaf in make(cell, 4, 2, 5, directions))
+    layer = Layer(cell, x, (h,), pack_weights(weights, directions), (False, True)[:directions])
+    saved = load(backend).forward(layer, save=True, all_states=False).saved
+    assert tuple((tuple(each.shape), each.dtype) for each in saved) == load(backend).saved_like(layer)
+
+
+def test_three_states(backend):
+    """Triton's kernels take any number of states; Numba's refuse more than two rather than mix them up."""
+    leaves = make("three", 4, 3, 17)
+    if backend == "triton":
+        compare("three", leaves, backend)
+        return
+    with pytest.raises(RuntimeError, match="more than two states"):
+        everything("three", leaves)
+    x, *states = (leaf.detach() for leaf in leaves[:4])
+    layer = Layer("three", x, tuple(states), pack_weights(leaves[4:], 2), (False, True))
+    with pytest.raises(ValueError, match="zip"):
+        load(backend).forward(layer, save=False, all_states=False)
+
+
+def test_three_states_start_from_zero():
+    x, *states = make("three", 4, 3, 5)[:4]
+    options, weights = functional.Options("three", bidirectional=True), make("three", 4, 3, 5)[4:]
+    with use_backend("reference"):
+        (output, finals), zero = functional.recurrent(options, x, weights, None), [s * 0 for s in states]
+        expected, expected_finals = functional.recurrent(options, x, weights, zero)
+    assert torch.equal(output, expected)
+    assert len(finals) == 3
+    assert all(torch.equal(a, b) for a, b in zip(finals, expected_finals, strict=True))
+
+
+def test_where_no_kernel_runs_a_cell_that_torch_lacks_the_plain_loop_does():
+    leaves = make("three", 4, 3, 5)
+    with use_backend("reference"):
+        expected = everything("three", leaves)
+    with use_backend("torch"), pytest.raises(RuntimeError, match="lacks the cell three"):
+        everything("three", leaves)
+    if backends_under_test() == ["numba"]:
+        with use_backend("auto"):
+            got = everything("three", leaves)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
