@@ -118,12 +118,16 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
         return Choice(own, f"fused kernel for {device.type} tensors")
     if needs_ours:
         return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks an option that is used")
+    if not hasattr(torch._VF, cell):
+        return Choice("reference", f"{own} cannot run this: {problem}; torch has no {cell}")
     return Choice("torch", f"{own} cannot run this: {problem}")
 
 
 def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str | None:
     """Say why a backend cannot run the case, or None where it can."""
     if backend == "torch":
+        if not hasattr(torch._VF, cell):
+            return f"torch has no {cell}"
         return "torch.nn has neither resets nor all_states" if needs_ours else None
     if backend == "reference":
         return None
