@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.backends.choice import steps_by_torch
+from rnnfast.checks import several_states
 from rnnfast.functional import Options, recurrent, single
 
 
@@ -21,7 +22,9 @@ class Cell(nn.RNNCellBase):
     equations: str
 
     def is_for_torch(self, input: Tensor) -> bool:
-        """Say whether torch is to take the step."""
+        """Say whether torch is to take the step: by choice, or because there is nothing to compute, or no tensor."""
+        if not self.hidden_size or not self.input_size or not isinstance(input, Tensor):
+            return True
         return steps_by_torch(self.equations, input.device, input.dtype)
 
     def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
@@ -32,8 +35,14 @@ class Cell(nn.RNNCellBase):
         if hx is not None and not batched:
             hx = tuple(state.unsqueeze(0) for state in hx)
         self.check_sizes(x, hx or ())
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        present = [w for w in weights if w is not None]
+        present = [self.weight_ih, self.weight_hh]
+        b_ih, b_hh = self.bias_ih, self.bias_hh
+        if b_ih is not None and b_hh is not None:
+            present += [b_ih, b_hh]
+        elif b_ih is not None:
+            present += [b_ih, torch.zeros_like(b_ih)]
+        elif b_hh is not None:
+            present += [torch.zeros_like(b_hh), b_hh]
         initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
         _, finals = recurrent(Options(self.equations), x.unsqueeze(0), present, initial)
         finals = finals if isinstance(finals, tuple) else (finals,)
@@ -48,9 +57,7 @@ class Cell(nn.RNNCellBase):
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 
     def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...]) -> None:
-        """Refuse, as torch does, dtypes and sizes that do not fit together."""
-        if x.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
+        """Refuse, as torch does, sizes and dtypes that do not fit together: sizes first."""
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for n, state in enumerate(hx):
@@ -60,6 +67,8 @@ class Cell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
                 )
+        if x.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
 
 
 class RNNCell(Cell, nn.RNNCell):
@@ -95,9 +104,12 @@ class LSTMCell(Cell, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
-        if self.is_for_torch(input):
+        if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list, Tensor))):
             return super().forward(input, hx)
-        h, c = self.step(input, None if hx is None else (hx[0], hx[1]))
+        if hx is not None:
+            several_states("lstm_cell", hx, 2)
+            hx = tuple(hx)  # type: ignore[assignment]
+        h, c = self.step(input, hx)
         return h, c
 
 

@@ -29,13 +29,26 @@ def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
     if hx is None:
         return None
     count = len(CELLS[options.cell].states)
-    states = (hx,) if count == 1 else tuple(hx[n] for n in range(count))
+    states = (hx,) if count == 1 else hx
+    if batched is not None:
+        dims = 3 if batched else 2
+        if any(states[n].dim() != dims for n in range(count)):
+            raise RuntimeError(wrong_hidden_dims([states[n] for n in range(count)], batched))
+    several_states(options.cell, hx, count)
+    states = tuple(states)
     if batched is None:
         return states
-    dims = 3 if batched else 2
-    if any(s.dim() != dims for s in states):
-        raise RuntimeError(wrong_hidden_dims(states, batched))
     return states if batched else tuple(s.unsqueeze(1) for s in states)
+
+
+def several_states(name: str, hx, count: int) -> None:
+    """Refuse, as torch does, one stacked tensor, or a wrong number of tensors, for a cell of several states."""
+    if count == 1:
+        return
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"{name}(): argument 'hx' must be tuple of Tensors, not {type(hx).__name__}")
+    if len(hx) != count:
+        raise RuntimeError(f"{name} expects {'two' if count == 2 else count} hidden states")
 
 
 def wrong_hidden_dims(states: Sequence[Tensor], batched: bool) -> str:

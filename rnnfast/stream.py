@@ -4,17 +4,27 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from rnnfast import checks
 from rnnfast.backends.choice import backend_of, load
-from rnnfast.functional import initial_states, single
+from rnnfast.functional import Call, initial_states, recurrent, single
 from rnnfast.modules import Recurrent
 
 
 class Stream:
     """Step through time with a module's weights: for decoding, control and sound, where a call has one step.
 
-    The results are bitwise those of calling the module with the carried state. Calls allocate nothing: the returned
-    tensor is the stream's own, and the next call overwrites it. No gradients. One stream belongs to one thread.
+    In float32 and float64 the results are bitwise those of calling the module once over all steps. In float16 and
+    bfloat16 they are bitwise those of calling it step by step: the state is rounded to that dtype after every step,
+    where one call keeps it in float32 from its first step to its last.
+
+    Steps allocate nothing: the returned tensor is the stream's own, and the next step overwrites it, which autograd
+    sees as it sees any operation in place. No gradients. One stream belongs to one thread.
+
+    Weights are copied when the stream is made, and by `refresh`; what happens to the module's in between changes
+    nothing. `copy.copy`, `copy.deepcopy` and `pickle` give a stream of its own state and buffers, which reads the
+    weights of its module again: of the same module with `copy.copy`, else of a copy.
 
         stream = rnnfast.Stream(module)
         for x in sound:              # x: [B, I]
@@ -31,25 +41,48 @@ class Stream:
     def __init__(self, module: Recurrent, batch: int = 1):
         if not isinstance(module, Recurrent):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
-        if module.bidirectional:
-            raise ValueError("Stream: expected a module of one direction, got a bidirectional one")
-        self.module = module
-        weights = module._flat_weights
-        self.input = weights[0].new_empty(1, batch, module.input_size)
-        states = initial_states(module.options(), None, self.input, batch, weights)
-        self.states = tuple(s.clone() for s in states)  # [layers, B, P or H] each
+        self.module, self.batch = module, batch
+        self.states: tuple[Tensor, ...] = ()  # [layers, B, P or H] each
         self.refresh()
 
-    @torch.no_grad()
+    def __getstate__(self) -> dict:
+        return {"module": self.module, "batch": self.batch, "states": self.states, "output": self.output}
+
+    def __setstate__(self, kept: dict) -> None:
+        self.module, self.batch, self.states = kept["module"], kept["batch"], kept["states"]
+        self.refresh()
+        with torch.no_grad():
+            if self.output.shape == kept["output"].shape:
+                self.output.copy_(kept["output"])
+
     def refresh(self) -> None:
-        """Read the module's weights again, after they have changed. The state stays."""
-        options = self.module.options()
-        self.weights = [w.detach().contiguous() for w in self.module._flat_weights]
-        self.backend = backend_of(options.cell, self.input.device, self.input.dtype, False)
-        if self.backend == "numba":
-            self.step = self.lay_out(options)
-        else:
-            self.step = self.call_module
+        """Read the module's weights again, after they have changed.
+
+        The state stays. It is converted where the module has another dtype or device, and zero where its shape is
+        another one.
+
+        Raises:
+            ValueError: the module is bidirectional. RuntimeError: its weights do not fit together.
+        """
+        if self.module.bidirectional:
+            raise ValueError("Stream: expected a module of one direction, got a bidirectional one")
+        # What is kept must serve inside of inference mode and outside, wherever the stream is made.
+        with torch.inference_mode(False), torch.no_grad():
+            options = self.module.options()._replace(batch_first=False, training=False)
+            weights = [as_own(w) for w in self.module._flat_weights]
+            like = weights[0]
+            x = torch.zeros(1, self.batch, like.shape[-1], dtype=like.dtype, device=like.device)
+            checks.sizes(options, x, self.batch, None, weights)
+            fresh = initial_states(options, None, x, self.batch, weights)
+            checks.one_kind(Call(options, x, fresh, weights))
+            states = tuple(own.clone() for own in fresh)
+            if [own.shape for own in states] == [old.shape for old in self.states]:
+                for own, old in zip(states, self.states, strict=True):
+                    own.copy_(old)
+            self.options, self.weights, self.input, self.states = options, weights, x, states
+            self.output = x.new_zeros(self.batch, weights[1].shape[1])
+            self.backend = backend_of(options.cell, x.device, x.dtype, False)
+            self.step = self.lay_out(options) if self.backend == "numba" else self.call_layers
 
     def lay_out(self, options) -> Callable[[], None]:
         """Have the backend prepare a step, whose final states are written where its initial states are read."""
@@ -59,20 +92,22 @@ class Stream:
         sizes = backend.Sizes(
             options.cell, x.dtype, x.shape, x.stride(), layers, 1, shapes, zero=False, threads=1, repeated=True
         )
-        output = x.new_empty(1, x.shape[1], sizes.width)
-        self.output = output[0]
-        return backend.Stack(sizes).stepper(x, output, self.states, self.states, self.weights)
+        step = backend.Stack(sizes).stepper(x, self.output[None], self.states, self.states, self.weights)
+        output = self.output
 
-    def call_module(self) -> None:
+        def run() -> None:
+            step()
+            increment_version(output)  # the kernel writes where autograd does not see it
+
+        return run
+
+    def call_layers(self) -> None:
         """Step by an ordinary call, on backends and dtypes that have no prepared one."""
-        x = self.input.transpose(0, 1) if self.module.batch_first else self.input
-        training, self.module.training = self.module.training, False
-        try:
-            output, finals = self.module(x, single(self.states))
-        finally:
-            self.module.training = training
-        self.output = output.select(1 if self.module.batch_first else 0, 0)
-        self.states = finals if isinstance(finals, tuple) else (finals,)
+        with torch.inference_mode(False), torch.no_grad():
+            output, finals = recurrent(self.options, self.input, self.weights, single(self.states))
+            self.output.copy_(output[0])
+            for own, final in zip(self.states, finals if isinstance(finals, tuple) else (finals,), strict=True):
+                own.copy_(final)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,10 +138,25 @@ class Stream:
     @state.setter
     @torch.no_grad()
     def state(self, hx) -> None:
-        for own, given in zip(self.states, (hx,) if isinstance(hx, Tensor) else hx, strict=True):
-            if own.shape != given.shape:
-                raise ValueError(f"Stream: expected a state of shape {list(own.shape)}, got {list(given.shape)}")
-            own.copy_(given)
+        """Set the state. All of it is checked before any of it changes.
+
+        Raises:
+            TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's.
+        """
+        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if len(given) != len(self.states):
+            raise ValueError(f"Stream: expected {len(self.states)} state tensor(s), got {len(given)}")
+        for own, new in zip(self.states, given, strict=True):
+            if not isinstance(new, Tensor):
+                raise TypeError(f"Stream: expected a state of type Tensor, got {type(new).__name__}")
+            if own.shape != new.shape:
+                raise ValueError(f"Stream: expected a state of shape {list(own.shape)}, got {list(new.shape)}")
+            if own.dtype != new.dtype or own.device != new.device:
+                raise ValueError(
+                    f"Stream: expected a state of {own.dtype} on {own.device}, got {new.dtype} on {new.device}"
+                )
+        for own, new in zip(self.states, given, strict=True):
+            own.copy_(new)
 
     @torch.no_grad()
     def reset(self, rows: Tensor | None = None) -> None:
@@ -116,3 +166,9 @@ class Stream:
                 own.zero_()
             else:
                 own[:, rows] = 0
+
+
+def as_own(weight: Tensor) -> Tensor:
+    """Return a dense, contiguous copy of a weight."""
+    dense = weight.detach() if weight.layout == torch.strided else weight.detach().to_dense()
+    return dense.clone(memory_format=torch.contiguous_format).resolve_neg()
