@@ -119,7 +119,8 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
     checks.sizes(options, data, batch, hx, weights)
     resets = checks.resets(options, resets, len(batch_sizes), batch)
     hx = permuted(initial_states(options, hx, data, batch, weights), order)
-    resets = None if resets is None or order is None else resets.index_select(1, order)
+    if resets is not None and order is not None:
+        resets = resets.index_select(1, order)
     outcome = run(Call(options, data, hx, weights, batch_sizes, resets, all_states))
     finals = single(permuted(outcome.finals, inverse))
     repack = partial(PackedSequence, batch_sizes=batch_sizes, sorted_indices=order, unsorted_indices=inverse)
