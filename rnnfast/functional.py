@@ -87,8 +87,8 @@ def recurrent(
         return run_packed(options, input, weights, hx, lengths, resets, all_states)
     kind = None
     if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
-        states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        kind = quick.kind_of(options, input, states, weights)
+        states = quick.states_of(options, hx)
+        kind = None if states is None else quick.kind_of(options, input, states, weights)
         prepared = quick.ready.get(kind)
         if prepared is not None:
             return prepared(input, states, weights)
@@ -105,7 +105,7 @@ def recurrent(
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
-    if kind is not None:
+    if kind is not None and backend_of(options.cell, x.device, x.dtype, False) == "numba":
         quick.remember(kind)
     return present(options, outcome, batched, all_states)
 
@@ -119,7 +119,8 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
     checks.sizes(options, data, batch, hx, weights)
     resets = checks.resets(options, resets, len(batch_sizes), batch)
     hx = permuted(initial_states(options, hx, data, batch, weights), order)
-    resets = None if resets is None or order is None else resets.index_select(1, order)
+    if resets is not None and order is not None:
+        resets = resets.index_select(1, order)
     outcome = run(Call(options, data, hx, weights, batch_sizes, resets, all_states))
     finals = single(permuted(outcome.finals, inverse))
     repack = partial(PackedSequence, batch_sizes=batch_sizes, sorted_indices=order, unsorted_indices=inverse)
@@ -149,7 +150,7 @@ def in_place(order: Tensor) -> bool:
 
 def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
-    call = checks.cast_for_autocast(call)
+    call = checks.cast_for_autocast(dense(call))
     needs_ours = call.resets is not None or call.all_states
     backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
@@ -158,6 +159,15 @@ def run(call: Call) -> Outcome:
         call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
     )
     return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+
+
+def dense(call: Call) -> Call:
+    """Return the call with sparse tensors made dense: no kernel, and few of torch's, take them."""
+    if torch.compiler.is_compiling() or all(t.layout is torch.strided for t in (call.x, *call.hx, *call.weights)):
+        return call
+    x, *tensors = (t if t.layout is torch.strided else t.to_dense() for t in (call.x, *call.hx, *call.weights))
+    count = len(call.hx)
+    return call._replace(x=x, hx=tuple(tensors[:count]), weights=tensors[count:])
 
 
 def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:

@@ -55,6 +55,15 @@ class Kind(NamedTuple):
         return tuple(shape for shape, *_ in self.facts[1 + self.given :])
 
 
+def states_of(options, hx) -> tuple[Tensor, ...] | None:
+    """Return the initial states as a tuple, or None where they do not have the form that the cell takes."""
+    if hx is None:
+        return ()
+    if len(CELLS[options.cell].states) == 1:
+        return (hx,) if isinstance(hx, Tensor) else None
+    return tuple(hx) if isinstance(hx, tuple | list) else None
+
+
 def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Kind | None:
     """Return the kind of a call, or None if it is not one that can be made quick."""
     tensors = (x, *states, *weights)

@@ -1,0 +1,109 @@
+"""Tensors whose memory is not what they mean, and what the quick path takes over from the first call."""
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import quick
+from rnnfast.backends import cpu
+from rnnfast.backends.choice import automatic
+
+LAYERS = {"rnn": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}
+
+
+def negated(*size):
+    """Return a view with the negative bit."""
+    view = torch.randn(*size, dtype=torch.complex64).conj().imag
+    assert view.is_neg()
+    return view
+
+
+def zeros(*size):
+    return torch._efficientzerotensor(size)
+
+
+@pytest.fixture(params=[False, True], ids=["inference", "training"])
+def grad_mode(request):
+    with torch.set_grad_enabled(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("make", [negated, zeros])
+def test_input_state_and_incoming_gradient(name, make, grad_mode):
+    ours = LAYERS[name](1, 2)
+    x, h, dy = make(6, 3, 1), make(1, 3, 2), make(6, 3, 2)
+    plain = [torch.zeros_like(t) + t for t in (x, h, dy)]
+    for call in range(4):
+        results = []
+        for x_, h_, dy_ in ((x, h, dy), plain):
+            output = ours(x_, (h_, h_) if name == "lstm" else h_)[0]
+            grads = torch.autograd.grad(output, list(ours.parameters()), dy_) if grad_mode else ()
+            results.append((output, *grads))
+        torch.testing.assert_close(*results, msg=lambda text, call=call: f"call {call}: {text}")
+
+
+def test_sparse_weights():
+    ours = rnnfast.GRU(3, 4)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        want = ours(x)[0]
+        with pytest.warns(UserWarning, match="Sparse"):
+            sparse = ours.weight_ih_l0.detach().to_sparse_csr()
+        for weight in (sparse, ours.weight_ih_l0.detach().to_sparse()):
+            ours.weight_ih_l0 = torch.nn.Parameter(weight)
+            for _ in range(3):
+                torch.testing.assert_close(ours(x)[0], want)
+
+
+def test_dead_wrapper():
+    kept = []
+
+    def loss(x):
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(loss)(torch.randn(5, 2, 3))
+    ours = rnnfast.GRU(3, 4)
+    with torch.no_grad():
+        results = [ours(kept[0])[0] for _ in range(4)]
+    assert all(torch.equal(results[0], each) for each in results)
+
+
+def test_unsupported_at_every_call(monkeypatch, grad_mode):
+    monkeypatch.setattr(cpu, "unsupported", lambda *args: "a reason")
+    automatic.cache_clear()
+    quick.once.clear()
+    quick.ready.clear()
+    try:
+        ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+        for _ in range(3):
+            assert ours(x)[0].isfinite().all()
+        assert not quick.once and not quick.ready
+    finally:
+        automatic.cache_clear()
+
+
+def test_complex_at_every_call(grad_mode):
+    ours, x = rnnfast.GRU(3, 4, dtype=torch.complex64), torch.randn(5, 2, 3, dtype=torch.complex64)
+    results = [ours(x)[0] for _ in range(3)]
+    assert all(torch.equal(results[0], each) for each in results)
+
+
+def test_form_of_the_state_at_every_call(grad_mode):
+    ours, x, h = rnnfast.GRU(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    for _ in range(3):
+        ours(x, h)
+    for hx in ((h,), iter((h,))):
+        with pytest.raises((AttributeError, TypeError, RuntimeError)):
+            ours(x, hx)
+
+
+def test_pre_dispatch_trace():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        graph = make_fx(lambda a: ours(a)[0], tracing_mode="real", pre_dispatch=True)(x)
+        other = torch.randn(5, 2, 3)
+        torch.testing.assert_close(graph(other), ours(other)[0])
