@@ -148,10 +148,15 @@ class Recipe:
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone or not pool.borrow(self.threads):
+        if program.alone:
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
+        lent = False
         try:
+            lent = pool.borrow(self.threads)
+            if not lent:
+                self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
+                return
             team = pool.team()
             if team.start:
                 self.start(kernel, scratch, addresses, team, program)
@@ -160,4 +165,5 @@ class Recipe:
             for phase in program.phases:
                 pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
         finally:
-            pool.give_back(self.threads)
+            if lent:
+                pool.give_back(self.threads)
