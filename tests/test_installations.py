@@ -101,3 +101,13 @@ def test_second_derivatives_do_without_kernels_that_fail(monkeypatch):
     monkeypatch.setattr(cpu, "push", None)
     monkeypatch.setattr(cpu, "bend", None)
     assert torch.allclose(second(), expected)
+
+
+def test_the_report_names_folder_vectors_and_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "rnnfast").mkdir()
+    (tmp_path / "rnnfast" / "kernel.bin").write_bytes(bytes(2_000_000))
+    told = rnnfast.report.environment()
+    assert f"{tmp_path / 'rnnfast'} (1 kernels, 2.0 MB, writable)" in told
+    assert "vectors of" in told
+    assert cpu.team_name() in told

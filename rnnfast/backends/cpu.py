@@ -159,6 +159,12 @@ def describe(cell: str, hidden: int, projection: int, device: torch.device, dtyp
     return f"whole-layer {cell} kernel in {chosen.dtype}{products}, {lanes}, {team_name()}{code}"
 
 
+def machine() -> str:
+    """Name the vectors and the threads of this machine, for `python -m rnnfast`."""
+    chosen = target("float32")
+    return f"vectors of {8 * chosen.vector} bits on {processor().name}, {team_name()}"
+
+
 def team_name() -> str:
     """Name the threads that share a call."""
     if torch.get_num_threads() == 1:

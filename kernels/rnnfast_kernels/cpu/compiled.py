@@ -9,9 +9,11 @@ once. Where no folder can be written, every process compiles for itself, with on
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu.job import JOB, RUN, SHARE, START
 from rnnfast_kernels.cpu.target import Target, processor, target
 
+log = logging.getLogger("rnnfast")
 lock = threading.RLock()
 engines: list[binding.ExecutionEngine] = []
 
@@ -63,7 +66,10 @@ def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
             name = file_name(*wanted)
             code = read(name)
             if code is None:
+                log.info("compiling %s, for this machine and once", name)
+                start = time.perf_counter()
                 code = compile_code(CELLS[cell_name], target(dtype), derivatives)
+                log.info("compiled %s in %.1f s", name, time.perf_counter() - start)
                 write(name, code)
             kernels[wanted] = load(code)
         return kernels[wanted]
