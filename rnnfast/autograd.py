@@ -20,7 +20,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from rnnfast import batching, onnx_export, ops, reference, second_order
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
-from rnnfast.backends.choice import load
+from rnnfast.backends.choice import differentiates_twice, load
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -287,7 +287,7 @@ def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:
     layer, changes = ops.make_layer(cell, reverse, x, hx, weights, *options), tensors[-tensor_count:]
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
-    if hasattr(kernels, "push") and is_last(tensors):
+    if is_last(tensors) and differentiates_twice(backend, cell, x.dtype):
         with below_autograd():
             return kernels.push(layer, states, saved, along)
     return second_order.push_forward(layer, states, along)
@@ -377,7 +377,7 @@ def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | 
     changes = [c if need else None for c, need in zip(changes, needs, strict=True)]
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
-    if groups == 1 and hasattr(kernels, "bend") and is_last((*ctx.saved_tensors, *changes)):
+    if groups == 1 and is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
         with below_autograd():
             found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
         return flatten(layer, found), pushed

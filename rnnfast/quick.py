@@ -16,7 +16,7 @@ from rnnfast_kernels.cpu.pool import usable
 from torch import Tensor
 
 from rnnfast import autograd, quick_training
-from rnnfast.backends.choice import load, setting
+from rnnfast.backends.choice import backend_of, load, setting
 
 # Kinds that ran once, and calls of kinds that ran at least twice; both are forgotten when there are too many.
 MOST = 512
@@ -96,10 +96,15 @@ def remember(kind: Kind) -> None:
         if len(once) >= MOST:
             once.clear()
         once.add(kind)
-    elif kind.strides[-1] == 1 and 0 not in kind.shape:
+    elif kind.strides[-1] == 1 and 0 not in kind.shape and runs_on_kernels(kind):
         if len(ready) >= MOST:
             ready.clear()
         ready[kind] = prepare(kind)
+
+
+def runs_on_kernels(kind: Kind) -> bool:
+    """Say whether the CPU's kernels run calls of a kind, as the calls before were decided."""
+    return backend_of(kind.options.cell, torch.device("cpu"), kind.dtype, False) == "numba"
 
 
 def prepare(kind: Kind) -> Callable:

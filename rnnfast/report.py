@@ -63,6 +63,7 @@ def environment() -> str:
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: package_version(name) for name in ("torch", "numba", "triton", "numpy")},
         "threads": str(torch.get_num_threads()),
+        "cpu kernels": cpu_kernels(),
         "devices": ", ".join(["cpu", *(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))]),
         "backend asked for": setting(),
         **{f"backend {name}": availability(name) for name in BACKENDS if name != "auto"},
@@ -90,4 +91,27 @@ def availability(name: str) -> str:
 def cache_folders() -> dict[str, str]:
     """Say where compiled kernels are kept from one process to the next."""
     triton = os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".triton", "cache")
-    return {"numba": os.environ.get("NUMBA_CACHE_DIR") or "beside the kernels' source files", "triton": triton}
+    return {"numba": numba_cache(), "triton": triton}
+
+
+def numba_cache() -> str:
+    """Say which folders may keep kernels, how many they hold, and whether more can be written."""
+    try:
+        from rnnfast_kernels.cpu.compiled import folders
+    except Exception as error:  # whatever a library raises that cannot be loaded
+        return f"not available ({type(error).__name__}: {error})"
+    told = []
+    for folder in folders():
+        sizes = [path.stat().st_size for path in folder.glob("*.bin")]
+        there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+        writable = "writable" if there.is_dir() and os.access(there, os.W_OK) else "not writable"
+        told.append(f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB, {writable})")
+    return ", then ".join(told)
+
+
+def cpu_kernels() -> str:
+    """Name the processor's vectors and the threads that share a call."""
+    try:
+        return load("numba").machine()
+    except Exception as error:  # whatever a library raises that cannot be loaded
+        return f"not available ({type(error).__name__}: {error})"

@@ -6,6 +6,7 @@ The setting is a context variable: it belongs to the thread or task that made it
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,15 +63,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class Choice(NamedTuple):
-    """A backend and the reason for it, in words."""
+    """A backend and the reason for it, in words. broken: the installation cannot run the kernels meant for the case."""
 
     backend: str
     reason: str
+    broken: bool = False
 
 
 def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str:
     """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
-    return choose(cell, device, dtype, needs_ours).backend
+    choice = choose(cell, device, dtype, needs_ours)
+    if choice.backend == "numba" and load("numba").obtain(cell, dtype) is not None:
+        automatic.cache_clear()
+        choice = choose(cell, device, dtype, needs_ours)
+    if choice.broken:
+        warn_broken(choice.reason)
+    return choice.backend
+
+
+@cache
+def warn_broken(reason: str) -> None:
+    """Warn, once for each reason, that calls do not run on the kernels meant for them."""
+    warnings.warn(f"rnnfast runs without its own kernels: {reason}", RuntimeWarning, stacklevel=2)
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler, which takes seconds.
@@ -103,7 +117,10 @@ def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 def steps_by_torch(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether `choose_step` chooses torch. A compiled graph keeps the answer it was traced with."""
-    return choose_step(cell, device, dtype).backend == "torch"
+    choice = choose_step(cell, device, dtype)
+    return choice.backend == "torch" or (
+        choice.backend == "numba" and backend_of(cell, device, dtype, False) == "torch"
+    )
 
 
 steps_by_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -116,11 +133,28 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
     problem = unsupported(own, cell, device, dtype, needs_ours)
     if problem is None:
         return Choice(own, f"fused kernel for {device.type} tensors")
+    failed = is_broken(own, cell, dtype) if device.type == "cpu" else False
     if needs_ours:
-        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks an option that is used")
+        reason = f"{own} cannot run this: {problem}; torch.nn lacks an option that is used"
+        return Choice("reference", reason, failed)
     if not hasattr(torch._VF, cell):
-        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks the cell {cell}")
-    return Choice("torch", f"{own} cannot run this: {problem}")
+        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks the cell {cell}", failed)
+    return Choice("torch", f"{own} cannot run this: {problem}", failed)
+
+
+def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
+    """Say whether it is the installation, not the case, that a CPU backend fails on."""
+    try:
+        module = load(backend)
+    except Exception:  # whatever a library raises that cannot be loaded
+        return True
+    return cell in module.CELLS and dtype in module.DTYPE_NAMES and module.broken(cell, dtype) is not None
+
+
+def differentiates_twice(backend: str, cell: str, dtype: torch.dtype) -> bool:
+    """Say whether a backend has kernels for second derivatives; torch's operators do without."""
+    module = load(backend)
+    return hasattr(module, "push") and (backend != "numba" or module.obtain(cell, dtype, 2) is None)
 
 
 def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str | None:
@@ -135,6 +169,8 @@ def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtyp
         module = load(backend)
     except ImportError as error:
         return f"{error.name} cannot be imported ({error})"
+    except Exception as error:  # whatever a library raises that cannot be loaded
+        return f"{MODULES[backend]} cannot be imported ({type(error).__name__}: {error})"
     return module.unsupported(cell, device, dtype)
 
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 from torch import Tensor
 
@@ -26,8 +27,10 @@ __all__ = [
     "Stack",
     "backward",
     "bend",
+    "broken",
     "describe",
     "forward",
+    "obtain",
     "push",
     "saved_like",
     "unsupported",
@@ -49,13 +52,68 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    return None if has_compiler() else "numba is not installed"
+    return broken(cell, dtype)
+
+
+failures: dict[tuple[str, torch.dtype, int], str] = {}
+obtained: set[tuple[str, torch.dtype, int]] = set()
+
+
+def broken(cell: str, dtype: torch.dtype) -> str | None:
+    """Say what keeps this installation from running kernels, as far as is known without compiling one."""
+    known = failures.get((cell, dtype, 1))
+    if known is not None or (cell, dtype, 1) in obtained:
+        return known
+    return obstacle(cell, dtype)
 
 
 @functools.cache
-def has_compiler() -> bool:
-    """Whether Numba is there; it is not imported, since kept machine code runs without it."""
-    return find_spec("numba") is not None
+def obstacle(cell: str, dtype: torch.dtype) -> str | None:
+    """Say why there can be no machine code, or None where it is kept or can be compiled."""
+    try:
+        from rnnfast_kernels.cpu.compiled import is_kept
+
+        if is_kept(cell, DTYPE_NAMES[dtype]):
+            return None
+    except OSError as error:
+        return f"the sources of the kernels cannot be read ({error})"
+    except Exception as error:
+        return f"kept kernels cannot be looked up ({described(error)})"
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    try:
+        from numba import config
+    except Exception as error:
+        return f"numba cannot be imported ({described(error)})"
+    return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None
+
+
+def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
+    """Load or compile the kernels of a cell and a dtype, once; say why that failed, or None.
+
+    derivatives: 2 for those of second derivatives.
+    """
+    if derivatives == 2:
+        dtype = WIDER.get(dtype, dtype)
+    wanted = cell, dtype, derivatives
+    if wanted in obtained:
+        return None
+    if wanted not in failures:
+        from rnnfast_kernels.cpu.compiled import kernel
+
+        try:
+            kernel(cell, DTYPE_NAMES[dtype], derivatives)
+        except Exception as error:
+            failures[wanted] = f"the kernel cannot be compiled or loaded ({described(error)})"
+        else:
+            obtained.add(wanted)
+    return failures.get(wanted)
+
+
+def described(error: Exception) -> str:
+    """Name an exception and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
@@ -98,7 +156,22 @@ def describe(cell: str, hidden: int, projection: int, device: torch.device, dtyp
     """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
     chosen = target(DTYPE_NAMES[dtype])
     products = " with products of bfloat16" if chosen.terms == 2 else ""
-    return f"whole-layer {cell} kernel in {chosen.dtype}{products}, {chosen.lanes} lanes on {processor().name}"
+    code = "" if find_spec("numba") else ", kept machine code without numba"
+    lanes = f"{chosen.lanes} lanes on {processor().name}"
+    return f"whole-layer {cell} kernel in {chosen.dtype}{products}, {lanes}, {team_name()}{code}"
+
+
+def machine() -> str:
+    """Name the vectors and the threads of this machine, for `python -m rnnfast`."""
+    chosen = target("float32")
+    return f"vectors of {8 * chosen.vector} bits on {processor().name}, {team_name()}"
+
+
+def team_name() -> str:
+    """Name the threads that share a call."""
+    if torch.get_num_threads() == 1:
+        return "one thread"
+    return "OpenMP threads of torch" if pool.team().start else "Python threads"
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

@@ -18,4 +18,7 @@ recipe       a call laid out once and run many times
 schedule     how the phases of a call run, as LLVM IR
 pool         the threads that share a phase
 pages        large pages for large memory
+operands     rows of a layer in its own dtype
+halves       conversion of half precision
+second       loops of second derivatives; plan_second: their recipes
 """

@@ -9,9 +9,11 @@ once. Where no folder can be written, every process compiles for itself, with on
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu.job import JOB, RUN, SHARE, START
 from rnnfast_kernels.cpu.target import Target, processor, target
 
+log = logging.getLogger("rnnfast")
 lock = threading.RLock()
 engines: list[binding.ExecutionEngine] = []
 
@@ -49,18 +52,38 @@ class Kernel(NamedTuple):
     share: Callable[[int], None]
 
 
-@functools.cache
+kernels: dict[tuple[str, str, int], Kernel] = {}
+
+
 def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
     """The machine code of a cell and a dtype: of a layer and its gradients, or, with 2, of its second derivatives."""
+    wanted = cell_name, dtype, derivatives
+    found = kernels.get(wanted)
+    if found is not None:
+        return found
     with lock:
-        cell, chosen = CELLS[cell_name], target(dtype)
-        order = "" if derivatives == 1 else f"-{derivatives}"
-        name = f"{cell_name}-{dtype}{order}-{key(cell, chosen)}.bin"
-        code = read(name)
-        if code is None:
-            code = compile_code(cell, chosen, derivatives)
-            write(name, code)
-        return load(code)
+        if wanted not in kernels:
+            name = file_name(*wanted)
+            code = read(name)
+            if code is None:
+                log.info("compiling %s, for this machine and once", name)
+                start = time.perf_counter()
+                code = compile_code(CELLS[cell_name], target(dtype), derivatives)
+                log.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+                write(name, code)
+            kernels[wanted] = load(code)
+        return kernels[wanted]
+
+
+def file_name(cell_name: str, dtype: str, derivatives: int) -> str:
+    """The name of the file that keeps a kernel."""
+    order = "" if derivatives == 1 else f"-{derivatives}"
+    return f"{cell_name}-{dtype}{order}-{key(CELLS[cell_name], target(dtype))}.bin"
+
+
+def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
+    """Whether machine code is loaded or kept on disk, so that nothing has to be compiled."""
+    return (cell_name, dtype, derivatives) in kernels or read(file_name(cell_name, dtype, derivatives)) is not None
 
 
 def key(cell: Cell, chosen: Target) -> str:
@@ -85,7 +108,11 @@ def folders() -> Iterator[Path]:
         yield Path(chosen) / "rnnfast"
         return
     yield Path(__file__).parent / "__pycache__"
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        yield (Path(caches) if caches else Path.home() / ".cache") / "rnnfast"
+    except RuntimeError:
+        return  # a user without a home directory
 
 
 def read(name: str) -> bytes | None:
@@ -127,16 +154,23 @@ def write_whole(path: Path, content: bytes) -> str | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            temporary = file.name
             try:
                 file.write(content)
                 file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
             except BaseException:
-                os.unlink(file.name)
+                file.close()
+                os.unlink(temporary)
                 raise
+        # Windows replaces no file that is open, here or in another process.
+        try:
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        return str(error)
+        return f"{path.parent}: {error.strerror or error}"
     return None
 
 

@@ -53,7 +53,9 @@ def team() -> Team:
         functions = library.GOMP_parallel, library.omp_get_num_threads, library.sched_yield
     except (AttributeError, OSError, TypeError):
         return NO_TEAM
-    return Team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+    found = Team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+    # Machine code calls all three.
+    return found if all(found) else NO_TEAM
 
 
 def usable(threads: int) -> int:
@@ -160,28 +162,47 @@ class Crowd:
 crowd = Crowd()
 
 
+def c_function(name: str, result: type | None, *arguments: type) -> Callable:
+    """A function of Python's own library, called without the interpreter's lock."""
+    address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
+    return ctypes.CFUNCTYPE(result, *arguments)(address)
+
+
+# Waiting for `threading.Lock` runs signal handlers, which may raise; waiting for these locks does not.
+allocate_lock = c_function("PyThread_allocate_lock", ctypes.c_void_p)
+free_lock = c_function("PyThread_free_lock", None, ctypes.c_void_p)
+acquire_lock = c_function("PyThread_acquire_lock", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+release_lock = c_function("PyThread_release_lock", None, ctypes.c_void_p)
+
+
 class Countdown:
-    """Lets one thread wait until others have finished a number of tasks."""
+    """Lets one thread wait until others have finished a number of tasks: `acquire_lock(countdown.done, 1)`."""
 
     def __init__(self, count: int):
         self.count = count
         self.lock = threading.Lock()
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.done = allocate_lock()
+        acquire_lock(self.done, 1)
 
     def finish(self) -> None:
         with self.lock:
             self.count -= 1
             if self.count == 0:
-                self.done.release()
+                release_lock(self.done)
+
+    def __del__(self) -> None:
+        free_lock(self.done)
 
 
 def work() -> None:
     """Run tasks for ever."""
     while True:
         task, countdown = tasks.get()
-        task()
-        countdown.finish()
+        try:
+            task()
+        finally:
+            countdown.finish()
+            del task, countdown
 
 
 def grow(count: int) -> None:
@@ -194,7 +215,11 @@ def grow(count: int) -> None:
 
 
 def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
-    """Have Python threads, this one among them, call `kernel(phase)`, and wait for all of them."""
+    """Have Python threads, this one among them, call `kernel(phase)`, and wait for all of them.
+
+    A signal handler may raise between any two calls. Whatever it interrupts, no thread works on the phase any more when
+    this returns or raises: tasks are queued in one call of C, and so is the wait for them.
+    """
     ctypes.c_int64.from_address(phase + 8 * PHASE.names.index("next")).value = 0
     helpers = threads - 1
     if helpers < 1:
@@ -202,10 +227,15 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
         return
     grow(helpers)
     countdown = Countdown(helpers)
-    for _ in range(helpers):
-        tasks.put((functools.partial(kernel, phase), countdown))
-    kernel(phase)
-    countdown.done.acquire()
+    each = [(functools.partial(kernel, phase), countdown)] * helpers
+    done, queued = countdown.done, []
+    queue_all, puts, wait = queued.extend, map(tasks.put, each), acquire_lock
+    try:
+        queue_all(puts)
+        kernel(phase)
+    finally:
+        if queued:
+            wait(done, 1)
 
 
 def forget() -> None:
@@ -219,4 +249,5 @@ def forget() -> None:
     team.cache_clear()
 
 
-os.register_at_fork(after_in_child=forget)
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=forget)

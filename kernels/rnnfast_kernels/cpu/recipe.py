@@ -157,10 +157,15 @@ class Recipe:
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone or pool.crowd.is_here() or not pool.borrow(self.threads):
+        if program.alone or pool.crowd.is_here():
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
+        lent = False
         try:
+            lent = pool.borrow(self.threads)
+            if not lent:
+                self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
+                return
             begun = time.perf_counter()
             team = pool.team()
             if team.start:
@@ -172,4 +177,5 @@ class Recipe:
             if self.sizes is None or addresses[self.sizes] == 0:
                 self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
         finally:
-            pool.give_back(self.threads)
+            if lent:
+                pool.give_back(self.threads)
