@@ -121,18 +121,9 @@ def is_differentiated(tensors) -> bool:
     if torch.is_grad_enabled():
         if any(t is not None and t.requires_grad for t in tensors):
             return True
-        if torch._C._functorch.peek_interpreter_stack() is not None and any(map(requires_grad_below, tensors)):
+        if torch._C._functorch.peek_interpreter_stack() is not None and any(map(batching.requires_grad_below, tensors)):
             return True
     return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
-
-
-def requires_grad_below(tensor: Tensor | None) -> bool:
-    """Say whether a tensor wants a gradient outside of the transforms that wrap it; a mapped tensor does not tell."""
-    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-        if tensor.requires_grad:
-            return True
-    return False
 
 
 def forward_nesting() -> int:
@@ -336,7 +327,11 @@ class LayerBackward(torch.autograd.Function):
     @batching.takes_batched_gradients
     def backward(ctx, *grads):
         needs = asked_for(ctx)[9:]
-        bent, pushed = bend_gradients(ctx, grads, needs[2 : 2 + ctx.constants[7]])
+        _, _, _, need_x, need_hx, need_weights, _, tensor_count, _ = ctx.constants
+        count = len(CELLS[ctx.constants[0]].states)
+        given = (need_x, *(need_hx,) * count, *(need_weights,) * (tensor_count - 1 - count))
+        changes = [g if need else None for g, need in zip(grads, given, strict=True)]
+        bent, pushed = bend_gradients(ctx, changes, needs[2 : 2 + tensor_count])
         incoming = (*pushed.states, *pushed.finals)
         constants = (None,) * (len(needs) - 2 - len(bent) - len(incoming))
         found = (None, None, *bent, *constants, *incoming)
@@ -347,8 +342,7 @@ class LayerBackward(torch.autograd.Function):
         count, tensor_count = len(CELLS[ctx.constants[0]].states), ctx.constants[7]
         bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count], (True,) * tensor_count)
         along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * count], *tangents[-2 * count :])
-        pairs = zip(along, bent, strict=True)
-        return tuple(a if b is None or a.shape != b.shape else a + b for a, b in pairs)
+        return tuple(map(add_change, along, bent))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -363,18 +357,28 @@ class LayerBackward(torch.autograd.Function):
         return batching.map_backward(apply, constants, info.batch_size, inputs[9:], in_dims[9:], states, saved)
 
 
+def add_change(along: Tensor, bent: Tensor | None) -> Tensor:
+    """Add both parts of a gradient's change. A gradient that was not asked for has shape [0], and no change."""
+    if bent is None or along.shape == (0,) != bent.shape:
+        return along
+    if along.shape != bent.shape:
+        raise RuntimeError(
+            f"rnnfast: parts of a gradient's change have shapes {[*along.shape]} and {[*bent.shape]}: "
+            "gradients in groups have no forward derivative"
+        )
+    return along + bent
+
+
 def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | None], Pushed]:
     """Differentiate the gradients that `LayerBackward` computes along changes of x, hx and weights.
 
     wanted: which of the results will be used, in the order of x, hx and weights.
     """
-    cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count = ctx.constants
+    cell, backend, reverse, _, _, _, groups, tensor_count, saved_count = ctx.constants
     args = split(cell, tensor_count, saved_count, ctx.saved_tensors)
     (x, hx, weights, *options), states, saved, dstates, dfinals = args
     count = len(hx)
     layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
-    needs = (need_x, *(need_hx,) * count, *(need_weights,) * len(weights))
-    changes = [c if need else None for c, need in zip(changes, needs, strict=True)]
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
     if groups == 1 and is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):

@@ -163,6 +163,31 @@ class Backward(NamedTuple):
     groups: int
 
 
+def is_tracked(args: Sequence) -> bool:
+    """Say whether a derivative may be taken of what is computed from these, backwards or forwards, at any level.
+
+    Derivatives of gradients in groups are not known: `second_order` sums the weights' over the whole batch.
+    """
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if any(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms):
+        return True
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return bool(transforms) and any(map(requires_grad_below, tensors))
+
+
+def requires_grad_below(tensor: Tensor | None) -> bool:
+    """Say whether a tensor wants a gradient outside of the transforms that wrap it; a mapped tensor does not tell."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+    return False
+
+
 def map_backward(apply, constants: Backward, size: int, args: Sequence, dims: Sequence, states: int, saved: int):
     """Map a layer's backward. args: batch_sizes, resets, x, hx, weights, states, saved, dstates, dfinals.
 
@@ -174,7 +199,7 @@ def map_backward(apply, constants: Backward, size: int, args: Sequence, dims: Se
     weight_dims = dims[3 + states : end]
     if is_ensemble(backend, dims[:2], weight_dims):
         return map_ensemble_backward(apply, constants, size, args, dims, states, saved)
-    tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    tracked = is_tracked(args)
     weights_mapped = any(d is not None for d in weight_dims)
     if dims[0] is not None or weights_mapped or (need_weights and tracked):
         return each(partial(apply, reverse, groups), size, args, dims)
