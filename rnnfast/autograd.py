@@ -16,7 +16,6 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from rnnfast import batching, onnx_export, ops, reference, second_order
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
@@ -24,14 +23,7 @@ from rnnfast.backends.choice import differentiates_twice, load
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-# The dispatch keys of tensors whose memory holds what they mean, on the CPU, made inside and outside of inference mode.
-keys_of, number_of = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
-with torch.inference_mode():
-    _inference = torch.empty(0, device="cpu")
-with torch.inference_mode(False):
-    _ordinary = torch.empty(0, device="cpu")
-AS_STORED = frozenset(number_of(keys_of(each)) for each in (_inference, _ordinary))
+PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 class Spec(NamedTuple):
@@ -153,23 +145,23 @@ def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
         PLAIN.issuperset(map(type, tensors))
         and are_as_stored(tensors)
         and torch._C._len_torch_dispatch_stack() == 0
-        and not _len_torch_dispatch_stack_pre_dispatch()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
     )
 
 
 def are_as_stored(tensors: Sequence[Tensor]) -> bool:
-    """Say whether the memory of each tensor holds what the tensor means."""
-    return AS_STORED.issuperset(map(number_of, map(keys_of, tensors))) or all(map(is_as_stored, tensors))
+    """Say whether the memory of each tensor holds what the tensor means.
 
-
-def is_as_stored(tensor: Tensor) -> bool:
-    """Say so of one: no view that negates or conjugates, no zeros without memory, not sparse, no transform's wrapper."""
-    return (
-        tensor.layout is torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+    A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform;
+    parameters are neither of the last two.
+    """
+    others = [each for each in tensors if type(each) is Tensor]
+    return not (
+        any(map(Tensor.is_neg, tensors))
+        or any(map(Tensor._is_zerotensor, others))
+        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, others))
     )
 
 

@@ -24,6 +24,7 @@ once: set["Kind"] = set()
 ready: dict["Kind | None", Callable] = {}
 
 facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
+layout, STRIDED = attrgetter("layout"), frozenset((torch.strided,))
 
 
 class Kind(NamedTuple):
@@ -74,6 +75,7 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
         or torch._C._is_any_autocast_enabled()
         or torch.autograd.forward_ad._current_level >= 0
         or setting() not in ("auto", "numba")
+        or not STRIDED.issuperset(map(layout, tensors))
         or not all(map(Tensor.is_contiguous, tensors[1:]))
     ):
         return None

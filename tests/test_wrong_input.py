@@ -92,7 +92,7 @@ def test_a_cell_that_torch_lacks_is_refused_there_and_looped_under_auto(monkeypa
         ):
             assert made(x)[0].shape == (4, 2, 5)
             assert made(x)[0].shape == (4, 2, 5)
-        with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match="torch.nn lacks the cell gru"):
+        with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match=r"torch\.nn lacks the cell gru"):
             rnnfast.GRU(3, 5)(torch.randn(4, 2, 3))
     finally:
         automatic.cache_clear()
