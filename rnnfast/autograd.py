@@ -151,7 +151,7 @@ def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def are_as_stored(tensors: Sequence[Tensor]) -> bool:
+def are_as_stored(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether the memory of each tensor holds what the tensor means.
 
     A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform;
@@ -159,7 +159,7 @@ def are_as_stored(tensors: Sequence[Tensor]) -> bool:
     """
     others = [each for each in tensors if type(each) is Tensor]
     return not (
-        any(map(Tensor.is_neg, tensors))
+        any(map(Tensor.is_neg, tensors))  # type: ignore[arg-type]
         or any(map(Tensor._is_zerotensor, others))
         or any(map(torch._C._functorch.is_functorch_wrapped_tensor, others))
     )

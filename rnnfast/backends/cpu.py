@@ -85,7 +85,7 @@ def obstacle(cell: str, dtype: torch.dtype) -> str | None:
         from numba import config
     except Exception as error:
         return f"numba cannot be imported ({described(error)})"
-    return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None
+    return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None  # type: ignore[attr-defined]
 
 
 def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:

@@ -61,7 +61,24 @@ def module() -> ir.Module:
     define_share(share, job)
     define_run(run, share)
     define_start(start, run)
+    define_fill(ir.Function(module, ir.FunctionType(INT64, [INT64, INT32, INT64]), "memset"))
     return module
+
+
+def define_fill(function: ir.Function) -> None:
+    """C's memset, which code generation calls for large values on the stack: machine code from disk finds no other."""
+    goal, byte, count = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    value = builder.trunc(byte, ir.IntType(8))
+    eight = builder.mul(builder.zext(value, INT64), INT64(0x0101010101010101))
+    words = builder.lshr(count, INT64(3))
+    with counted(builder, words) as index:
+        builder.store(eight, word(builder, goal, index), align=1)
+    done = builder.shl(words, INT64(3))
+    with counted(builder, builder.sub(count, done)) as index:
+        place = builder.add(goal, builder.add(done, index))
+        builder.store(value, builder.inttoptr(place, ir.IntType(8).as_pointer()))
+    builder.ret(goal)
 
 
 def define_start(function: ir.Function, run: ir.Function) -> None:
