@@ -17,6 +17,7 @@ from pathlib import Path
 
 import rnnfast_kernels
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast.backends import Layer, Needs, Weights
@@ -65,6 +66,71 @@ def make_layer(cell, reverse, x, hx, weights, batch_sizes, resets) -> Layer:
     return Layer(cell, x, tuple(hx), named, tuple(reverse), batch_sizes, resets)
 
 
+def check_layer(layer: Layer) -> None:
+    """Raise RuntimeError where tensors do not fit together: a graph may be called with other sizes than those traced.
+
+    Kernels take addresses and sizes, so what is let through here is read and written as if it did fit.
+    """
+    cell, x, (first, *others) = CELLS[layer.cell], layer.x, layer.weights
+    directions, packed = len(layer.reverse), x.dim() == 2
+    width, hidden = first.w_hh.shape[-1], first.w_hh.shape[0] // cell.gates
+    batch = layer.hx[0].shape[1] if packed and layer.hx else x.shape[-2]
+    columns = cell.gates * hidden
+    gates = (columns,)
+    wanted = ((columns, first.w_ih.shape[-1]), (columns, width), gates, gates, (width, hidden))
+    for n, weights in enumerate(layer.weights):
+        for name, weight, shape in zip(weights._fields, weights, wanted, strict=True):
+            if weight is not None:
+                expect(f"{name} of direction {n}", weight, shape, x)
+    if len(others) + 1 != directions or len(layer.hx) != len(cell.states):
+        counts = f"{len(cell.states)} states and the weights of {directions} directions"
+        raise RuntimeError(f"rnnfast: expected {counts}, got {len(layer.hx)} and {len(layer.weights)}")
+    for n, state in enumerate(layer.hx):
+        expect(f"hx[{n}]", state, (directions, batch, width if n == 0 else hidden), x)
+    inputs = first.w_ih.shape[-1]
+    if x.dim() not in (2, 3) or (x.shape[-1] % inputs if inputs else x.shape[-1]):
+        raise RuntimeError(f"rnnfast: expected x of shape [T, B, {inputs}] or [rows, {inputs}], got {list(x.shape)}")
+    steps = x.shape[0]
+    if layer.batch_sizes is not None:
+        steps = len(layer.batch_sizes) if packed else steps
+        expect("batch_sizes", layer.batch_sizes, (steps,), None, torch.int64)
+    elif packed:
+        raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
+    if packed and layer.batch_sizes is not None and x.device.type == "cpu":
+        sizes = layer.batch_sizes.tolist()
+        if sum(sizes) != len(x) or any(a < b for a, b in pairwise([batch, *sizes, 0])):
+            raise RuntimeError(f"rnnfast: expected batch_sizes for {len(x)} rows of {batch} sequences, got {sizes}")
+    if layer.resets is not None:
+        expect("resets", layer.resets, (steps, batch), None, torch.bool)
+
+
+def expect(
+    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor | None, dtype: torch.dtype | None = None
+) -> None:
+    """Raise RuntimeError where a tensor is of another shape, or of another dtype or device than `like`."""
+    dtype = dtype if like is None else like.dtype
+    if tensor.shape != shape or tensor.dtype != dtype or (like is not None and tensor.device != like.device):
+        where = "" if like is None else f" on {like.device}"
+        raise RuntimeError(
+            f"rnnfast: expected {name} of shape {list(shape)}, {dtype}{where}, "
+            f"got {list(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        )
+
+
+def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) -> None:
+    """Raise RuntimeError where what forward left, or a gradient, does not fit the layer."""
+    lead = (*layer.x.shape[:-1], len(layer.reverse))
+    for n, (state, dstate, dfinal, initial) in enumerate(zip(states, dstates, dfinals, layer.hx, strict=True)):
+        shape = (*lead, initial.shape[-1])
+        expect(f"states[{n}]", state, shape, layer.x)
+        if dstate is not None:
+            expect(f"dstates[{n}]", dstate, shape, layer.x)
+        if dfinal is not None:
+            expect(f"dfinals[{n}]", dfinal, initial.shape, layer.x)
+    for n, (tensor, (shape, dtype)) in enumerate(zip(saved, load(backend).saved_like(layer), strict=True)):
+        expect(f"saved[{n}]", tensor, shape, None, dtype)
+
+
 def as_given(x: Tensor) -> AbstractContextManager:
     """Keep autocast, which has already had its say, from changing what a backend computes."""
     if not torch._C._is_any_autocast_enabled():
@@ -96,6 +162,7 @@ def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes,
     """
     with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+        check_layer(described)
         result = load(backend).forward(described, save=save, all_states=all_states)
     return [*result.states, *result.finals, *result.saved]
 
@@ -142,6 +209,8 @@ def layer_backward(
     needs = Needs(need_x, need_hx, need_weights)
     with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+        check_layer(described)
+        check_backward(described, backend, states, saved, dstates, dfinals)
         grads = load(backend).backward(
             described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
         )  # fmt: skip

@@ -1,0 +1,83 @@
+"""The operators refuse tensors that do not fit together: whoever calls them, they trust no size."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import rnnfast
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_graph_called_with_another_batch_size(batch):
+    ours = rnnfast.GRU(4, 4)
+    graph = make_fx(lambda a: ours(a)[0])(torch.randn(7, 3, 4))
+    with pytest.raises(RuntimeError, match="expected hx"):
+        graph(torch.randn(7, batch, 4))
+
+
+def forward_arguments() -> dict:
+    """Tensors of an LSTM of 3 inputs, 4 units with a projection to 2, 5 steps of 6 rows, by name."""
+    return {
+        "x": torch.randn(5, 6, 3),
+        "h": torch.randn(1, 6, 2),
+        "c": torch.randn(1, 6, 4),
+        "w_ih": torch.randn(16, 3),
+        "w_hh": torch.randn(16, 2),
+        "b_ih": torch.randn(16),
+        "b_hh": torch.randn(16),
+        "w_hr": torch.randn(2, 4),
+        "resets": torch.zeros(5, 6, dtype=torch.bool),
+    }
+
+
+def call(given: dict, left: list | None = None) -> list:
+    hx, weights = [given["h"], given["c"]], [given[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+    shared = (given["x"], hx, weights, None, given["resets"])
+    if left is None:
+        return torch.ops.rnnfast.layer("lstm", "numba", [False], True, True, *shared)
+    states, saved, dstates, dfinals = left[:2], left[2:4], left[4:6], left[6:]
+    constants = ("lstm", "numba", [False], True, True, True, 1)
+    return torch.ops.rnnfast.layer_backward(*constants, *shared, states, saved, dstates, dfinals)
+
+
+def wrong(tensor: torch.Tensor, way: str) -> torch.Tensor:
+    if way == "dtype":
+        return tensor.double()
+    if way == "longer":
+        return torch.cat((tensor, tensor))
+    return tensor[..., :-1]
+
+
+@pytest.mark.parametrize("way", ["dtype", "longer", "narrower"])
+@pytest.mark.parametrize("name", forward_arguments())
+def test_forward(name, way):
+    given = forward_arguments()
+    call(given)
+    with pytest.raises(RuntimeError, match="rnnfast: expected"):
+        call(given | {name: wrong(given[name], way)})
+
+
+@pytest.mark.parametrize("way", ["dtype", "longer", "narrower"])
+@pytest.mark.parametrize("place", range(8))
+def test_backward(place, way):
+    """States, saved tensors and gradients."""
+    given = forward_arguments()
+    h, c, h_final, c_final, *saved = call(given)
+    left = [h, c, *saved, *map(torch.ones_like, (h, c, h_final, c_final))]
+    assert len(saved) == 2
+    call(given, left)
+    left[place] = wrong(left[place], way)
+    with pytest.raises(RuntimeError, match="rnnfast: expected"):
+        call(given, left)
+
+
+def test_packed_rows():
+    """Sizes that grow, that exceed the batch, or whose sum is not the number of rows."""
+    weights, hx = [torch.randn(12, 3), torch.randn(12, 4)], [torch.zeros(1, 3, 4)]
+    for sizes in ([3, 2, 2], [2, 3, 1], [4, 1, 1], [3, 3]):
+        arguments = (torch.randn(6, 3), hx, weights, torch.tensor(sizes), None)
+        if sizes == [3, 3]:
+            torch.ops.rnnfast.layer("gru", "numba", [False], False, False, *arguments)
+            continue
+        with pytest.raises(RuntimeError, match="batch_sizes"):
+            torch.ops.rnnfast.layer("gru", "numba", [False], False, False, *arguments)
