@@ -25,6 +25,20 @@ COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
 # The attribute of an accelerated layer that holds the class it had.
 ORIGINAL = "_class_before_accelerate"
 
+# What the forward of torch's layers asks of the module, and ours does not.
+ASKED_BY_TORCH = (
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_flat_weights",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
+)
+
 
 class Finding(NamedTuple):
     """What `survey` says of one recurrent layer. `reason` tells why it is not accelerated, empty where it is."""
@@ -59,8 +73,11 @@ def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
     for layer in recurrent_layers(model).values():
         if reason_against(layer) is None:
             original = plain_class(layer)
-            layer.__dict__.pop("_flat_weights", None)
+            layer._update_flat_weights()
+            listed = layer.__dict__.pop("_flat_weights", None)
             change_class(layer, accelerated_class(original, keep_types))
+            if listed is not None and any(a is not b for a, b in zip(listed, layer.weights(), strict=False)):
+                layer._flat_weights = listed
             object.__setattr__(layer, ORIGINAL, original)
     return model
 
@@ -76,7 +93,10 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in recurrent_layers(model).values():
         if ORIGINAL in layer.__dict__:
             change_class(layer, layer.__dict__.pop(ORIGINAL))
+            kept = layer.__dict__.pop("_kept_weights", None)
             nn.RNNBase._init_flat_weights(layer)
+            if kept is not None:
+                layer._flat_weights = kept[0]
     return model
 
 
@@ -116,6 +136,11 @@ def reason_against(layer: nn.Module) -> str | None:
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"
     if not isinstance(layer, tuple(COUNTERPARTS)):
         return "a subclass of RNNBase with a cell that rnnfast does not know"
+    for name in ASKED_BY_TORCH:
+        owner = next((base for base in type(layer).__mro__ if name in vars(base)), nn.RNNBase)
+        instance = name in layer.__dict__ and name != "_flat_weights"
+        if instance or not owner.__module__.startswith("torch.nn.modules."):
+            return f"it overrides {name}, which torch's forward uses and rnnfast's does not"
     if "forward" in layer.__dict__:
         return "the instance has a forward of its own"
     if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):

@@ -45,7 +45,7 @@ class Recurrent(nn.RNNBase):
                 resets: what was expected and what came. RuntimeError if a backend asked for by name cannot run this.
         """
         return recurrent(
-            self.options(), input, self._flat_weights, hx, lengths=lengths, resets=resets, all_states=all_states
+            self.options(), input, self.weights(), hx, lengths=lengths, resets=resets, all_states=all_states
         )
 
     def options(self) -> Options:
@@ -60,17 +60,53 @@ class Recurrent(nn.RNNBase):
             self.recompute,
         )
 
+    # The list that stands for the weights since it was read or assigned, and the weights that the module had then.
+    _kept_weights = None
+
+    def weights(self) -> list:
+        """Return the weights of a call: those of the module, or the list set by way of `_flat_weights`."""
+        own = self._parameters  # without the detour over __getattr__ where the name is there, as it almost always is
+        current = [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
+        if self._kept_weights is None:
+            return current
+        kept, seen = self._kept_weights
+        if all(now is None or now is then for now, then in zip(current, seen, strict=True)):
+            return kept
+        self._kept_weights = None  # as torch does once a weight is another tensor
+        return current
+
     @property
     def _flat_weights(self):
-        own = self._parameters  # without the detour over __getattr__ where the name is there, as it almost always is
-        return [own[name] if name in own else getattr(self, name, None) for name in self._flat_weights_names]
+        weights = self.weights()
+        if self._kept_weights is None:
+            object.__setattr__(self, "_kept_weights", (weights, list(weights)))
+        return weights
 
     @_flat_weights.setter
     def _flat_weights(self, weights) -> None:
-        """Accept what RNNBase stores; the parameters themselves are the truth."""
+        """Run on `weights` until a weight of the module becomes another tensor, as torch's layers do."""
+        object.__setattr__(self, "_kept_weights", None)
+        object.__setattr__(self, "_kept_weights", (weights, self.weights()))
+
+    def __setattr__(self, name, value) -> None:
+        if name in self.__dict__.get("_flat_weights_names", ()):
+            self._kept_weights = None
+        super(nn.RNNBase, self).__setattr__(name, value)
+
+    def _init_flat_weights(self) -> None:
+        self._kept_weights = None
+        self._flat_weight_refs = []
 
     def _update_flat_weights(self) -> None:
-        """Nothing to update: no list of weights is kept."""
+        """Forget an assigned list if a weight is another tensor by now."""
+        self.weights()
+
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "_kept_weights"}
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._init_flat_weights()
 
     def flatten_parameters(self) -> None:
         """Do nothing, for callers of torch's modules: the kernels take each parameter where it is."""
@@ -117,6 +153,10 @@ class LSTM(Recurrent):
 
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 class GRU(Recurrent):
