@@ -29,7 +29,7 @@ def standard_layers() -> list[Recurrent]:
 
 def run_once(layer: Recurrent, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
-    weight = layer._flat_weights[0]
+    weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
     mode = layer.training
     try:
@@ -39,7 +39,7 @@ def run_once(layer: Recurrent, training: bool) -> None:
         if training:
             with torch.enable_grad():
                 output = layer(x.requires_grad_())[0]
-            inputs = [x, *(w for w in layer._flat_weights if w.requires_grad)]
+            inputs = [x, *(w for w in layer.weights() if w.requires_grad)]
             torch.autograd.grad(output.sum(), inputs)
     finally:
         layer.training = mode

@@ -69,7 +69,7 @@ class Stream:
         # What is kept must serve inside of inference mode and outside, wherever the stream is made.
         with torch.inference_mode(False), torch.no_grad():
             options = self.module.options()._replace(batch_first=False, training=False)
-            weights = [as_own(w) for w in self.module._flat_weights]
+            weights = [as_own(w) for w in self.module.weights()]
             like = weights[0]
             x = torch.zeros(1, self.batch, like.shape[-1], dtype=like.dtype, device=like.device)
             checks.sizes(options, x, self.batch, None, weights)
