@@ -1,4 +1,4 @@
-"""How exact tanh of the CPU kernels is, above all near 1, where its error is magnified in a gradient: 1 - y^2 is small there."""
+"""How exact tanh of the CPU kernels is, above all near 1, where 1 - y^2 is small and its error grows in a gradient."""
 
 import random
 
