@@ -24,6 +24,7 @@ from rnnfast.backends.choice import differentiates_twice, load
 below_autograd = torch._C._AutoDispatchBelowAutograd
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Spec(NamedTuple):
@@ -134,34 +135,41 @@ def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
         return getattr(torch.ops.rnnfast, name)(*args)
 
 
-def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Say whether nothing would happen to these in torch's dispatcher; small calls do well without its microseconds."""
-    return is_concrete(tensors) and not torch._C._autograd._profiler_enabled()
+def is_plain(tensors: Sequence[Tensor], known: Sequence[Tensor] = ()) -> bool:
+    """Say whether nothing would happen to these in torch's dispatcher; small calls do well without its microseconds.
+
+    known: further tensors, of which it is known that their memory holds what they mean.
+    """
+    return (
+        is_free((*tensors, *known) if known else tensors)
+        and are_as_stored(tensors)
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether these hold numbers that no transform, mode or tracer stands before."""
+    return is_free(tensors) and are_as_stored(tensors)  # type: ignore[arg-type]
+
+
+def is_free(tensors: Sequence[Tensor | None]) -> bool:
+    """Say whether no transform, mode or tracer stands before these."""
     return (
         PLAIN.issuperset(map(type, tensors))
-        and are_as_stored(tensors)
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
         and not torch._C._is_tracing()
     )
 
 
-def are_as_stored(tensors: Sequence[Tensor | None]) -> bool:
+def are_as_stored(tensors: Sequence[Tensor]) -> bool:
     """Say whether the memory of each tensor holds what the tensor means.
 
-    A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform;
-    parameters are neither of the last two.
+    A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform.
     """
-    others = [each for each in tensors if type(each) is Tensor]
     return not (
-        any(map(Tensor.is_neg, tensors))  # type: ignore[arg-type]
-        or any(map(Tensor._is_zerotensor, others))
-        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, others))
+        any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors)) or any(map(is_wrapper, tensors))
     )
 
 

@@ -24,7 +24,6 @@ once: set["Kind"] = set()
 ready: dict["Kind | None", Callable] = {}
 
 facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
-layout, STRIDED = attrgetter("layout"), frozenset((torch.strided,))
 
 
 class Kind(NamedTuple):
@@ -69,14 +68,14 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
     """Return the kind of a call, or None if it is not one that can be made quick."""
     tensors = (x, *states, *weights)
     if (
-        not autograd.is_plain(tensors)
+        not autograd.is_plain((x, *states), weights)
+        or any(map(Tensor.is_neg, weights))
         or not x.is_cpu
         or len(states) not in (0, len(CELLS[options.cell].states))
         or torch._C._is_any_autocast_enabled()
         or torch.autograd.forward_ad._current_level >= 0
         or setting() not in ("auto", "numba")
-        or not STRIDED.issuperset(map(layout, tensors))
-        or not all(map(Tensor.is_contiguous, tensors[1:]))
+        or not are_contiguous(tensors[1:])
     ):
         return None
     differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
@@ -85,6 +84,14 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
     return Kind(
         options, differentiated, usable(torch.get_num_threads()), x.stride(), len(states), tuple(map(facts, tensors))
     )
+
+
+def are_contiguous(tensors: Sequence[Tensor]) -> bool:
+    """Say whether tensors are dense and contiguous."""
+    try:
+        return all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # what compressed sparse tensors answer
+        return False
 
 
 def can_prepare(options, x: Tensor) -> bool:

@@ -53,7 +53,7 @@ class QuickLayer(torch.autograd.Function):
         if autograd.goes_on():
             return None, *by_operators(layer, saved, grads, autograd.asked_for(ctx)[1:])
         tracing = torch.compiler.is_dynamo_compiling()
-        if tracing or not autograd.is_plain((*saved, *given)) or not layer.fits(saved):
+        if tracing or not autograd.is_plain(given, saved) or not layer.fits(saved):
             return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
         return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
 

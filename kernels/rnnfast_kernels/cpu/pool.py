@@ -59,8 +59,11 @@ def team() -> Team:
 
 
 def usable(threads: int) -> int:
-    """The number of threads that a call may use: what was asked for, and no more than there are cores."""
-    return min(threads, cores())
+    """The number of threads that a call may use: what was asked for, and no more than there are cores.
+
+    Small calls have no time to look for fewer cores than there were; calls by a team look (see `recipe`).
+    """
+    return threads if threads <= known_cores else min(threads, cores())
 
 
 def cores() -> int:

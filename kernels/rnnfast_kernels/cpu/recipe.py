@@ -166,6 +166,7 @@ class Recipe:
             if not lent:
                 self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
                 return
+            pool.cores()
             begun = time.perf_counter()
             team = pool.team()
             if team.start:
