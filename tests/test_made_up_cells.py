@@ -31,18 +31,6 @@ def leak_backward(dstate, saved, state, new_state):
     return dx, dx, (dh * f,)
 
 
-def apart_forward(x, u, state):
-    """h' = tanh(f h + x_1 + u_2): three gates, one saved, and two gradients."""
-    f = sigmoid(x[0] + u[0])
-    return (tanh(f * state[0] + (x[1] + u[2])),), (f,)
-
-
-def apart_backward(dstate, saved, state, new_state):
-    inner, f = tanh_backward(dstate[0], new_state[0]), saved[0]
-    gate, none = sigmoid_backward(inner * state[0], f), zeros_like(inner)
-    return (gate, inner, none), (gate, none, inner), (inner * f,)
-
-
 def rich_forward(x, u, state):
     """h' = g + f (h - g): one gate, three values saved."""
     g, f = tanh(x[0]), sigmoid(u[0])
@@ -71,7 +59,6 @@ MADE_UP = {
     cell.name: cell
     for cell in (
         Cell("leak", leak_forward, leak_backward, 2, 1, ("h",), True),
-        Cell("apart", apart_forward, apart_backward, 3, 1, ("h",), False),
         Cell("rich", rich_forward, rich_backward, 1, 3, ("h",), False),
         Cell("three", three_forward, three_backward, 1, 0, ("h", "b", "c"), True),
     )
