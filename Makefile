@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-models check lint bench aot gpu clean
+.PHONY: help setup demo test test-all test-models check lint bench aot gpu clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -14,6 +14,7 @@ INSTALLED := .venv/installed
 help:
 	@echo "make demo         train the same language model with torch.nn and rnnfast, compare them, save a plot"
 	@echo "make test         run all tests, the formatter, the linter and the type checker among them"
+	@echo "make test-all     run the long tests too, about half an hour"
 	@echo "make check        what continuous integration runs: make test"
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
 	@echo "make lint         the formatter, the linter and the type checker alone"
@@ -44,6 +45,9 @@ demo: $(INSTALLED)
 
 test check: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest --all
 
 test-models: $(INSTALLED)
 	$(PIP) transformers sb3-contrib 'gluonts[torch]'

@@ -102,6 +102,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--compiled-for", metavar="TARGET", help="run Triton's kernels as compiled for a GPU that is not there"
     )
+    parser.addoption("--all", action="store_true", help="run the tests marked as long, too")
     parser.addoption("--share", metavar="N/ALL", help="run every ALL-th test only, from the N-th on")
     # Without pytest-timeout, which a borrowed machine may lack, its setting means nothing.
     if importlib.util.find_spec("pytest_timeout") is None:
@@ -116,10 +117,14 @@ def pytest_configure(config):
     global compiled_for
     compiled_for = config.getoption("--compiled-for")
     config.addinivalue_line("markers", "timeout(seconds): what a test may take, with pytest-timeout")
+    config.addinivalue_line("markers", "long: run with --all only, by `make test-all`")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the tests that are of no interest to this process to others."""
+    """Leave long tests out unless asked for, and those that are of no interest to this process to others."""
+    if not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     if config.getoption("--share") is None:
         return
     n, parts = map(int, config.getoption("--share").split("/"))
