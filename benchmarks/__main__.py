@@ -29,6 +29,7 @@ def dispatch(arguments) -> int:
         show(asked, arguments)
         return 0
     limit_cores(arguments.threads)
+    os.environ.update(options.PROCESSORS[arguments.processor])
     from benchmarks import session
 
     return session.run(asked, arguments)
@@ -37,6 +38,7 @@ def dispatch(arguments) -> int:
 def check_machine(arguments) -> None:
     """Raises ValueError where the device is not here or the threads are more than the cores."""
     options.choose("device", arguments.device, options.DEVICES)
+    options.choose("processor", arguments.processor, options.PROCESSORS)
     cores = options.usable_cores()
     if not 1 <= arguments.threads <= cores:
         raise ValueError(f"threads must be 1 to {cores}, the cores of this machine; got {arguments.threads}")

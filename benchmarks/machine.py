@@ -39,8 +39,14 @@ def facts(device: str, threads: int, dtypes: tuple[str, ...]) -> dict:
 
 
 def device_name(device: str) -> str:
+    """The name of the processor, with the instructions it is held to, or of the GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    held = os.environ.get("RNNFAST_CPU")
+    return processor_name() + (f" held to {held.upper()}" if held else "")
+
+
+def processor_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

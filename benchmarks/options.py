@@ -12,6 +12,17 @@ from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backe
 from benchmarks.questions import Limits, Question
 
 DEVICES = ("cpu", "cuda")
+# What holds ours, torch and the libraries under it, and JAX to a processor's instructions. ONNX Runtime cannot be held.
+PROCESSORS: dict[str, dict[str, str]] = {
+    "native": {},
+    "avx2": {
+        "RNNFAST_CPU": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    },
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +51,8 @@ def parser() -> Parser:
     ask.add_argument("--peer", metavar="NAMES", help=f"{', '.join(PEERS)}; torch always takes part")
     how = p.add_argument_group("how to measure")
     how.add_argument("--device", default="cpu", help=", ".join(DEVICES))
+    how.add_argument("--processor", default="native",
+                     help=f"hold everyone to its instructions: {', '.join(PROCESSORS)} (default %(default)s)")  # fmt: skip
     how.add_argument("--threads", type=int, default=usable_cores(), help="for every contender (default %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of weights, inputs and the grid (default %(default)s)")
     how.add_argument("--seconds", type=float, help="for one contender on one case (default 0.5, quick 0.2)")

@@ -205,6 +205,19 @@ def test_a_run_measures_stores_and_reports(tmp_path):
     assert {"report.html", "sizes.png", "sizes.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor lacks AVX2")
+def test_everyone_is_held_to_a_processor(tmp_path):
+    words = ("--processor", "avx2", "--cell", "rnn", "--sizes", "5,2,3,4", "--mode", "inference")
+    process = run_suite(*words, "--peer", "torch,onnxruntime", folder=tmp_path)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    results = store.load(tmp_path / "results.json")
+    assert results["machine"]["device"].endswith(" held to AVX2")
+    assert results["machine"]["cpu_capability"] == "AVX2"
+    assert results["skipped"]["onnxruntime"] == "cannot be held to a processor's instructions"
+    assert {row["status"] for row in results["records"][0]["rows"]} == {"ok"}
+
+
 @pytest.fixture
 def interruptible():
     """What a shell starts in the background ignores SIGINT, and so would all that the tests start."""

@@ -8,10 +8,7 @@ from cpu_layers import run_python
 
 from rnnfast.backends import cpu
 
-OTHER_PROCESSORS = {
-    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+f16c,+fma,+sse4.2"},
-    "sse": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
-}
+OTHER_PROCESSORS = ("avx2", "sse")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
@@ -24,7 +21,7 @@ def test_other_vector_lengths(processor, cell):
         Case("{cell}", 9, 13, 7, 21, bidirectional=True).check()
         Case("{cell}", 5, 3, 33, 34, lengths=[5, 5, 2], layout="packed").check()
     """
-    done = run_python(code, **OTHER_PROCESSORS[processor])
+    done = run_python(code, RNNFAST_CPU=processor)
     assert done.returncode == 0, done.stderr
 
 
@@ -42,7 +39,7 @@ def test_half_precision_without_products_of_it(processor, dtype):
             Case("rnn_tanh", 9, 13, 7, 21, dtype=torch.{dtype}, bidirectional=True).check()
             Case("rnn_tanh", 5, 1, 8, 20, dtype=torch.{dtype}).check()
     """
-    done = run_python(code, **OTHER_PROCESSORS[processor])
+    done = run_python(code, RNNFAST_CPU=processor)
     assert done.returncode == 0, done.stderr
     assert ("unsupported" in done.stdout) == ((processor, dtype) == ("sse", "float16"))
 

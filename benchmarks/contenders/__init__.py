@@ -8,6 +8,7 @@ A contender's module has two functions and says, in its first lines, how it is c
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Contender:
         """Say why it cannot take part on this machine, or None."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
+        if self.name == "onnxruntime" and os.environ.get("RNNFAST_CPU"):
+            return "cannot be held to a processor's instructions"
         absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
 

@@ -50,9 +50,10 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend has no kernels for cells of more than two states, such as {cell}"
     if dtype not in DTYPE_NAMES:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
-    if dtype == torch.float16 and not has_float16():
+    problem = broken(cell, dtype)
+    if problem is None and dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    return broken(cell, dtype)
+    return problem
 
 
 failures: dict[tuple[str, torch.dtype, int], str] = {}

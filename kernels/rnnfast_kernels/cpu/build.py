@@ -116,9 +116,10 @@ def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Calla
         "GATES": gates,
         "WIDEST": widest_panel(gates),
         "ROWS": target.rows(gates),
+        "STRIP": target.strip(gates * widest_panel(gates)),
         "multiply": tile.multiplier(target, gates),
     }
-    for function in (products.panel_blocks, products.tile_rows):
+    for function in (products.panel_blocks, products.tile_rows, products.strip_address, products.strip_line):
         inline(function, over, forceinline=True)
     for function in functions:
         inline(function, over, integers(function))

@@ -259,7 +259,7 @@ def loop_jobs(
 
     def job(first: int, last: int, **part: "int | Ref") -> Ref:
         private = {
-            "tile": recipe.buffer(shape.target.accumulators * shape.target.vector),
+            "tile": recipe.buffer(shape.target.tile_bytes(shape.row.gates)),
             "places": recipe.buffer(8 * rows * chunk),
             "goals": recipe.buffer(8 * rows * chunk),
             "operands": operands(recipe, shape.target, rows * chunk, depth),

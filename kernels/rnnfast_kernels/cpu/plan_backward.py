@@ -24,8 +24,10 @@ from rnnfast_kernels.cpu.plan import (
 from rnnfast_kernels.cpu.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.target import widest_panel
 
-# Bytes of a product's left operand that should stay in the second-level cache.
+# Bytes of a product's left operand that should stay in the second-level cache, and the fewest rows worth a pass over
+# its panels.
 PRODUCT_BYTES = 1 << 19
+PRODUCT_ROWS = 48
 # Rows whose outer products are summed before the sum is added to the gradient of a weight.
 OUTER_BLOCK = 256
 
@@ -125,7 +127,7 @@ def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork, add: bool =
     depth, item = shape.gate_columns, shape.item
     weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
     panels = pack_all(recipe, shape, weights)
-    chunk = max(2 * shape.target.accumulators, min(1024, PRODUCT_BYTES // (depth * item)))
+    chunk = max(PRODUCT_ROWS, min(1024, PRODUCT_BYTES // (depth * item)))
     threads = threads_for(shape.rows * depth * shape.inputs * shape.directions, shape.threads)
     starts = range(0, shape.directions, shape.sharing)
     out_row = len(starts) * shape.inputs * item
@@ -143,7 +145,7 @@ def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork, add: bool =
             panels_part=panels[-1].offset - panels[-2].offset if shape.sharing > 1 else 0,
             out=Ref("dx", first * out_row + n * shape.inputs * item),
             out_row=out_row,
-            tile=recipe.buffer(shape.target.accumulators * shape.target.vector),
+            tile=recipe.buffer(shape.target.tile_bytes(1)),
             places=recipe.buffer(8 * chunk),
             operands=operands(recipe, shape.target, chunk, depth),
             goals=recipe.buffer(8 * chunk),
@@ -222,7 +224,7 @@ def outer(
                 **dict(zip(("bias", "second_bias"), (Ref(b, group * columns * item) for b in biases), strict=False)),
                 "block": OUTER_BLOCK,
                 "add": int(add),
-                "tile": recipe.buffer(chosen.accumulators * chosen.vector),
+                "tile": recipe.buffer(chosen.tile_bytes(1)),
                 "places": recipe.buffer(16 * chosen.lanes),
                 "left_places": recipe.buffer(8 * block),
                 "right_places": recipe.buffer(8 * block),

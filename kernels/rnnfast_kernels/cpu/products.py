@@ -1,8 +1,8 @@
 """Packing of panels, and products of rows with panels, bound over a target's vectors and a number of gates.
 
 A matrix that stands on the right of a product is kept as panels (see `tile`). With G gates, a panel holds the same
-hidden units of every gate side by side: its vectors are [blocks, G], a block being one vector's worth of units. So a
-tile of the product has all gates of its units, and a cell can follow it at once. G = 1 is the ordinary product.
+hidden units of every gate: its vectors are [blocks, G], a block being one vector's worth of units, in strips of STRIP.
+So one `multiply` yields all gates of its units, and a cell can follow at once. G = 1 is the ordinary product.
 """
 
 # ruff: noqa: F821
@@ -29,18 +29,28 @@ def tile_rows(rows):
     return (rows + tiles - 1) // tiles
 
 
+def strip_address(panel, vector, depth):
+    """Where a panel's strips hold one of its vectors: its initial value, before those of all lines."""
+    return panel + vector // STRIP * STRIP * (1 + lines(depth)) * VECTOR + vector % STRIP * VECTOR
+
+
+def strip_line(vectors, vector):
+    """Bytes between two lines of the strip that holds a vector."""
+    return min(STRIP, vectors - vector // STRIP * STRIP) * VECTOR
+
+
 def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
     """Pack weight [G*units, depth], whose rows are a product's columns, and bias [G*units] if its address is not 0."""
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
         panel = panels + block * (1 + lines(depth)) * GATES * VECTOR
-        line = blocks * GATES * VECTOR
         for vector in range(blocks * GATES):
+            line = strip_line(blocks * GATES, vector)
             unit = (block + vector // GATES) * LANES
             count = units - unit
             row = (vector % GATES) * units + unit
-            goal = panel + vector * VECTOR
+            goal = strip_address(panel, vector, depth)
             store(goal, load_given(bias + row * GIVEN, count) if bias else zeros(), LANES)
             for k in range(0, depth, LANES * TERMS):
                 source = weight + (row * depth + k) * GIVEN
@@ -54,14 +64,14 @@ def pack_rows(places, depth, units, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        goal = panels + block * (1 + lines(depth)) * VECTOR
+        panel = panels + block * (1 + lines(depth)) * VECTOR
         for i in range(blocks):
-            store(goal + i * VECTOR, zeros(), LANES)
+            store(strip_address(panel, i, depth), zeros(), LANES)
         for k in range(0, depth, TERMS):
-            goal += blocks * VECTOR
             for i in range(blocks):
                 unit = (block + i) * LANES
-                store(goal + i * VECTOR, load_given_line(places, k, depth, unit, units - unit), LANES)
+                goal = strip_address(panel, i, depth) + (1 + k // TERMS) * strip_line(blocks, i)
+                store(goal, load_given_line(places, k, depth, unit, units - unit), LANES)
         block += blocks
 
 

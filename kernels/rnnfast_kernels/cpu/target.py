@@ -21,14 +21,35 @@ class Processor:
     features: str
 
 
+# What RNNFAST_CPU may ask for, as processors. AVX-512 takes precedence where there is it: its registers hold four times
+# as much, which outweighs the lower clock that some processors run it at. Those that add only one 512-bit vector in a
+# cycle (some Skylake Xeons, which nothing tells apart) are as fast or faster with "avx2".
+X86 = {
+    "sse": ("x86-64", ""),
+    "avx2": ("x86-64-v3", "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse3,+ssse3,+sse4.1,+sse4.2"),
+}
+
+
 @functools.cache
 def processor() -> Processor:
-    """The host, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another, as they do for Numba."""
+    """The host, or as much of it as RNNFAST_CPU allows; or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name for Numba.
+
+    Raises:
+        ValueError: RNNFAST_CPU is none of "native", "avx512", "avx2" and "sse", or the host lacks these instructions.
+    """
+    triple = binding.get_process_triple()
+    host = binding.get_host_cpu_features()
+    asked = os.environ.get("RNNFAST_CPU") or "native"
+    here = ["native"]
+    if triple.startswith("x86_64"):
+        here += ["avx512"] * host.get("avx512f", False) + ["avx2"] * host.get("avx2", False) + ["sse"]
+    if asked not in here:
+        raise ValueError(f"RNNFAST_CPU: expected one of {', '.join(map(repr, here))} on this processor, got {asked!r}")
+    if asked in X86:
+        return Processor(triple, *X86[asked])
     name = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
     features = os.environ.get("NUMBA_CPU_FEATURES")
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    return Processor(binding.get_process_triple(), name, features)
+    return Processor(triple, name, host.flatten() if features is None else features)
 
 
 @dataclass(frozen=True)
@@ -36,14 +57,14 @@ class Target:
     """One way to compute on one processor.
 
     given: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
-    a vector register. accumulators: registers that a tile of the product may fill with sums; the rest hold the panel's
-    vectors and the broadcast. terms: of a sum that one instruction adds; if two, they are products of bfloat16 numbers.
+    a vector register. registers: how many of those there are. terms: of a sum that one instruction adds; if two, they
+    are products of bfloat16 numbers.
     """
 
     given: str
     dtype: str
     lanes: int
-    accumulators: int
+    registers: int
     terms: int = 1
 
     @property
@@ -69,13 +90,34 @@ class Target:
         """Vectors that hold `depth` terms of every lane's sum."""
         return -(-depth // self.terms)
 
+    def strip(self, vectors: int) -> int:
+        """Vectors of a panel that one register tile takes: all where they leave room for enough rows, else a few.
+
+        A tile of R rows and V vectors loads R + V operands for R * V multiply-adds, and holds R * V sums, V vectors and
+        a broadcast in registers.
+        """
+        return vectors if vectors <= self.registers // 5 else (self.registers + 1) // 8
+
+    def fits(self, rows: int, vectors: int) -> bool:
+        """Whether the registers hold a tile of several strips: its sums, the panel's vectors and a broadcast."""
+        return vectors <= self.strip(vectors) or rows * vectors + vectors + 1 < self.registers
+
     def rows(self, gates: int) -> int:
-        """Rows of the tallest register tile, for panels of so many gates."""
-        return max(1, self.accumulators // (gates * widest_panel(gates)))
+        """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums."""
+        return max(1, self.registers * 3 // 4 // self.strip(gates * widest_panel(gates)))
 
     def widths(self, gates: int) -> tuple[int, ...]:
         """Vectors of a panel of so many gates, which is the narrower the fewer units are left."""
         return tuple(gates * blocks for blocks in (1, 2, 4) if blocks <= widest_panel(gates))
+
+    @property
+    def unroll(self) -> int:
+        """Lines of a panel in one round of a tile's loop: with 16 registers counting would cost a quarter of a line."""
+        return 4 if self.registers == 16 else 1
+
+    def tile_bytes(self, gates: int) -> int:
+        """Memory for the products of the tallest tile with panels of so many gates, or of one matrix."""
+        return max(self.rows(g) * g * widest_panel(g) for g in (1, gates)) * self.vector
 
 
 def widest_panel(gates: int) -> int:
@@ -84,16 +126,19 @@ def widest_panel(gates: int) -> int:
 
 
 def vector_bytes_and_registers(triple: str, features: set[str]) -> tuple[int, int]:
-    """Size and number of the vector registers that these LLVM features promise; 0 bytes where there are none."""
+    """Size and number of the vector registers that these LLVM features promise; 0 bytes where there are none.
+
+    Where a multiply-add is two instructions, one register holds the product.
+    """
     if "+avx512f" in features:
         return 64, 32
     if "+avx" in features:
-        return 32, 16
+        return 32, 16 if "+fma" in features else 15
     if triple.startswith("x86_64"):
-        return 16, 16
+        return 16, 15
     if triple.startswith(("aarch64", "arm64")):
         return 16, 32
-    return 0, 16
+    return 0, 15
 
 
 @functools.cache
@@ -116,4 +161,4 @@ def target(given: str) -> Target:
     dtype = given if given == "float64" else "float32"
     terms = 2 if given == "bfloat16" and has_bfloat16_products() else 1
     size, registers = vector_bytes_and_registers(host.triple, set(host.features.split(",")))
-    return Target(given, dtype, max(1, size // ITEM_BYTES[dtype]), 24 if registers == 32 else 12, terms)
+    return Target(given, dtype, max(1, size // ITEM_BYTES[dtype]), registers, terms)

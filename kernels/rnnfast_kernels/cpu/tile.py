@@ -1,20 +1,22 @@
 """The register-tiled product, and the transposition that packs its operand, as LLVM IR.
 
-A panel is the right operand's [depth, N vectors] part, packed so that it is read in order, with one row of initial
-values (a bias) before it. `multiplier(target, ...)` gives the function
+A panel is the right operand's [depth, N vectors] part, with one row of initial values (a bias) before it, packed so
+that it is read in order: as strips of `target.strip(N)` vectors, one after another, the last of which may be narrower.
+`multiplier(target, ...)` gives the function
 
     multiply(N, rows, places, step, panel, depth, out)
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
 `places` is the address of `rows` int64 addresses, one for each row of the left operand; its elements are `step` bytes
-apart, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An element of an operand may stand for two
-terms of the sum (see `operands`); `depth` counts elements.
+apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An element of an
+operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
 """
 
 import itertools
+from collections.abc import Iterator
 
 from llvmlite import ir
 from numba import types
@@ -42,71 +44,102 @@ def tile_name(target: Target, rows: int, vectors: int) -> str:
 
 
 def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) -> ir.Function:
-    """The product for one tile of `rows` x `vectors` registers."""
+    """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
-    function = external(module, tile_name(target, rows, vectors), 5)
-    places, step, panel, depth, out = function.args
-    width = vec.lanes * vec.item
-
-    entry = function.append_basic_block("entry")
-    head, body, done = (function.append_basic_block(label) for label in ("head", "body", "done"))
-    builder = ir.IRBuilder(entry)
+    function = external(module, tile_name(target, rows, vectors), 6)
+    places, step, panel, depth, out, out_step = function.args
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
     left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
-    initial = [load_all(builder, vec, builder.add(panel, INT64(width * n))) for n in range(vectors)]
-    first = builder.add(panel, INT64(width * vectors))
-    builder.branch(head)
+    strip = target.strip(vectors)
+    strip_bytes = builder.mul(builder.add(depth, INT64(1)), INT64(target.vector * strip))
+    strips = [builder.add(panel, builder.mul(strip_bytes, INT64(n))) for n in range(-(-vectors // strip))]
+    widths = [min(strip, vectors - strip * n) for n in range(len(strips))]
 
-    builder.position_at_end(head)
-    k = builder.phi(INT64)
-    offset = builder.phi(INT64)
-    right = builder.phi(INT64)
-    sums = [[builder.phi(vec.llvm) for _ in range(vectors)] for _ in range(rows)]
-    builder.cbranch(builder.icmp_signed("<", k, depth), body, done)
+    def load_line(line: ir.Value) -> list[ir.Value]:
+        spots = [
+            builder.add(s, builder.mul(line, INT64(target.vector * w))) for s, w in zip(strips, widths, strict=True)
+        ]
+        return [
+            load_all(builder, vec, builder.add(spots[n // strip], INT64(target.vector * (n % strip))))
+            for n in range(vectors)
+        ]
 
-    builder.position_at_end(body)
-    columns = [load_all(builder, vec, builder.add(right, INT64(width * n))) for n in range(vectors)]
-    new_sums = []
-    for row in range(rows):
-        scalar = builder.load(pointer(builder, builder.add(left[row], offset), ELEMENT[vec.dtype]))
-        wide = splat(builder, scalar, vec.lanes)
-        new_sums.append([fused_multiply_add(builder, target, wide, columns[n], sums[row][n]) for n in range(vectors)])
-    following = (
-        (k, INT64(0), builder.add(k, INT64(1))),
-        (offset, INT64(0), builder.add(offset, step)),
-        (right, first, builder.add(right, INT64(width * vectors))),
-    )
-    builder.branch(head)
-    for phi, start, after in following:
-        phi.add_incoming(start, entry)
-        phi.add_incoming(after, body)
-    for row in range(rows):
-        for n in range(vectors):
-            sums[row][n].add_incoming(initial[n], entry)
-            sums[row][n].add_incoming(new_sums[row][n], body)
+    def add_lines(k: ir.Value, sums: list[ir.Value], step: ir.Value, at_once: int) -> tuple[ir.Value, list[ir.Value]]:
+        """Add the terms from k on, `at_once` lines in one round of a loop, while so many are left."""
+        before = builder.block
+        head, body, rest = (function.append_basic_block(label) for label in ("head", "body", "rest"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        k_now, now = builder.phi(INT64), [builder.phi(vec.llvm) for _ in sums]
+        builder.cbranch(builder.icmp_signed("<=", builder.add(k_now, INT64(at_once)), depth), body, rest)
+        builder.position_at_end(body)
+        new = now
+        for i in range(at_once):
+            line = builder.add(k_now, INT64(i))
+            columns = load_line(builder.add(line, INT64(1)))
+            offset = builder.mul(line, step)
+            added = []
+            for row in range(rows):
+                scalar = builder.load(pointer(builder, builder.add(left[row], offset), ELEMENT[vec.dtype]))
+                wide = splat(builder, scalar, vec.lanes)
+                before_row = new[row * vectors : (row + 1) * vectors]
+                added += [
+                    fused_multiply_add(builder, target, wide, column, total)
+                    for column, total in zip(columns, before_row, strict=True)
+                ]
+            new = added
+        k_next = builder.add(k_now, INT64(at_once))
+        builder.branch(head)
+        for phi, start, following in zip([k_now, *now], [k, *sums], [k_next, *new], strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(following, body)
+        builder.position_at_end(rest)
+        return k_now, now
 
-    builder.position_at_end(done)
-    for row in range(rows):
-        for n in range(vectors):
-            store_all(builder, vec, builder.add(out, INT64(width * (row * vectors + n))), sums[row][n])
-    builder.ret_void()
+    def finish(sums: list[ir.Value]) -> None:
+        for row in range(rows):
+            goal = builder.add(out, builder.mul(out_step, INT64(row)))
+            for n in range(vectors):
+                store_all(builder, vec, builder.add(goal, INT64(target.vector * n)), sums[row * vectors + n])
+        builder.ret_void()
+
+    sums = load_line(INT64(0)) * rows
+    if target.unroll == 1:
+        finish(add_lines(INT64(0), sums, step, 1)[1])
+        return function
+    adjacent = builder.icmp_signed("==", step, INT64(vec.item))
+    with builder.if_then(adjacent):
+        finish(add_lines(*add_lines(INT64(0), sums, INT64(vec.item), target.unroll), INT64(vec.item), 1)[1])
+    finish(add_lines(*add_lines(INT64(0), sums, INT64(target.vector), target.unroll), INT64(target.vector), 1)[1])
     return function
+
+
+def tiles(target: Target, gates: int) -> Iterator[tuple[int, int, int]]:
+    """Panel widths, rows, and the vectors that one tile takes: the whole panel where the registers hold so much."""
+    for vectors, rows in itertools.product(target.widths(gates), range(1, target.rows(gates) + 1)):
+        yield vectors, rows, vectors if target.fits(rows, vectors) else target.strip(vectors)
 
 
 def multiplier(target: Target, gates: int):
     """`multiply` for panels of so many gates, and any number of rows from 1 to `target.rows(gates)`."""
-    widths, most_rows = target.widths(gates), target.rows(gates)
+    most_rows = target.rows(gates)
 
     @intrinsic
     def multiply(typing, vectors, rows, places, step, panel, depth, out):
         def lower(context, builder, sig, args):
-            width, count, *operands = args
+            width, count, places, step, panel, depth, out = args
             end = builder.append_basic_block("multiplied")
             choice = builder.switch(builder.add(builder.mul(width, INT64(most_rows + 1)), count), end)
-            for vectors, rows in itertools.product(widths, range(1, most_rows + 1)):
+            for vectors, rows, each in tiles(target, gates):
                 block = builder.append_basic_block(f"tile_{rows}x{vectors}")
                 choice.add_case(INT64(vectors * (most_rows + 1) + rows), block)
                 with builder.goto_block(block):
-                    builder.call(external(builder.module, tile_name(target, rows, vectors), 5), operands)
+                    out_step = INT64(vectors * target.vector)
+                    for first in range(0, vectors, each):
+                        tile = external(builder.module, tile_name(target, rows, min(each, vectors - first)), 6)
+                        before = builder.mul(builder.add(depth, INT64(1)), INT64(first * target.vector))
+                        goal = builder.add(out, INT64(first * target.vector))
+                        builder.call(tile, [places, step, builder.add(panel, before), depth, goal, out_step])
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -295,9 +328,11 @@ def library(target: Target, gates: set[int]) -> ir.Module:
     """
     module = ir.Module("rnnfast")
     transpose_function(module, target)
-    shapes = {(rows, width) for g in gates for width in target.widths(g) for rows in range(1, target.rows(g) + 1)}
-    for rows, width in sorted(shapes):
-        tile_function(module, target, rows, width)
+    shapes = set()
+    for vectors, rows, each in itertools.chain.from_iterable(tiles(target, g) for g in gates):
+        shapes |= {(rows, each), (rows, (vectors - 1) % each + 1)}
+    for rows, vectors in sorted(shapes):
+        tile_function(module, target, rows, vectors)
     for rows in range(1, MOST_RAW_ROWS + 1):
         raw_function(module, target, rows)
     return module
