@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ below_autograd = needed("torch._C._AutoDispatchBelowAutograd", "calls inside of 
 
 # Functions applied past the look at their signature, which takes longer than small layers.
 unwrap_dead = found("torch._functorch.utils.unwrap_dead_wrappers", None)
+single_level_function = found("torch.autograd.function._SingleLevelFunction", None)
 single_level = found("torch._functorch.utils.enable_single_level_autograd_function", nullcontext)
 
 
@@ -115,7 +116,16 @@ def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
 def apply_here(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
     """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
     with single_level():
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return without_levels(function).apply(*args)
+
+
+@cache
+def without_levels(function: type[torch.autograd.Function]) -> Any:
+    """Return a Function that is applied at the current level alone: torch's own base of `Function` with its methods."""
+    if single_level_function is None:
+        return super(torch.autograd.Function, function)
+    methods = ("forward", "setup_context", "backward", "jvp")
+    return type(function.__name__, (single_level_function,), {name: vars(function)[name] for name in methods})
 
 
 # The transforms around a call, outermost first.
