@@ -12,9 +12,6 @@ import torch
 import rnnfast
 from rnnfast import _torch
 
-# torch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(_torch.__file__).read_text()
 LOOKED_UP = re.findall(r'(?:found|needed)\(\s*"(torch\.[\w.]+)"', SOURCE)
