@@ -147,10 +147,11 @@ def version() -> str:
 
 @cache
 def hash_of_sources() -> str:
-    """Read every source of the library, once."""
-    folders = (Path(module).parent for module in (__file__, rnnfast_kernels.__file__))
-    sources = (path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py")))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    """Read every source of the library, once; without sources its compiled modules, or the archive it lies in."""
+    folders = [Path(module).parent for module in (__file__, rnnfast_kernels.__file__)]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py")) or sorted(folder.rglob("*.pyc"))]
+    files = files or [path for path in folders[0].parents if path.is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version="") -> list[Tensor]:

@@ -65,11 +65,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class Choice(NamedTuple):
-    """A backend and the reason for it, in words. broken: the installation cannot run the kernels meant for the case."""
+    """A backend and the reason for it, in words. broken: why the installation cannot run kernels meant for the case."""
 
     backend: str
     reason: str
-    broken: bool = False
+    broken: str = ""
 
 
 @_torch.constant_in_graphs
@@ -80,7 +80,7 @@ def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: 
         automatic.cache_clear()
         choice = choose(cell, device, dtype, needs_ours)
     if choice.broken:
-        warn_broken(choice.reason)
+        warn_broken(choice.broken)
     return choice.backend
 
 
@@ -130,13 +130,13 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
     problem = unsupported(own, cell, device, dtype, needs_ours)
     if problem is None:
         return Choice(own, f"fused kernel for {device.type} tensors")
-    failed = is_broken(own, cell, dtype) if device.type == "cpu" else False
+    refused = f"{own} cannot run this: {problem}"
+    failed = refused if device.type == "cpu" and is_broken(own, cell, dtype) else ""
     if needs_ours:
-        reason = f"{own} cannot run this: {problem}; torch.nn lacks an option that is used"
-        return Choice("reference", reason, failed)
+        return Choice("reference", f"{refused}; torch.nn lacks an option that is used", failed)
     if not hasattr(_torch.operators, cell):
-        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks the cell {cell}", failed)
-    return Choice("torch", f"{own} cannot run this: {problem}", failed)
+        return Choice("reference", f"{refused}; torch.nn lacks the cell {cell}", failed)
+    return Choice("torch", refused, failed)
 
 
 def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:

@@ -117,15 +117,17 @@ def folders() -> Iterator[Path]:
 
 def read(name: str) -> bytes | None:
     """Return the machine code of a file that is there and whole."""
-    for folder in folders():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError:
-            continue
-        code = content[DIGEST_BYTES:]
-        if hashlib.sha256(code).digest() == content[:DIGEST_BYTES]:
-            return code
-    return None
+    return next(filter(None, (content_of(folder / name) for folder in folders())), None)
+
+
+def content_of(path: Path) -> bytes | None:
+    """Return the machine code of a file, None if it is not there, not to be read, or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    code = content[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == content[:DIGEST_BYTES] else None
 
 
 def write(name: str, code: bytes) -> None:
@@ -162,7 +164,7 @@ def write_whole(path: Path, content: bytes) -> str | None:
                 file.close()
                 os.unlink(temporary)
                 raise
-        # Windows replaces no file that is open, here or in another process.
+        # Closed before it is moved: Windows moves no file that is open.
         try:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
@@ -170,7 +172,8 @@ def write_whole(path: Path, content: bytes) -> str | None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        return f"{path.parent}: {error.strerror or error}"
+        # Windows replaces no file that another process reads, and such a file is whole.
+        return None if content_of(path) else f"{path.parent}: {error.strerror or error}"
     return None
 
 
