@@ -83,6 +83,29 @@ def test_without_files_of_sources_torch_runs(form, tmp_path):
     assert version != "e3b0c44298fc1c14", "the hash of nothing"
 
 
+NAMES = """
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.compiled import file_name
+print(*(f"{cell} {file_name(cell, 'float32', order)}" for cell in CELLS for order in (1, 2)), sep="\\n")
+"""
+
+
+def test_an_edit_of_a_cell_compiles_that_cell_alone(tmp_path):
+    shutil.copytree(ROOT / "kernels" / "rnnfast_kernels", tmp_path / "rnnfast_kernels")
+    found = []
+    for edited in (("", ""), ("c = f * state[1] + i * g", "c = i * g + f * state[1]")):
+        cells = tmp_path / "rnnfast_kernels" / "cells.py"
+        before = cells.read_text()
+        assert edited[0] in before
+        cells.write_text(before.replace(*edited) if edited[0] else before)
+        python = [sys.executable, "-c", NAMES]
+        done = subprocess.run(python, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.splitlines())
+    changed = {a.split()[0] for a, b in zip(*found, strict=True) if a != b}
+    assert changed == {"lstm"}
+
+
 @pytest.mark.long
 def test_no_home_no_name_and_nowhere_to_write(tmp_path):
     """Kernels are compiled for the process, which says so once."""

@@ -9,6 +9,7 @@ once. Where no folder can be written, every process compiles for itself, with on
 import ctypes
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import tempfile
@@ -87,17 +88,18 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
 
 
 def key(cell: Cell, chosen: Target) -> str:
-    """A hash of the sources, the compiler and the processor."""
+    """A hash of the sources, the cell's equations, the compiler and the processor."""
     here = Path(__file__).parent
     files = {
         *here.glob("*.py"),
         here.parent / "bind.py",
         here.parent / "derive.py",
-        Path(cell.forward.__code__.co_filename),
     }
     files -= {here / name for name in NOT_COMPILED}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
-    everything = f"{sources}\0{cell.name}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
+    equations = "".join(inspect.getsource(function) for function in (cell.forward, cell.backward))
+    counts = (cell.name, cell.gates, cell.saved, cell.states, cell.one_gradient)
+    everything = f"{sources}\0{equations}\0{counts}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 
 
