@@ -122,6 +122,45 @@ def test_no_home_no_name_and_nowhere_to_write(tmp_path):
     assert all(each.startswith("numba: ") for each in explained), explained
 
 
+PLATFORM = """
+import ctypes, os, sys
+import torch, llvmlite.binding
+open_library = ctypes.CDLL
+def open_without(name, *args, **options):
+    if name is None and {platform!r} == "win32":
+        raise TypeError("bad argument type for built-in operation")
+    return open_library(name, *args, **options) if name is not None else object()
+ctypes.CDLL = open_without
+del os.sched_getaffinity
+if {platform!r} == "win32":
+    del os.register_at_fork, os.fork
+sys.platform = {platform!r}
+
+import rnnfast
+torch.set_num_threads(2)
+layer, x = rnnfast.GRU(32, 64), torch.randn(20, 64, 32)
+explained = rnnfast.explain(layer, x)
+assert explained.backend == "numba" and "Python threads" in explained.kernel, explained
+for _ in range(3):
+    output = layer(x)[0]
+    output.sum().backward()
+with rnnfast.use_backend("torch"):
+    torch.testing.assert_close(layer(x)[0], output)
+assert "Python threads" in rnnfast.report.environment()
+"""
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_without_what_a_platform_lacks(platform):
+    """Windows has no fork, neither has affinity, nor OpenMP's entry point: Python's threads share a layer."""
+    compiled.kernel("gru", "float32")
+    places = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    command = [sys.executable, "-c", PLATFORM.format(platform=platform)]
+    environment = os.environ | {"PYTHONPATH": places, "RNNFAST_BACKEND": "auto"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_kept_code_runs_where_numba_does_not_import():
     """What is not kept runs on torch's operators; `explain` says that kept code runs."""
     for order in (1, 2):
