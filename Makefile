@@ -7,13 +7,18 @@
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
 	$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $p)))
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
-INSTALLED := .venv/installed
+# `make test TORCH=2.6.0` runs the tests with another torch, in an environment of its own.
+TORCH ?=
+VENV := .venv$(addprefix -,$(TORCH))
+BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint $(CONSTRAINTS)
+INSTALLED := $(VENV)/installed
 
 help:
 	@echo "make demo         train the same language model with torch.nn and rnnfast, compare them, save a plot"
 	@echo "make test         run all tests, the formatter, the linter and the type checker among them"
+	@echo "make test TORCH=2.6.0   run all tests but those of style with another torch, in an environment of its own"
 	@echo "make test-all     run the long tests too, about half an hour"
 	@echo "make check        what continuous integration runs: make test"
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
@@ -30,21 +35,22 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "rnnfast needs Python >= 3.10 with its venv module (on Debian and Ubuntu:" \
 		"apt install python3-venv)"; exit 1; }
-	@if [ -e .venv/incomplete ] || ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
-		echo "setup 1/3: creating .venv with $(PYTHON)"; \
-		rm -rf .venv && mkdir .venv && touch .venv/incomplete && $(PYTHON) -m venv .venv; fi
-	@touch .venv/incomplete
+	@if [ -e $(VENV)/incomplete ] || ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+		echo "setup 1/3: creating $(VENV) with $(PYTHON)"; \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/incomplete && $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/incomplete
+	@$(if $(TORCH),grep -v -e '^torch==' -e '^triton' constraints.txt > $(CONSTRAINTS))
 	@echo "setup 2/3: installing torch, the largest download"
-	@$(PIP) torch
+	@$(PIP) torch$(addprefix ==,$(TORCH))
 	@echo "setup 3/3: installing rnnfast and the tools of its tests and benchmarks"
 	@$(PIP) --editable '.[dev]'
-	@touch $@ && rm .venv/incomplete
+	@touch $@ && rm $(VENV)/incomplete
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
 
 test check: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(TORCH),--ignore=tests/test_style.py)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest --all
@@ -68,4 +74,4 @@ gpu:
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

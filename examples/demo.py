@@ -38,7 +38,7 @@ def main() -> int:
     if os.getloadavg()[0] > torch.get_num_threads():
         print("other programs keep this machine busy: the times below say little")
     print("loading the kernels, which compiles them on the first run ...", flush=True)
-    rnnfast.warmup()
+    rnnfast.warmup(verbose=True)
     print(f"ready after {time.perf_counter() - start:.1f} s")
     runs = compare_models()
     draw(runs, compare_lengths())

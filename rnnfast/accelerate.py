@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rnnfast import modules
+from rnnfast import _torch, modules
 
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
 # The attribute of an accelerated layer that holds the class it had.
@@ -73,7 +73,7 @@ def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
     for layer in recurrent_layers(model).values():
         if reason_against(layer) is None:
             original = plain_class(layer)
-            layer._update_flat_weights()
+            _torch.update_weight_list(layer)
             listed = layer.__dict__.pop("_flat_weights", None)
             change_class(layer, accelerated_class(original, keep_types))
             if listed is not None and any(a is not b for a, b in zip(listed, layer.weights(), strict=False)):
@@ -94,7 +94,7 @@ def restore(model: nn.Module) -> nn.Module:
         if ORIGINAL in layer.__dict__:
             change_class(layer, layer.__dict__.pop(ORIGINAL))
             kept = layer.__dict__.pop("_kept_weights", None)
-            nn.RNNBase._init_flat_weights(layer)
+            _torch.init_weight_list(layer)
             if kept is not None:
                 layer._flat_weights = kept[0]
     return model

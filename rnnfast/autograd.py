@@ -14,17 +14,12 @@ from typing import NamedTuple
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
-from rnnfast import batching, onnx_export, ops, reference, second_order
+from rnnfast import _torch, batching, onnx_export, ops, reference, second_order
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
 from rnnfast.backends.choice import differentiates_twice, load
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
-PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Spec(NamedTuple):
@@ -54,10 +49,10 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
     elif not is_differentiated(tensors):
         results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
-    elif forward_nesting() > 1:
+    elif _torch.forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     else:
-        results = apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
+        results = _torch.apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
     count = len(hx)
     return tuple(results[:count]), tuple(results[count : 2 * count])
 
@@ -67,16 +62,14 @@ def layer_kernel(
 ) -> list[Tensor]:
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
     if not is_differentiated((x, *hx, *weights)):
-        with below_autograd():
-            return torch.ops.rnnfast.layer(
-                cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version
-            )
-    if forward_nesting() > 1:
+        constants = (cell, backend, reverse, save, all_states)
+        return call_below("layer", (x, *hx, *weights), *constants, x, hx, weights, batch_sizes, resets, version)
+    if _torch.forward_nesting() > 1:
         raise RuntimeError(
             "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
             "call them outside of torch.compile, or nest jacfwd over jacrev as torch.func.hessian does"
         )
-    results = apply_here(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
+    results = _torch.apply_here(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
     count = len(hx)
     hidden = () if save or all_states else results[1:count]
     shown = results if save else results[: 2 * count]
@@ -92,21 +85,8 @@ def backward_kernel(
     constants = (cell, backend, reverse, need_x, need_hx, need_weights, groups, *counts)
     tensors = (batch_sizes, resets, x, *hx, *weights, *states, *saved, *dstates, *dfinals)
     if is_differentiated(tensors):
-        return list(apply_here(LayerBackward, *constants, *tensors))
+        return list(_torch.apply_here(LayerBackward, *constants, *tensors))
     return list(LayerBackward.forward(*constants, *tensors))
-
-
-def apply(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
-    """Apply a Function as its own `apply` does, but for a look at its signature that takes longer than small layers."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
-
-
-def apply_here(function: type[torch.autograd.Function], *args) -> tuple[Tensor, ...]:
-    """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def is_differentiated(tensors) -> bool:
@@ -114,15 +94,9 @@ def is_differentiated(tensors) -> bool:
     if torch.is_grad_enabled():
         if any(t is not None and t.requires_grad for t in tensors):
             return True
-        if torch._C._functorch.peek_interpreter_stack() is not None and any(map(batching.requires_grad_below, tensors)):
+        if _torch.innermost_transform() is not None and any(map(batching.requires_grad_below, tensors)):
             return True
-    return torch.autograd.forward_ad._current_level >= 0 or forward_nesting() > 0
-
-
-def forward_nesting() -> int:
-    """Count the `jvp` transforms around a call. A Function's own `jvp` sees the innermost alone."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms)
+    return _torch.in_dual_level() or _torch.forward_nesting() > 0
 
 
 def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
@@ -131,7 +105,7 @@ def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
         return getattr(torch.ops.rnnfast, name)(*args)
     if is_plain(tensors):
         return getattr(ops, name)(*args)
-    with below_autograd():
+    with _torch.below_autograd():
         return getattr(torch.ops.rnnfast, name)(*args)
 
 
@@ -140,11 +114,7 @@ def is_plain(tensors: Sequence[Tensor], known: Sequence[Tensor] = ()) -> bool:
 
     known: further tensors, of which it is known that their memory holds what they mean.
     """
-    return (
-        is_free((*tensors, *known) if known else tensors)
-        and are_as_stored(tensors)
-        and not torch._C._autograd._profiler_enabled()
-    )
+    return is_free((*tensors, *known) if known else tensors) and are_as_stored(tensors) and not _torch.is_profiled()
 
 
 def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
@@ -156,10 +126,10 @@ def is_free(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether no transform, mode or tracer stands before these."""
     return (
         PLAIN.issuperset(map(type, tensors))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
-        and not torch._C._is_tracing()
+        and _torch.count_dispatch_modes() == 0
+        and _torch.innermost_transform() is None
+        and not _torch.is_pre_dispatched()
+        and not _torch.is_traced()
     )
 
 
@@ -169,7 +139,9 @@ def are_as_stored(tensors: Sequence[Tensor]) -> bool:
     A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform.
     """
     return not (
-        any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors)) or any(map(is_wrapper, tensors))
+        any(map(Tensor.is_neg, tensors))
+        or any(map(_torch.is_zero_tensor, tensors))
+        or any(map(_torch.is_wrapper, tensors))
     )
 
 
@@ -180,13 +152,13 @@ def is_last(tensors: Sequence[Tensor | None]) -> bool:
     present = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return False
-    pushing = torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    pushing = _torch.in_dual_level() and _torch.pushes_forward()
     return is_concrete(present) and not pushing
 
 
 def goes_on() -> bool:
     """Say whether what a backward pass computes may be differentiated again."""
-    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or _torch.in_dual_level()
 
 
 def backward_function() -> Callable[..., tuple[Tensor, ...]]:
@@ -195,7 +167,7 @@ def backward_function() -> Callable[..., tuple[Tensor, ...]]:
     The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it and
     cannot follow one there.
     """
-    return partial(apply, LayerBackward) if goes_on() else LayerBackward.forward
+    return partial(_torch.apply, LayerBackward) if goes_on() else LayerBackward.forward
 
 
 def asked_for(ctx) -> tuple[bool, ...]:
@@ -203,7 +175,7 @@ def asked_for(ctx) -> tuple[bool, ...]:
 
     That is worth much to `torch.autograd.grad(y, x, create_graph=True)`, which wants no gradients of the weights.
     """
-    if torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None:
         return ctx.needs_input_grad
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return tuple(need and will_run(next(nodes)) for need in ctx.needs_input_grad)
@@ -211,7 +183,7 @@ def asked_for(ctx) -> tuple[bool, ...]:
 
 def will_run(node) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)
+        return _torch.engine_will_run(node)
     except RuntimeError:  # what it says of a leaf that is asked for
         return True
 
@@ -252,7 +224,7 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         tensors = (*ctx.saved_tensors, *tangents[6:])
-        if torch._C._functorch.peek_interpreter_stack() is None:
+        if _torch.innermost_transform() is None:
             pushed = push_layer(ctx, tensors)
         else:
             pushed = below_one_jvp(partial(push_layer, ctx), tensors)
@@ -279,7 +251,7 @@ def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
     if is_last(tensors) and differentiates_twice(backend, cell, x.dtype):
-        with below_autograd():
+        with torch.no_grad():
             return kernels.push(layer, states, saved, along)
     return second_order.push_forward(layer, states, along)
 
@@ -289,10 +261,10 @@ def below_one_jvp(function: Callable[[Sequence[Tensor | None]], Pushed], tensors
 
     A derivative by forward mode is not itself differentiated in the same level.
     """
-    interpreter = retrieve_current_functorch_interpreter()
-    if interpreter.key() != torch._C._functorch.TransformType.Jvp or interpreter.level() > 1:
+    interpreter = _torch.current_transform() if _torch.lowers else None
+    if interpreter is None or not _torch.is_jvp(interpreter) or interpreter.level() > 1:
         return function(tensors)
-    level, unwrap, wrap = interpreter.level(), torch._C._functorch._unwrap_for_grad, torch._C._functorch._wrap_for_grad
+    level, unwrap, wrap = interpreter.level(), _torch.unwrap_for_grad, _torch.wrap_for_grad
     with interpreter.lower():
         pushed = function([t if t is None else unwrap(t, level) for t in tensors])
     return Pushed(*(tuple(wrap(t, level) for t in each) for each in pushed))
@@ -382,7 +354,7 @@ def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | 
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
     if groups == 1 and is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
-        with below_autograd():
+        with torch.no_grad():
             found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
         return flatten(layer, found), pushed
 

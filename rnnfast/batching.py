@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rnnfast import _torch
 from rnnfast.backends.choice import load
 
 
@@ -29,11 +30,11 @@ def takes_batched_gradients(backward: Callable) -> Callable:
     def mapped(ctx, *grads):
         if torch.compiler.is_dynamo_compiling():
             return backward(ctx, *grads)
-        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        is_batched = _torch.is_batched_gradient
         if not any(grad is not None and is_batched(grad) for grad in grads):
             return backward(ctx, *grads)
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = _torch.enter_batches() - 1
+        _torch.leave_batches()
         found: list[int] = []
 
         def those_that_there_are(*grads):
@@ -43,11 +44,11 @@ def takes_batched_gradients(backward: Callable) -> Callable:
 
         dims = tuple(None if grad is None or not is_batched(grad) else 0 for grad in grads)
         members = [
-            grad if dim is None else torch._remove_batch_dim(grad, level, 0, 0)
+            grad if dim is None else _torch.remove_batch_dim(grad, level, 0, 0)
             for grad, dim in zip(grads, dims, strict=True)
         ]
         results = torch.func.vmap(those_that_there_are, dims)(*members)
-        batched = {n: torch._add_batch_dim(result, 0, level) for n, result in zip(found, results, strict=True)}
+        batched = {n: _torch.add_batch_dim(result, 0, level) for n, result in zip(found, results, strict=True)}
         return tuple(batched.get(n) for n in range(len(ctx.needs_input_grad)))
 
     return mapped
@@ -168,21 +169,18 @@ def is_tracked(args: Sequence) -> bool:
 
     Derivatives of gradients in groups are not known: `second_order` sums the weights' over the whole batch.
     """
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    if any(each.key() == torch._C._functorch.TransformType.Jvp for each in transforms):
+    if _torch.in_dual_level() or _torch.forward_nesting() > 0:
         return True
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    return bool(transforms) and any(map(requires_grad_below, tensors))
+    return _torch.innermost_transform() is not None and any(map(requires_grad_below, tensors))
 
 
 def requires_grad_below(tensor: Tensor | None) -> bool:
     """Say whether a tensor wants a gradient outside of the transforms that wrap it; a mapped tensor does not tell."""
-    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while tensor is not None and _torch.is_wrapper(tensor):
+        tensor = _torch.get_unwrapped(tensor)
         if tensor.requires_grad:
             return True
     return False

@@ -7,6 +7,7 @@ Where the choice of a backend falls on torch, it is torch's own step.
 import torch
 from torch import Tensor, nn
 
+from rnnfast import _torch
 from rnnfast.backends.choice import steps_by_torch
 from rnnfast.checks import several_states
 from rnnfast.functional import Options, recurrent, single
@@ -67,7 +68,7 @@ class Cell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
                 )
-        if x.dtype != self.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+        if x.dtype != self.weight_ih.dtype and not _torch.is_any_autocast_enabled():
             raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
 
 

@@ -7,6 +7,8 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast import _torch
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -63,7 +65,7 @@ def wrong_hidden_dims(states: Sequence[Tensor], batched: bool) -> str:
 def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor]) -> None:
     """Check the dtype and width of a time-major input and the shapes of the initial states against the weights."""
     w_ih, w_hh = weights[0], weights[1]
-    if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+    if x.dtype != w_ih.dtype and not _torch.is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
             f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
@@ -78,7 +80,7 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
         if state.shape != expected:
             what = f"hidden[{n}]" if len(states) > 1 else "hidden"
             raise RuntimeError(f"Expected {what} size {expected}, got {list(state.shape)}")
-        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+        if state.dtype != x.dtype and not _torch.is_any_autocast_enabled():
             raise RuntimeError(f"Input and hidden tensors are not the same dtype, got {x.dtype} and {state.dtype}")
         if state.device != x.device:
             raise RuntimeError(
@@ -167,7 +169,7 @@ def cast_for_autocast(call):
     Raises RuntimeError where they are of several dtypes or devices, inside or outside.
     """
     device = call.x.device.type
-    if torch._C._is_any_autocast_enabled() and is_autocast_on(device):
+    if _torch.is_any_autocast_enabled() and is_autocast_on(device):
         dtype = torch.get_autocast_dtype(device)
         if device == "cpu" and call.options.cell == "gru":
             # torch's GRU there is made of operators: autocast reaches its products, and not its state.

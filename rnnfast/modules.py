@@ -9,6 +9,7 @@ tensor set in a parameter's place all work.
 
 from torch import nn
 
+from rnnfast import _torch
 from rnnfast.functional import Options, recurrent
 
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
@@ -59,6 +60,8 @@ class Recurrent(nn.RNNBase):
             self.training,
             self.recompute,
         )
+
+    _flat_weights_names = _torch.WeightNames()
 
     # The list that stands for the weights since it was read or assigned, and the weights that the module had then.
     _kept_weights = None

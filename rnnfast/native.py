@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from rnnfast import _torch
+
 
 def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a `functional.Call` on torch and return the output and the final states."""
     if call.batch_sizes is not None and call.x.dim() == 3:
         return run_padded(call)
     options = call.options
-    function = getattr(torch._VF, options.cell)
+    function = getattr(_torch.operators, options.cell)
     hx = call.hx if options.cell == "lstm" else call.hx[0]
     biased = call.weights[2].dim() == 1 if len(call.weights) > 2 else False
     constants = (biased, options.num_layers, options.dropout, options.training, options.bidirectional)

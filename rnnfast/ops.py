@@ -20,6 +20,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
+from rnnfast import _torch
 from rnnfast.backends import Layer, Needs, Weights
 from rnnfast.backends.choice import load
 from rnnfast.batching import Backward, map_backward, map_layer
@@ -133,26 +134,24 @@ def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) 
 
 def as_given(x: Tensor) -> AbstractContextManager:
     """Keep autocast, which has already had its say, from changing what a backend computes."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _torch.is_any_autocast_enabled():
         return UNCHANGED
     return torch.autocast(x.device.type, enabled=False)
 
 
+@_torch.constant_in_graphs
 def version() -> str:
     """Return what tells this version's graphs from those of any other."""
     return hash_of_sources()
 
 
-# What torch.compiler.assume_constant_result sets: a traced graph belongs to one version.
-version._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @cache
 def hash_of_sources() -> str:
-    """Read every source of the library, once."""
-    folders = (Path(module).parent for module in (__file__, rnnfast_kernels.__file__))
-    sources = (path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py")))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    """Read every source of the library, once; without sources its compiled modules, or the archive it lies in."""
+    folders = [Path(module).parent for module in (__file__, rnnfast_kernels.__file__)]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py")) or sorted(folder.rglob("*.pyc"))]
+    files = files or [path for path in folders[0].parents if path.is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version="") -> list[Tensor]:
@@ -261,13 +260,10 @@ def layer_backward_vmap(
     return list(results), list(dims)
 
 
+@_torch.constant_in_graphs
 def in_onnx_export() -> bool:
     """Say whether a model is being exported to ONNX."""
     return torch.onnx.is_in_onnx_export()
-
-
-# What torch.compiler.assume_constant_result sets: a traced graph belongs to one export.
-in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sort_rows(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +282,7 @@ def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     valid = ((lengths >= 0) & (lengths <= steps)).all()
     if lengths.is_cuda:
-        torch._assert_async(valid, f"lengths must lie between 0 and the number of steps, {steps}")
+        _torch.assert_async(valid, f"lengths must lie between 0 and the number of steps, {steps}")
     elif not valid:
         raise ValueError(f"lengths must lie between 0 and the number of steps, {steps}, got {lengths.tolist()}")
     lengths = lengths.long()

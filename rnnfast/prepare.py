@@ -1,12 +1,17 @@
 """`warmup`: compile kernels now rather than at the first call."""
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 
 from rnnfast.modules import GRU, LSTM, RNN, Recurrent
 
 
-def warmup(*modules: nn.Module, training: bool = True) -> None:
+def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) -> None:
     """Compile, or load from the disk cache, every kernel that the recurrent layers of `modules` will use.
 
     Runs each layer on two steps of zeros; parameters, gradients and random state stay as they are. Without modules,
@@ -15,10 +20,27 @@ def warmup(*modules: nn.Module, training: bool = True) -> None:
     Args:
         modules: any modules; their rnnfast layers are found wherever they are.
         training: whether to prepare backward as well. Default True.
+        verbose: whether to print what is compiled, which takes seconds, and how long it took. (The logger "rnnfast"
+            tells that at level INFO in any case.) Default False.
     """
     found = [layer for module in modules for layer in module.modules() if isinstance(layer, Recurrent)]
-    for layer in found if modules else standard_layers():
-        run_once(layer, training)
+    with log_on_screen() if verbose else nullcontext():
+        for layer in found if modules else standard_layers():
+            run_once(layer, training)
+
+
+@contextmanager
+def log_on_screen() -> Iterator[None]:
+    """Print what rnnfast logs at level INFO and above."""
+    log, handler = logging.getLogger("rnnfast"), logging.StreamHandler(sys.stdout)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
 
 
 def standard_layers() -> list[Recurrent]:

@@ -15,7 +15,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.pool import usable
 from torch import Tensor
 
-from rnnfast import autograd, quick_training
+from rnnfast import _torch, autograd, quick_training
 from rnnfast.backends.choice import backend_of, load, setting
 
 # Kinds that ran once, and calls of kinds that ran at least twice; both are forgotten when there are too many.
@@ -72,8 +72,8 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
         or any(map(Tensor.is_neg, weights))
         or not x.is_cpu
         or len(states) not in (0, len(CELLS[options.cell].states))
-        or torch._C._is_any_autocast_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
+        or _torch.is_any_autocast_enabled()
+        or _torch.in_dual_level()
         or setting() not in ("auto", "numba")
         or not are_contiguous(tensors[1:])
     ):

@@ -9,14 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnnfast import autograd
+from rnnfast import _torch, autograd
 from rnnfast.batching import takes_batched_gradients
 from rnnfast.stacking import through_layers
-
-
-def sees_hooks() -> bool:
-    """Say whether this torch tells which hooks there are on tensors that are saved for backward."""
-    return hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 
 def can_prepare(options, x: Tensor) -> bool:
@@ -24,12 +19,7 @@ def can_prepare(options, x: Tensor) -> bool:
 
     Hooks on saved tensors, those of checkpoints among them, count what is saved, call by call.
     """
-    return (
-        x.dim() == 3
-        and not options.recompute
-        and sees_hooks()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    )
+    return x.dim() == 3 and not options.recompute and _torch.saving_hooks(True) is None
 
 
 class QuickLayer(torch.autograd.Function):

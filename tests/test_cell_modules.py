@@ -50,7 +50,6 @@ def test_steps_and_gradients_equal_torch(cell, bias, batched, backend):
     assert repr(ours) == repr(theirs)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("name", NAMES)
 def test_derivatives_and_vmap(name, backend):
     cell, x = getattr(rnnfast, name)(3, 5).double(), torch.randn(3, 4, 3, dtype=torch.float64)

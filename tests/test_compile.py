@@ -35,7 +35,6 @@ def test_compiled_layers_equal_torch_forward_and_backward(cell, backend):
 
 
 # Inductor imports what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_inductor_compiles_forward_and_backward(cell, backend):
     theirs, ours = pair(cell, 3, 7, **F64)
@@ -45,7 +44,6 @@ def test_inductor_compiles_forward_and_backward(cell, backend):
     assert_all_close(expected, run(ours, x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch):
     layer, x = sample("lstm", **F64)
 

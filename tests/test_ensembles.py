@@ -10,9 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends.choice import load
 
-# torch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 F64 = {"dtype": torch.float64}
 
 

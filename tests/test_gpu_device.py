@@ -75,7 +75,6 @@ def test_a_captured_graph_reads_new_input(cell):
 
 
 # Inductor imports what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @cells
 def test_reduced_overhead_captures_the_layer_and_trains(cell):
     layer = CELLS[cell](16, 256, 2)

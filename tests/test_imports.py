@@ -26,6 +26,7 @@ LAYERS = (
     ("rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference", "rnnfast.stacking"),
     ("rnnfast.backends",),
+    ("rnnfast._torch",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
     ("rnnfast_kernels.derive",),
     ("rnnfast_kernels.bind",),

@@ -1,6 +1,11 @@
 """Machine code from disk, in a process that has not imported Numba."""
 
+import logging
+
 from cpu_layers import run_python
+from rnnfast_kernels.cpu import compiled
+
+import rnnfast
 
 
 def test_second_derivatives_from_disk(tmp_path):
@@ -17,3 +22,24 @@ def test_second_derivatives_from_disk(tmp_path):
     for compiles in ("True", "False"):
         found = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
         assert (found.returncode, found.stdout.strip()) == (0, compiles), found.stderr
+
+
+def test_warmup_tells_what_it_compiles(monkeypatch, capsys, caplog):
+    rnnfast.warmup()
+    code = compiled.read(compiled.file_name("gru", "float32", 1))
+    monkeypatch.setattr(compiled, "kernels", {})
+    monkeypatch.setattr(compiled, "read", lambda name: None)
+    monkeypatch.setattr(compiled, "write", lambda name, code: None)
+    monkeypatch.setattr(compiled, "compile_code", lambda *args: code)
+    layer = rnnfast.GRU(2, 3)
+    rnnfast.warmup(layer, verbose=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["compiling", "compiled"], said
+    assert all("gru-float32" in line for line in said)
+    compiled.kernels.clear()
+    rnnfast.warmup(layer)
+    assert not capsys.readouterr().out
+    with caplog.at_level(logging.INFO, "rnnfast"):
+        compiled.kernels.clear()
+        rnnfast.warmup(layer)
+    assert caplog.records[0].getMessage().startswith("compiling gru-float32")

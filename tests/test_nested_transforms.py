@@ -6,9 +6,6 @@ from torch.func import grad, jacfwd, jvp, vmap
 
 import rnnfast
 
-# torch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 

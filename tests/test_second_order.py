@@ -15,9 +15,6 @@ import rnnfast
 from rnnfast import linearised, reference, use_backend
 from rnnfast.backends import cpu
 
-# torch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 F64 = {"dtype": torch.float64}
 OPTIONS = {
     "plain": {},

@@ -14,9 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
 
-# torch's forward mode scripts its own decompositions when it is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 F64 = {"dtype": torch.float64}
 OPTIONS = ("dense", "lengths", "resets", "lengths and resets", "packed")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import marshal
 import sys
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -12,11 +13,14 @@ def bind(function: Callable, namespace: Mapping[str, Any], salt: str = "") -> Fu
     """Return `function` with `namespace` as its globals, ready for `@triton.jit` or `@numba.njit`.
 
     The result's name carries a hash of the function's source and of `salt` (whatever else the meaning depends on:
-    the source of the namespace's functions, a lane count). Numba's disk cache keys on names and bytecode but not on
-    globals, so without the hash two bindings would share one cache entry, and an edited activation would not recompile.
+    a cell, a target). Numba links what it compiles by name, so that without the hash one binding would be called where
+    another was meant. Where sources are not installed, compiled code stands for them.
     """
-    source = inspect.getsource(function)
-    digest = hashlib.sha256(f"{source}\0{salt}".encode()).hexdigest()[:12]
+    try:
+        meaning = inspect.getsource(function).encode()
+    except OSError:
+        meaning = marshal.dumps(function.__code__)
+    digest = hashlib.sha256(meaning + f"\0{salt}".encode()).hexdigest()[:12]
     name = f"{function.__name__}_{digest}"
     names = {"co_name": name}
     if sys.version_info >= (3, 11):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from rnnfast import _torch
+
 BACKENDS = ("auto", "triton", "numba", "reference", "torch")
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
@@ -63,13 +65,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class Choice(NamedTuple):
-    """A backend and the reason for it, in words. broken: the installation cannot run the kernels meant for the case."""
+    """A backend and the reason for it, in words. broken: why the installation cannot run kernels meant for the case."""
 
     backend: str
     reason: str
-    broken: bool = False
+    broken: str = ""
 
 
+@_torch.constant_in_graphs
 def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str:
     """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
     choice = choose(cell, device, dtype, needs_ours)
@@ -77,7 +80,7 @@ def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: 
         automatic.cache_clear()
         choice = choose(cell, device, dtype, needs_ours)
     if choice.broken:
-        warn_broken(choice.reason)
+        warn_broken(choice.broken)
     return choice.backend
 
 
@@ -85,10 +88,6 @@ def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: 
 def warn_broken(reason: str) -> None:
     """Warn, once for each reason, that calls do not run on the kernels meant for them."""
     warnings.warn(f"rnnfast runs without its own kernels: {reason}", RuntimeWarning, stacklevel=2)
-
-
-# What torch.compiler.assume_constant_result sets, without importing the compiler, which takes seconds.
-backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> Choice:
@@ -115,15 +114,13 @@ def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
     return choose(cell, device, dtype, False)
 
 
+@_torch.constant_in_graphs
 def steps_by_torch(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether `choose_step` chooses torch. A compiled graph keeps the answer it was traced with."""
     choice = choose_step(cell, device, dtype)
     return choice.backend == "torch" or (
         choice.backend == "numba" and backend_of(cell, device, dtype, False) == "torch"
     )
-
-
-steps_by_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -133,13 +130,13 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
     problem = unsupported(own, cell, device, dtype, needs_ours)
     if problem is None:
         return Choice(own, f"fused kernel for {device.type} tensors")
-    failed = is_broken(own, cell, dtype) if device.type == "cpu" else False
+    refused = f"{own} cannot run this: {problem}"
+    failed = refused if device.type == "cpu" and is_broken(own, cell, dtype) else ""
     if needs_ours:
-        reason = f"{own} cannot run this: {problem}; torch.nn lacks an option that is used"
-        return Choice("reference", reason, failed)
-    if not hasattr(torch._VF, cell):
-        return Choice("reference", f"{own} cannot run this: {problem}; torch.nn lacks the cell {cell}", failed)
-    return Choice("torch", f"{own} cannot run this: {problem}", failed)
+        return Choice("reference", f"{refused}; torch.nn lacks an option that is used", failed)
+    if not hasattr(_torch.operators, cell):
+        return Choice("reference", f"{refused}; torch.nn lacks the cell {cell}", failed)
+    return Choice("torch", refused, failed)
 
 
 def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
@@ -160,7 +157,7 @@ def differentiates_twice(backend: str, cell: str, dtype: torch.dtype) -> bool:
 def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str | None:
     """Say why a backend cannot run the case, or None where it can."""
     if backend == "torch":
-        if not hasattr(torch._VF, cell):
+        if not hasattr(_torch.operators, cell):
             return f"torch.nn lacks the cell {cell}"
         return "torch.nn has neither resets nor all_states" if needs_ours else None
     if backend == "reference":

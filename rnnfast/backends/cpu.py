@@ -157,9 +157,19 @@ def describe(cell: str, hidden: int, projection: int, device: torch.device, dtyp
     """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
     chosen = target(DTYPE_NAMES[dtype])
     products = " with products of bfloat16" if chosen.terms == 2 else ""
-    code = "" if find_spec("numba") else ", kept machine code without numba"
+    code = "" if has_numba() else ", kept machine code without numba"
     lanes = f"{chosen.lanes} lanes on {processor().name}"
     return f"whole-layer {cell} kernel in {chosen.dtype}{products}, {lanes}, {team_name()}{code}"
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Say whether Numba can be imported, by importing it."""
+    try:
+        import numba  # noqa: F401
+    except Exception:  # whatever it raises that does not like what else is installed
+        return False
+    return True
 
 
 def machine() -> str:

@@ -11,7 +11,6 @@ import torch
 from rnnfast_kernels.cpu import plan_second
 from rnnfast_kernels.cpu.recipe import Recipe
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
 from rnnfast.backends.cpu_jobs import NO_WEIGHTS, WIDER, Call, empty_weights, room, weight_names
@@ -66,7 +65,12 @@ class SecondCall(Call):
 
 def in_dtype(tensors: Any, dtype: torch.dtype) -> Any:
     """Convert all tensors of a structure."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype), tensors)
+    if isinstance(tensors, Tensor):
+        return tensors.to(dtype)
+    if not isinstance(tensors, tuple | list):
+        return tensors
+    parts = [in_dtype(each, dtype) for each in tensors]
+    return type(tensors)(*parts) if hasattr(tensors, "_fields") else type(tensors)(parts)
 
 
 def convert(layer: Layer, dtype: torch.dtype) -> Layer:

@@ -9,6 +9,7 @@ once. Where no folder can be written, every process compiles for itself, with on
 import ctypes
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import tempfile
@@ -87,17 +88,18 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
 
 
 def key(cell: Cell, chosen: Target) -> str:
-    """A hash of the sources, the compiler and the processor."""
+    """A hash of the sources, the cell's equations, the compiler and the processor."""
     here = Path(__file__).parent
     files = {
         *here.glob("*.py"),
         here.parent / "bind.py",
         here.parent / "derive.py",
-        Path(cell.forward.__code__.co_filename),
     }
     files -= {here / name for name in NOT_COMPILED}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
-    everything = f"{sources}\0{cell.name}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
+    equations = "".join(inspect.getsource(function) for function in (cell.forward, cell.backward))
+    counts = (cell.name, cell.gates, cell.saved, cell.states, cell.one_gradient)
+    everything = f"{sources}\0{equations}\0{counts}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 
 
@@ -117,15 +119,17 @@ def folders() -> Iterator[Path]:
 
 def read(name: str) -> bytes | None:
     """Return the machine code of a file that is there and whole."""
-    for folder in folders():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError:
-            continue
-        code = content[DIGEST_BYTES:]
-        if hashlib.sha256(code).digest() == content[:DIGEST_BYTES]:
-            return code
-    return None
+    return next(filter(None, (content_of(folder / name) for folder in folders())), None)
+
+
+def content_of(path: Path) -> bytes | None:
+    """Return the machine code of a file, None if it is not there, not to be read, or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    code = content[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == content[:DIGEST_BYTES] else None
 
 
 def write(name: str, code: bytes) -> None:
@@ -162,7 +166,7 @@ def write_whole(path: Path, content: bytes) -> str | None:
                 file.close()
                 os.unlink(temporary)
                 raise
-        # Windows replaces no file that is open, here or in another process.
+        # Closed before it is moved: Windows moves no file that is open.
         try:
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
@@ -170,7 +174,8 @@ def write_whole(path: Path, content: bytes) -> str | None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        return f"{path.parent}: {error.strerror or error}"
+        # Windows replaces no file that another process reads, and such a file is whole.
+        return None if content_of(path) else f"{path.parent}: {error.strerror or error}"
     return None
 
 
