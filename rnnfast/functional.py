@@ -160,7 +160,10 @@ def run(call: Call) -> Outcome:
     output, finals, states = through_layers(
         call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
     )
-    return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+    if not call.all_states:
+        return Outcome(output, finals, ())
+    # The output is the first state of every step: two results, of which each is the caller's own.
+    return Outcome(output, finals, (output.clone(), *(s.flatten(-2) for s in states[1:])))
 
 
 def dense(call: Call) -> Call:
