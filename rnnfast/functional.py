@@ -86,12 +86,14 @@ def recurrent(
     if isinstance(input, PackedSequence):
         return run_packed(options, input, weights, hx, lengths, resets, all_states)
     kind = None
-    if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
-        states = quick.states_of(options, hx)
+    if lengths is None and resets is None and not all_states and not torch.compiler.is_dynamo_compiling():
+        states = () if hx is None else quick.states_of(options, hx)
         kind = None if states is None else quick.kind_of(options, input, states, weights)
         prepared = quick.ready.get(kind)
         if prepared is not None:
-            return prepared(input, states, weights)
+            results = prepared(input, states, weights)
+            if results is not None:
+                return results
     batched = checks.input_is_batched(options, input)
     if not batched:
         input = input.unsqueeze(0 if options.batch_first else 1)
@@ -158,7 +160,10 @@ def run(call: Call) -> Outcome:
     output, finals, states = through_layers(
         call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
     )
-    return Outcome(output, finals, tuple(s.flatten(-2) for s in states) if call.all_states else ())
+    if not call.all_states:
+        return Outcome(output, finals, ())
+    # The output is the first state of every step: two results, of which each is the caller's own.
+    return Outcome(output, finals, (output.clone(), *(s.flatten(-2) for s in states[1:])))
 
 
 def dense(call: Call) -> Call:

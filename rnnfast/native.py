@@ -27,7 +27,6 @@ def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     steps, batch = call.x.shape[:2]
     live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]
     running = int(call.batch_sizes[0]) if steps else 0
-    finals = call.hx
     output = call.x.new_zeros(steps, batch, call.options.directions * call.weights[1].shape[1])
     if running:
         sizes = call.batch_sizes[call.batch_sizes > 0]
@@ -35,4 +34,6 @@ def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
         data, found = run(call._replace(x=call.x[live], hx=hx, batch_sizes=sizes))
         output = output.to(data.dtype).masked_scatter(live[..., None], data)
         finals = tuple(torch.cat((f, s[:, running:]), 1) for f, s in zip(found, call.hx, strict=True))
+    else:
+        finals = tuple(s.clone() for s in call.hx)
     return output, finals

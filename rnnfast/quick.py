@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu.pool import usable
+from rnnfast_kernels.cpu import pool
 from torch import Tensor
 
 from rnnfast import _torch, autograd, quick_training
@@ -24,6 +24,7 @@ once: set["Kind"] = set()
 ready: dict["Kind | None", Callable] = {}
 
 facts, requires_grad = attrgetter("shape", "dtype", "is_cpu"), attrgetter("requires_grad")
+is_neg, new = Tensor.is_neg, tuple.__new__
 
 
 class Kind(NamedTuple):
@@ -56,40 +57,44 @@ class Kind(NamedTuple):
 
 
 def states_of(options, hx) -> tuple[Tensor, ...] | None:
-    """Return the initial states as a tuple, or None where they do not have the form that the cell takes."""
-    if hx is None:
-        return ()
+    """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
     if len(CELLS[options.cell].states) == 1:
         return (hx,) if isinstance(hx, Tensor) else None
     return tuple(hx) if isinstance(hx, tuple | list) else None
 
 
 def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Kind | None:
-    """Return the kind of a call, or None if it is not one that can be made quick."""
+    """Return the kind of a call, or None if it is not one that can be made quick.
+
+    That memory holds what tensors mean is checked here for views that negate what they show; what is prepared refuses
+    tensors that have no memory.
+    """
     tensors = (x, *states, *weights)
     if (
-        not autograd.is_plain((x, *states), weights)
-        or any(map(Tensor.is_neg, weights))
+        not autograd.is_free(tensors)
+        or True in map(is_neg, tensors)
+        or _torch.is_profiled()
         or not x.is_cpu
-        or len(states) not in (0, len(CELLS[options.cell].states))
+        or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
         or setting() not in ("auto", "numba")
         or not are_contiguous(tensors[1:])
     ):
         return None
-    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
+    differentiated = torch.is_grad_enabled() and True in map(requires_grad, tensors)
     if not (quick_training.can_prepare if differentiated else can_prepare)(options, x):
         return None
-    return Kind(
-        options, differentiated, usable(torch.get_num_threads()), x.stride(), len(states), tuple(map(facts, tensors))
-    )
+    threads = torch.get_num_threads()
+    if threads > pool.known_cores:  # what `usable` asks too, without a call
+        threads = pool.usable(threads)
+    return new(Kind, (options, differentiated, threads, x.stride(), len(states), tuple(map(facts, tensors))))
 
 
 def are_contiguous(tensors: Sequence[Tensor]) -> bool:
     """Say whether tensors are dense and contiguous."""
     try:
-        return all(map(Tensor.is_contiguous, tensors))
+        return False not in map(Tensor.is_contiguous, tensors)
     except RuntimeError:  # what compressed sparse tensors answer
         return False
 
@@ -160,8 +165,9 @@ class Inference:
         self.finals = [shape if batched else (shape[0], shape[2]) for shape in sizes.finals]
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
-        """Return the output and the final states, as a module does."""
+        """Return the output and the final states, as a module does, or None where a tensor has no memory."""
         output = x.new_empty(*self.output)
         finals = tuple([x.new_empty(*shape) for shape in self.finals])
-        self.stack.run(x, output, finals, states, weights)
+        if not self.stack.run(x, output, finals, states, weights):
+            return None
         return output.transpose(0, 1) if self.batch_first else output, finals if len(finals) > 1 else finals[0]

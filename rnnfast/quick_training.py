@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch, autograd
+from rnnfast.backends.choice import load
 from rnnfast.batching import takes_batched_gradients
 from rnnfast.stacking import through_layers
 
@@ -79,8 +80,10 @@ class Training:
         self.options, self.layers = options, layers
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
-        """Return the output and the final states, as a module does."""
+        """Return the output and the final states, as a module does, or None where a tensor has no memory."""
         options = self.options
+        if 0 in load("numba").addresses_of((x, *states, *weights)):
+            return None
         if options.batch_first:
             x = x.transpose(0, 1)
         output, finals, _ = through_layers(options, x, states, weights, self.run)

@@ -70,6 +70,32 @@ def test_dead_wrapper():
     assert all(torch.equal(results[0], each) for each in results)
 
 
+@pytest.mark.parametrize("make", [negated, zeros])
+def test_weights_that_are_not_what_memory_holds(make, grad_mode):
+    ours, x = rnnfast.GRU(1, 2), torch.randn(5, 2, 1)
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_hh_l0"):
+        shape = getattr(ours, name).shape
+        delattr(ours, name)
+        setattr(ours, name, make(*shape))
+        plain = {key: torch.zeros_like(value) + value for key, value in [(name, getattr(ours, name))]}
+        for _ in range(4):
+            torch.testing.assert_close(ours(x), torch.func.functional_call(ours, plain, (x,)))
+
+
+def test_dead_wrappers_as_weights(grad_mode):
+    kept = []
+
+    def loss(weights):
+        kept.append(weights)
+        return sum(w.sum() for w in weights.values())
+
+    ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    torch.func.grad(loss)({name: w.detach() for name, w in ours.named_parameters()})
+    for _ in range(4):
+        result = torch.func.functional_call(ours, kept[0], (x,))
+        torch.testing.assert_close(result, ours(x), rtol=0, atol=0)
+
+
 def test_unsupported_at_every_call(monkeypatch, grad_mode):
     monkeypatch.setattr(cpu, "unsupported", lambda *args: "a reason")
     automatic.cache_clear()

@@ -10,6 +10,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import plan, plan_forward
 from rnnfast_kernels.cpu.compiled import kernel
+from rnnfast_kernels.cpu.pages import WORTH_IT
 from rnnfast_kernels.cpu.pool import NO_TEAM
 from torch import Tensor
 
@@ -70,6 +71,17 @@ class Sizes(NamedTuple):
             x_shape, x_strides = (steps, batch, columns), (batch * columns, columns, 1)
 
 
+def addresses_of(tensors: Tensors) -> list[int]:
+    """Return where the memory of tensors begins; 0 among them says that one has none.
+
+    Zeros that torch made without memory are such, and wrappers of torch.func that have outlived their transform.
+    """
+    try:
+        return [*map(Tensor.data_ptr, tensors)]
+    except RuntimeError:  # what such a wrapper answers
+        return [0]
+
+
 class Stack:
     """A call of known sizes. Tensors are contiguous, but for x.
 
@@ -90,13 +102,17 @@ class Stack:
         shapes = tuple(map(shape, sizes.each()))
         self.recipe = plan_forward.stack(shapes, (*names, *weights), "b_ih" in sizes.fields, sizes.zero)
         self.scratch = -(-self.recipe.scratch // sizes.dtype.itemsize)
+        self.large = self.recipe.scratch >= WORTH_IT
         self.kernel = kernel(sizes.cell, DTYPE_NAMES[sizes.dtype])
 
-    def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> None:
-        """Run over these tensors."""
-        scratch = room(x, self.scratch)
-        addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, *weights))]
+    def run(self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors) -> bool:
+        """Run over these tensors; or do nothing and return False if one has no memory (`addresses_of`)."""
+        addresses = addresses_of((x, output, *finals, *initial, *weights))
+        if 0 in addresses:
+            return False
+        scratch = room(x, self.scratch) if self.large else x.new_empty(self.scratch)
         self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
+        return True
 
     def stepper(
         self, x: Tensor, output: Tensor, finals: Tensors, initial: Tensors, weights: Tensors
