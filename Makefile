@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-models check lint bench aot gpu clean
+.PHONY: help setup demo test test-all test-models check fuzz lint bench aot gpu clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all     run the long tests too, about half an hour"
 	@echo "make check        what continuous integration runs: make test"
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
+	@echo "make fuzz         draw options and actions at random for SECONDS=600 from SEED=0 on, and print what fails"
 	@echo "make lint         the formatter, the linter and the type checker alone"
 	@echo "make bench        time rnnfast beside its peers"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
@@ -58,6 +59,11 @@ test-all: $(INSTALLED)
 test-models: $(INSTALLED)
 	$(PIP) transformers sb3-contrib 'gluonts[torch]'
 	$(BIN)/python -m pytest tests/models -s
+
+SECONDS ?= 600
+SEED ?= 0
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_style.py

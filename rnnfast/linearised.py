@@ -142,9 +142,10 @@ def entering_states(states: States, initial: States, reverse: bool, live, kept) 
 
 def shifted(states: Tensor, initial: Tensor, reverse: bool, live: Tensor | None) -> Tensor:
     """Turn the states after each step, [T, B, *], into those that enter it."""
+    steps = states.shape[0]  # may be 0
     if not reverse:
-        return torch.cat((initial[None], states[:-1]))
-    following = torch.cat((states[1:], initial[None]))
+        return torch.cat((initial[None], states[:-1]))[:steps]
+    following = torch.cat((states[1:], initial[None]))[:steps]
     if live is None:
         return following
     running = torch.cat((live[1:], torch.zeros_like(live[:1])))
@@ -154,9 +155,9 @@ def shifted(states: Tensor, initial: Tensor, reverse: bool, live: Tensor | None)
 def unshifted(entering: Tensor, reverse: bool, live: Tensor | None) -> tuple[Tensor, Tensor]:
     """Transpose `shifted`: split a gradient by the entering states into those by the states and by the initial ones."""
     if not reverse:
-        return torch.cat((entering[1:], torch.zeros_like(entering[:1]))), entering[0]
+        return torch.cat((entering[1:], torch.zeros_like(entering[:1]))), entering[:1].sum(0)
     if live is None:
-        return torch.cat((torch.zeros_like(entering[:1]), entering[:-1])), entering[-1]
+        return torch.cat((torch.zeros_like(entering[:1]), entering[:-1])), entering[-1:].sum(0)
     running = torch.cat((live[1:], torch.zeros_like(live[:1])))
     by_states = torch.cat((torch.zeros_like(entering[:1]), masked(entering, running)[:-1]))
     return by_states, masked(entering, ~running).sum(0)

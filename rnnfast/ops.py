@@ -132,6 +132,13 @@ def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) 
         expect(f"saved[{n}]", tensor, shape, None, dtype)
 
 
+def as_stored(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return gradients whose memory holds what they mean: torch's dispatcher overlooks lists of optional tensors."""
+    if not any(g is not None and (g.is_neg() or g._is_zerotensor()) for g in gradients):
+        return gradients
+    return [g if g is None else torch.zeros_like(g) if g._is_zerotensor() else g.resolve_neg() for g in gradients]
+
+
 def as_given(x: Tensor) -> AbstractContextManager:
     """Keep autocast, which has already had its say, from changing what a backend computes."""
     if not _torch.is_any_autocast_enabled():
@@ -209,6 +216,7 @@ def layer_backward(
     with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
         check_layer(described)
+        dstates, dfinals = as_stored(dstates), as_stored(dfinals)
         check_backward(described, backend, states, saved, dstates, dfinals)
         grads = load(backend).backward(
             described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups

@@ -110,7 +110,7 @@ def remember(kind: Kind) -> None:
         if len(once) >= MOST:
             once.clear()
         once.add(kind)
-    elif kind.strides[-1] == 1 and 0 not in kind.shape and runs_on_kernels(kind):
+    elif kind.strides[-1] == 1 and 0 not in (*kind.shape, *kind.weights[1]) and runs_on_kernels(kind):
         if len(ready) >= MOST:
             ready.clear()
         ready[kind] = prepare(kind)
