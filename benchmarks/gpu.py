@@ -131,7 +131,18 @@ def test(part: Part, out: Path, seconds: float, interpreted: bool) -> Outcome:
 def pytest_words(part: Part, share: str, junit: Path) -> list[str]:
     words = ["pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=30", "--tb=short"]
     # The machine's packages are of other versions, which may deprecate what ours do not.
-    words += ["-W", "default", "-o", "faulthandler_timeout=60", f"--junitxml={junit}", "--share", share]
+    # A launch that the device refuses is no such thing.
+    words += [
+        "-W",
+        "default",
+        "-W",
+        "error:the device refused:RuntimeWarning",
+        "-o",
+        "faulthandler_timeout=60",
+        f"--junitxml={junit}",
+        "--share",
+        share,
+    ]
     if importlib.util.find_spec("pytest_timeout"):
         words += ["-o", "timeout=90", "-o", "timeout_method=thread"]
     return [*words, *(f"tests/test_{name}.py" for name in part.tests)]
