@@ -21,7 +21,7 @@ from concurrent_interpreter import builder, concurrent
 from rnnfast_kernels.gpu import backward, barrier, forward, plan, tiles
 from triton.runtime.errors import InterpreterError
 
-from rnnfast.backends import gpu, gpu_launch, gpu_products
+from rnnfast.backends import gpu, gpu_products
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
