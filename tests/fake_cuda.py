@@ -118,10 +118,10 @@ def asked(described: launch.Launch, compiled: CompiledKernel) -> list[int]:
 
 
 @contextmanager
-def fake_cuda(answer: Callable[[Launched], int | None] = lambda launched: None) -> Iterator[list[Launched]]:
+def fake_cuda(answer: Callable[[Launched], int | None] | None = lambda launched: None) -> Iterator[list[Launched]]:
     """Run the backend on CPU tensors as on an H200; `answer` is asked at every launch for an error of CUDA, or None.
 
-    The list has every launch. An exception in `answer` is raised where the `with` ends.
+    The list has every launch, but none where nobody is asked. An exception in `answer` is raised where the `with` ends.
     """
     functions: dict[int, CompiledKernel] = {}
     launches: list[Launched] = []
@@ -144,7 +144,7 @@ def fake_cuda(answer: Callable[[Launched], int | None] = lambda launched: None) 
             raised.append(error)
             return 0
 
-    library().stub_listen(told)
+    library().stub_listen(LISTENER() if answer is None else told)
     try:
         with (
             patch.object(triton.runtime.driver, "_active", triton_driver()),
@@ -154,5 +154,5 @@ def fake_cuda(answer: Callable[[Launched], int | None] = lambda launched: None) 
             yield launches
     finally:
         library().stub_listen(LISTENER())
-    if raised:
-        raise raised[0]
+        if raised:
+            raise raised[0]

@@ -22,6 +22,7 @@ from gpu_layers import Case, check, make, run
 from gpu_plans import ALONE, TOGETHER
 from ptx.machine import Machine
 from rnnfast_kernels.gpu import launch, plan
+from rnnfast_kernels.gpu.problem import TRITON
 from triton.runtime.jit import JITFunction
 
 from rnnfast.backends import gpu, gpu_launch
@@ -112,7 +113,10 @@ def flat(value):
         yield value
 
 
-@pytest.mark.parametrize("loop", [pytest.param("grid", marks=pytest.mark.long), "streamed"])
+older = pytest.mark.skipif(TRITON < (3, 7), reason="tests/ptx has no bar.warp.sync, which Triton 3.6 writes there")
+
+
+@pytest.mark.parametrize("loop", [pytest.param("grid", marks=(pytest.mark.long, older)), "streamed"])
 def test_kernels_that_are_launched_so_compute_the_right_thing(loop, described):
     """The code that is launched, on the values that the launcher passes."""
     case = Case("lstm", T=2, B=3, H=33, dtype=torch.bfloat16, reverse=(False,))
