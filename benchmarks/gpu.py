@@ -14,27 +14,21 @@ last; the exit status is 0 where every stage was done without a failure.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks import gpu_cache, gpu_report
+from benchmarks.gpu_processes import GRACE_SECONDS, ROOT, read_tests, run_all
 
-ROOT = Path(__file__).parent.parent
-# What a stage may take to end in order once it is told to, and what processes may take to be gone once they are killed.
-GRACE_SECONDS = 3
 # Kept back for the picture and the table.
 LAST_SECONDS = 20
 # Most processes that share a stage, and the device: most of their time is compilation on the host.
@@ -98,56 +92,6 @@ class Outcome:
     failures: tuple[str, ...] = ()
 
 
-def run_all(commands: Sequence[Sequence[str]], seconds: float, logs: Sequence[Path], environment: dict[str, str]):
-    """Run Python modules side by side, with the repository on their path; say how each ended.
-
-    At the end of their time they are asked to end, then they and all that they have started are killed. One that even
-    then does not go, as it waits for a device that does not answer, is left behind.
-    """
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    end = time.monotonic() + seconds
-    running = []
-    for words, log in zip(commands, logs, strict=True):
-        with log.open("w") as file:
-            command = [sys.executable, "-m", *words]
-            running.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
-            )
-    wait_until(running, end)
-    states = [ended(process) or f"stopped after {seconds:.0f} s" for process in running]
-    tell(running, signal.SIGTERM)
-    wait_until(running, time.monotonic() + GRACE_SECONDS)
-    # Also where it has ended: what it started may not have.
-    for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    wait_until(running, time.monotonic() + GRACE_SECONDS)
-    left = (", does not end" if process.poll() is None else "" for process in running)
-    return [state + more for state, more in zip(states, left, strict=True)]
-
-
-def wait_until(running: Sequence[subprocess.Popen], end: float) -> None:
-    for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, end - time.monotonic()))
-
-
-def tell(running: Sequence[subprocess.Popen], what: signal.Signals) -> None:
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(what)
-
-
-def ended(process: subprocess.Popen) -> str | None:
-    """How a process ended, or None where it runs. pytest's 5 says that none of its tests is in this share."""
-    code = process.poll()
-    if code is None:
-        return None
-    return "done" if code in (0, 5) else f"ended by signal {-code}" if code < 0 else f"status {code}"
-
-
 def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run a stage, shared among its processes, and keep what they said."""
     cores = os.cpu_count() or 1
@@ -189,32 +133,6 @@ def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, s
     if importlib.util.find_spec("pytest_timeout"):
         words += ["-o", "timeout=60", "-o", "timeout_method=thread"]
     return [*words, *(f"tests/test_{name}.py" for name in stage.tests)]
-
-
-class Tests(NamedTuple):
-    """How many tests ended how, whether these are all, and which failed."""
-
-    counts: Counter
-    complete: bool
-    failures: tuple[str, ...]
-
-
-def read_tests(junit: Path, log: Path) -> Tests:
-    """What became of the tests; from the log where pytest came to no end."""
-    if junit.exists():
-        suite = ElementTree.parse(junit).getroot()[0]
-        total, failed, skipped = (
-            int(suite.get("tests", 0)),
-            int(suite.get("failures", 0)) + int(suite.get("errors", 0)),
-            int(suite.get("skipped", 0)),
-        )
-        cases = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
-        names = tuple(f"{case.get('classname')}::{case.get('name')}" for case in cases)
-        return Tests(Counter(passed=total - failed - skipped, failed=failed, skipped=skipped), True, names)
-    lines = log.read_text(errors="replace").splitlines()
-    verdicts = [word for line in lines for word in ("passed", "failed", "skipped") if f" {word.upper()}" in line]
-    failures = tuple(line.strip() for line in lines if " FAILED" in line or " ERROR" in line)
-    return Tests(Counter(verdicts), False, failures)
 
 
 def read_results(path: Path) -> tuple[str, tuple[str, ...]]:

@@ -6,14 +6,16 @@ number, on both sides. Files of the cache name each other by absolute paths, whi
 that is not found is compiled, as ever.
 """
 
+import json
 import os
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("/tmp/rnnfast-gpu-kernels")
-ARCHIVE = ROOT / "build" / "gpu" / "kernels.tar.xz"
+ARCHIVE = ROOT / "build" / "gpu" / "kernels.tar.gz"
 # In the environment of processes that are to look for them: the release of Triton that compiled the kernels.
 RELEASE = "RNNFAST_KERNELS_OF_TRITON"
 # What compilation leaves on its way to machine code.
@@ -38,12 +40,17 @@ def environment(release: str | None) -> dict[str, str]:
 
 def pack(release: str, archive: Path = ARCHIVE, folder: Path = FOLDER) -> int:
     """Put the kernels into the archive, without what only compilation wants; return how many there are."""
-    for path in folder.rglob("*"):
+    for path in list(folder.rglob("*")):
         if path.suffix in PASSING or path.suffix == ".so" or path.name.endswith(".so.1"):
             path.unlink()
+    # Triton finds a kernel where all files of its group are there.
+    for path in folder.rglob("__grp__*"):
+        files = json.loads(path.read_text())["child_paths"]
+        left = {name: file for name, file in files.items() if Path(name).suffix not in PASSING}
+        path.write_text(json.dumps({"child_paths": left}))
     (folder / "release").write_text(release)
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "w:xz") as tar:
+    with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, ".")
     return sum(1 for _ in folder.rglob("*.cubin"))
 
@@ -56,7 +63,7 @@ def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str | None:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
         return (folder / "release").read_text()
-    except (OSError, tarfile.TarError):
+    except (OSError, EOFError, tarfile.TarError, zlib.error):
         return None
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import fake_cuda
 from rnnfast_kernels.gpu import aot, plan
 
-from benchmarks import gpu, gpu_report, options, tuning
+from benchmarks import gpu, gpu_processes, gpu_report, options, tuning
 from benchmarks.contenders import ours
 from rnnfast.backends import gpu_launch
 
@@ -35,13 +35,13 @@ def repository(tmp_path, monkeypatch):
     """A folder with tests of its own in place of the repository."""
     (tmp_path / "tests").mkdir()
     shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_processes, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_how_processes_ended_is_told(repository, monkeypatch):
     """They run side by side, and those that are not done when the time is over are ended, if need be by force."""
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(gpu_processes, "GRACE_SECONDS", 1)
     scripts = {
         "done": "pass",
         "no_tests": "raise SystemExit(5)",
@@ -54,7 +54,7 @@ def test_how_processes_ended_is_told(repository, monkeypatch):
         (repository / f"{name}.py").write_text(script)
     start = time.monotonic()
     logs = [repository / f"{name}.log" for name in scripts]
-    states = gpu.run_all([[name] for name in scripts], 20.0, logs, {})
+    states = gpu_processes.run_all([[name] for name in scripts], 20.0, logs, {})
     assert states == ["done", "done", "status 3", "ended by signal 9", "stopped after 20 s", "stopped after 20 s"]
     assert time.monotonic() - start < 40
 
@@ -63,9 +63,9 @@ def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
     log, junit = tmp_path / "log", tmp_path / "junit"
     log.write_text(LOG)
     cut_off = ({"passed": 1, "failed": 1}, False, ("tests/test_a.py::test_two FAILED [ 20%]",))
-    assert gpu.read_tests(junit, log) == cut_off
+    assert gpu_processes.read_tests(junit, log) == cut_off
     junit.write_text(JUNIT)
-    assert gpu.read_tests(junit, log) == (
+    assert gpu_processes.read_tests(junit, log) == (
         {"passed": 1, "failed": 1, "skipped": 1},
         True,
         ("tests.test_a::test_two",),
