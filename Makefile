@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-models check fuzz lint bench aot gpu clean
+.PHONY: help setup demo test test-all test-models check fuzz lint bench aot gpu gpu-kernels clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -26,7 +26,8 @@ help:
 	@echo "make lint         the formatter, the linter and the type checker alone"
 	@echo "make bench        time rnnfast beside its peers"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
-	@echo "make gpu          check and measure on a machine with a GPU"
+	@echo "make gpu          check and measure on a machine with a GPU, in under 9 minutes; CALL=second: 3 minutes more"
+	@echo "make gpu-kernels  compile for such a machine's Triton what make gpu wants; needs no GPU"
 	@echo "make clean        remove caches and built files"
 
 setup: $(INSTALLED)
@@ -75,8 +76,15 @@ aot: $(INSTALLED)
 	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick
 
 # A machine with a GPU brings its own torch and Triton: nothing is installed there.
+CALL ?= first
 gpu:
-	PYTHONPATH=.:kernels python3 -m benchmarks.gpu
+	PYTHONPATH=.:kernels python3 -m benchmarks.gpu $(CALL)
+
+# By the release of Triton that the machine has, which is put beside the environment's own.
+TRITON ?= 3.6.0
+gpu-kernels: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/gpu/triton triton==$(TRITON)
+	PYTHONPATH=build/gpu/triton:.:kernels $(BIN)/python -m benchmarks.gpu fill
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

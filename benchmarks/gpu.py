@@ -1,176 +1,142 @@
-"""Everything that needs a GPU, in one command for a machine that has one and where nothing can be installed.
+"""Everything that needs a GPU, in two calls for a machine that is lent for fifteen minutes and bare.
 
-    PYTHONPATH=.:kernels python3 -m benchmarks.gpu                  all tests on the GPU, then the benchmark
+    PYTHONPATH=.:kernels python3 -m benchmarks.gpu first     at most 520 s, what matters most first
+    PYTHONPATH=.:kernels python3 -m benchmarks.gpu second    at most 200 s: more tests, and what was not measured yet
+    PYTHONPATH=.:kernels python3 -m benchmarks.gpu fill      without a GPU: compile what the calls want, to travel along
+    PYTHONPATH=.:kernels python3 -m benchmarks.gpu first --device tiny    without a GPU: go through all of it
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu --case lstm-1024 --plan eager=0 --plan forward:warps=8
-    PYTHONPATH=.:kernels python3 -m benchmarks.gpu --device cpu     a rehearsal in Triton's interpreter, tiny sizes
 
 With --case only these cases are measured, by the Triton backend's own plan and by every plan given, see
-`benchmarks.tuning`; `--list` names the cases. Each part runs in a process of its own within its share of the time, so
-that one that fails, crashes or hangs leaves the others theirs. Results go to $OUT, by default benchmarks/results/: what
-the tests said, and the measurements as JSON and PNG, written after every case. A table of all parts comes last; the
-exit status is 0 where every part was done without a failure.
+`benchmarks.tuning`; `--list` names the cases. Each stage runs in processes of its own and ends in time, so that one
+that fails, crashes or hangs leaves the others theirs. Results go to $OUT, by default benchmarks/results/gpu/:
+rows.jsonl, every row as it was measured; log.txt and tests.txt, what was said; a picture. A table of twenty lines comes
+last; the exit status is 0 where every stage was done without a failure.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-SECONDS = 540
-# What a part may take to end in order, once it is told to.
-GRACE_SECONDS = 20
-# Most processes that share a part's tests, and the device: most of a test's time is compilation on the host.
-TESTERS = 8
+from benchmarks import gpu_cache, gpu_report
+from benchmarks.gpu_processes import GRACE_SECONDS, ROOT, read_tests, run_all
+
+# Kept back for the picture and the table.
+LAST_SECONDS = 20
+# Most processes that share a stage, and the device: most of their time is compilation on the host.
+PROCESSES = 14
+# How much longer stages may take where they only are gone through.
+SLOWER = 10
 MEASURE = ("benchmarks", "--backend", "triton")
+# The device tests that come first: all that a barrier which waits forever would show.
+STREAMS = "two_grids or captur or current_stream"
 
 
 @dataclass(frozen=True)
-class Part:
-    """share: of the time, beside those of the other parts. tests: files; none where the part measures.
-
-    alone: its tests want the device for themselves.
-    """
+class Stage:
+    """seconds: at most. processes: that share its work. tests: files, of which `which` run; none for `gpu_stages`."""
 
     name: str
-    share: int
+    seconds: int
+    processes: int = 1
     tests: tuple[str, ...] = ()
-    alone: bool = False
+    which: str = ""
 
 
-PARTS = (
-    Part("kernels", 3, ("gpu_numerics",)),
-    Part("device", 3, ("gpu_device",), alone=True),
-    Part(
-        "layers",
-        4,
+LAYERS = (
+    "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles", "accelerate",
+    "cell_modules", "parametrizations", "compile", "export", "torch_samples",
+)  # fmt: skip
+CALLS = {
+    "first": (
+        520,
         (
-            "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles",
-            "accelerate", "cell_modules", "parametrizations", "compile", "export", "torch_samples",
+            Stage("smoke", 60, PROCESSES),
+            Stage("streams", 45, 4, ("gpu_device",), STREAMS),
+            Stage("probe", 30),
+            Stage("warm", 60, PROCESSES),
+            Stage("kernels", 80, PROCESSES, ("gpu_numerics",)),
+            Stage("grid", 125),
+            Stage("sweep", 45),
+            Stage("plans", 45),
         ),
     ),
-    Part("benchmark", 4),
-)  # fmt: skip
+    "second": (
+        200,
+        (
+            Stage("smoke", 30, PROCESSES),
+            Stage("device", 45, 4, ("gpu_device",), f"not ({STREAMS})"),
+            Stage("layers", 50, PROCESSES, LAYERS),
+            Stage("grid", 45),
+            Stage("sweep", 15),
+        ),
+    ),
+}
+FILL = (Stage("probe", 600), Stage("smoke", 3600, 2), Stage("warm", 7200, 2))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    part: str
+    stage: str
     state: str
     seconds: float
     counts: str = ""
     failures: tuple[str, ...] = ()
 
 
-def run(words: Sequence[str], seconds: float, log: Path | None, interpreted: bool) -> tuple[str, float]:
-    """Run a Python module with the repository on its path; say how it ended, and after how many seconds.
-
-    At the end of its time it is asked to end, then it and all that it has started are killed.
-    """
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if interpreted:
-        environment["TRITON_INTERPRET"] = "1"
+def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run a stage, shared among its processes, and keep what they said."""
+    cores = os.cpu_count() or 1
+    processes = min(stage.processes, max(1, cores - 2))
     start = time.monotonic()
-    output = None if log is None else log.open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-    )
-    try:
-        code = process.wait(seconds)
-        state = "done" if code == 0 else f"ended by signal {-code}" if code < 0 else f"status {code}"
-    except subprocess.TimeoutExpired:
-        state = f"stopped after {seconds:.0f} s"
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            state += ", killed"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if output is not None:
-        output.close()
-    return state, time.monotonic() - start
-
-
-def test(part: Part, out: Path, seconds: float, interpreted: bool) -> Outcome:
-    """Run a part's tests, shared among processes of which each has a core or two."""
-    processes = 1 if part.alone else max(1, min(TESTERS, (os.cpu_count() or 1) // 2))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-
-        def run_share(n: int) -> tuple[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        logs, junits = ([Path(folder, f"{n}.{kind}") for n in range(processes)] for kind in ("txt", "xml"))
+        # A stage of ours ends by itself, after the row that it is at.
+        environment = {**environment, "OUT": str(out), "UNTIL": str(start + seconds - 2 * GRACE_SECONDS)}
+        commands = []
+        for n, junit in enumerate(junits):
             share = f"{n}/{processes}"
-            return run(pytest_words(part, share, junits[n]), seconds, logs[n], interpreted)
-
-        junits, logs = ([Path(folder) / f"{n}.{kind}" for n in range(processes)] for kind in ("xml", "txt"))
-        ends = list(pool.map(run_share, range(processes)))
+            ours = ["benchmarks.gpu_stages", stage.name, share]
+            commands.append(pytest_words(stage, share, junit, environment) if stage.tests else ours)
+        states = run_all(commands, seconds, logs, environment)
+        said = "".join(log.read_text(errors="replace") for log in logs)
+        with (out / ("tests.txt" if stage.tests else "log.txt")).open("a") as file:
+            file.write(f"== {stage.name}\n{said}")
+        state = next((state for state in states if state != "done"), "done")
+        took = time.monotonic() - start
+        if not stage.tests:
+            lines = [line for line in said.splitlines() if line.startswith(("TROUBLE", "WRONG")) or "Error" in line]
+            return Outcome(stage.name, state, took, f"{len(lines)} troubles", tuple(dict.fromkeys(lines)))
         found = [read_tests(junit, log) for junit, log in zip(junits, logs, strict=True)]
-        # A traceback of what hangs is here too.
-        (out / f"tests-{part.name}.txt").write_text("".join(log.read_text(errors="replace") for log in logs))
-    state = next((state for state, _ in ends if state != "done"), "done")
     counts, failures = sum((f.counts for f in found), Counter()), [name for f in found for name in f.failures]
     text = ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped"))
     text += "" if all(f.complete for f in found) else " before it was cut off"
-    return Outcome(part.name, state, max(took for _, took in ends), text, tuple(failures))
+    return Outcome(stage.name, state, took, text, tuple(failures))
 
 
-def pytest_words(part: Part, share: str, junit: Path) -> list[str]:
+def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, str]) -> list[str]:
     words = ["pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=30", "--tb=short"]
-    # The machine's packages are of other versions, which may deprecate what ours do not.
-    words += ["-W", "default", "-o", "faulthandler_timeout=60", f"--junitxml={junit}", "--share", share]
+    words += ["-p", "benchmarks.gpu_cache"] if gpu_cache.RELEASE in environment else []
+    # The machine's packages are of other versions, which may deprecate what ours do not; a launch that the device
+    # refuses is no such thing.
+    words += ["-W", "default", "-W", "error:the device refused:RuntimeWarning", "-o", "faulthandler_timeout=30"]
+    words += [f"--junitxml={junit}", "--share", share]
+    words += ["-k", stage.which] if stage.which else []
     if importlib.util.find_spec("pytest_timeout"):
-        words += ["-o", "timeout=90", "-o", "timeout_method=thread"]
-    return [*words, *(f"tests/test_{name}.py" for name in part.tests)]
-
-
-class Tests(NamedTuple):
-    """How many tests ended how, whether these are all, and which failed."""
-
-    counts: Counter
-    complete: bool
-    failures: tuple[str, ...]
-
-
-def read_tests(junit: Path, log: Path) -> Tests:
-    """What became of the tests; from the log where pytest came to no end."""
-    if junit.exists():
-        suite = ElementTree.parse(junit).getroot()[0]
-        total, failed, skipped = (
-            int(suite.get("tests", 0)),
-            int(suite.get("failures", 0)) + int(suite.get("errors", 0)),
-            int(suite.get("skipped", 0)),
-        )
-        cases = [case for case in suite if case.find("failure") is not None or case.find("error") is not None]
-        names = tuple(f"{case.get('classname')}::{case.get('name')}" for case in cases)
-        return Tests(Counter(passed=total - failed - skipped, failed=failed, skipped=skipped), True, names)
-    lines = log.read_text(errors="replace").splitlines()
-    verdicts = [word for line in lines for word in ("passed", "failed", "skipped") if f" {word.upper()}" in line]
-    failures = tuple(line.strip() for line in lines if " FAILED" in line or " ERROR" in line)
-    return Tests(Counter(verdicts), False, failures)
-
-
-def measure(part: Part, out: Path, seconds: float, interpreted: bool, words: Sequence[str]) -> Outcome:
-    """Run the benchmark; it stores every case as it is measured, and draws what it has when it is told to end."""
-    state, took = run([*MEASURE, "--out", str(out), *words], seconds, None, interpreted)
-    return Outcome(part.name, state, took, *read_results(out / "results.json"))
+        words += ["-o", "timeout=60", "-o", "timeout_method=thread"]
+    return [*words, *(f"tests/test_{name}.py" for name in stage.tests)]
 
 
 def read_results(path: Path) -> tuple[str, tuple[str, ...]]:
-    """How many rows ended how, and those that went wrong."""
+    """How many rows of the benchmark ended how, and those that went wrong."""
     if not path.exists():
         return "no results", ()
     records = json.loads(path.read_text())["records"]
@@ -181,69 +147,112 @@ def read_results(path: Path) -> tuple[str, tuple[str, ...]]:
     return f"{len(records)} cases, {good} measurements, {len(wrong)} wrong or crashed", names
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    lines = [f"  {o.part:10} {o.seconds:6.0f} s  {o.state:24} {o.counts}" for o in outcomes]
-    for outcome in outcomes:
-        lines += [f"  {outcome.part}: {failure[:150]}" for failure in outcome.failures[:12]]
-    return "\n".join(lines)
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--case", metavar="LABELS", help="measure only these cases, separated by commas")
-    p.add_argument("--plan", metavar="PLAN", action="append", default=[], help="and by this plan; may be given again")
-    p.add_argument("--list", action="store_true", help="name the cases and end")
-    p.add_argument("--parts", default=",".join(part.name for part in PARTS), help="default %(default)s")
-    p.add_argument("--seconds", type=float, default=SECONDS, help="for everything, default %(default)s")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
-    return p
+def run_cases(arguments: argparse.Namespace, out: Path) -> Outcome:
+    """Run the benchmark on named cases; it stores each as it is measured, and draws what it has when told to end."""
+    start, log = time.monotonic(), out / "log.txt"
+    (state,) = run_all([[*MEASURE, "--out", str(out), *measure_words(arguments)]], arguments.seconds or 500, [log], {})
+    print(log.read_text(errors="replace"))
+    return Outcome("cases", state, time.monotonic() - start, *read_results(out / "results.json"))
 
 
 def measure_words(arguments: argparse.Namespace) -> list[str]:
     """What the benchmark is asked, besides the folder of its results."""
     plans = [word for plan in arguments.plan for word in ("--plan", plan)]
-    if arguments.device == "cpu":
-        tiny = [
-            "--sizes",
-            "3,2,4,8",
-            "--cell",
-            "lstm,gru",
-            "--dtype",
-            "float32",
-            "--peer",
-            "torch",
-            "--seconds",
-            "0.01",
-        ]
-        return ["--device", "cpu", *tiny, *plans]
-    asked = ["--case", arguments.case, "--question", "marks"] if arguments.case else ["--quick"]
-    return ["--device", "cuda", *asked, *plans]
+    return ["--device", "cuda", "--case", arguments.case, "--question", "marks", *plans]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("call", nargs="?", choices=(*CALLS, "fill"), default="first", help="default %(default)s")
+    p.add_argument("--case", metavar="LABELS", help="measure only these cases, separated by commas")
+    p.add_argument("--plan", metavar="PLAN", action="append", default=[], help="and by this plan; may be given again")
+    p.add_argument("--list", action="store_true", help="name the cases and end")
+    p.add_argument("--stages", metavar="NAMES", help="only these, separated by commas")
+    p.add_argument("--seconds", type=float, help="for everything")
+    p.add_argument("--done", metavar="FILE", help="rows of an earlier call, which are not measured again")
+    p.add_argument("--device", choices=("cuda", "tiny"), default="cuda", help="tiny: no GPU, no sizes of interest")
+    return p
+
+
+def rehearsed(stage: Stage) -> Stage:
+    """The same stage where there is no GPU: some of its tests, by Triton's interpreter."""
+    return Stage(
+        stage.name, stage.seconds, min(2, stage.processes), stage.tests[:1], "rows_are_counted" * bool(stage.tests)
+    )
+
+
+def call(stages: Sequence[Stage], seconds: float, out: Path, environment: dict[str, str], tests: dict[str, str]):
+    """Run the stages one after another, each within its time and what is left of the whole."""
+    end = time.monotonic() + seconds - LAST_SECONDS
+    outcomes: list[Outcome] = []
+    for stage in stages:
+        left = min(stage.seconds, end - time.monotonic() - 2 * GRACE_SECONDS)
+        if left < 5:
+            outcomes.append(Outcome(stage.name, "no time left", 0.0))
+            continue
+        outcome = run_stage(stage, out, left, {**environment, **(tests if stage.tests else {})})
+        outcomes.append(outcome)
+        print(f"{time.monotonic() - end + seconds - LAST_SECONDS:4.0f} s  {line(outcome)}", flush=True)
+        (out / "stages.json").write_text(json.dumps([vars(each) for each in outcomes], indent=1) + "\n")
+    return outcomes
+
+
+def line(o: Outcome) -> str:
+    return f"{o.stage:8} {o.seconds:5.0f} s  {o.state:22} {o.counts}"
+
+
+def fill() -> int:
+    """Compile for the calls, without a GPU, and pack what was compiled."""
+    import triton
+
+    environment = {**gpu_cache.environment(triton.__version__), "STANDS_IN": "fill"}
+    with tempfile.TemporaryDirectory() as out:
+        outcomes = call(FILL, 4 * 3600, Path(out), environment, {})
+        print((Path(out) / "log.txt").read_text()[-3000:])
+    kernels = gpu_cache.pack(triton.__version__)
+    size = gpu_cache.ARCHIVE.stat().st_size / 2**20
+    print(f"{kernels} kernels by Triton {triton.__version__} in {gpu_cache.ARCHIVE}, {size:.1f} MiB")
+    return 0 if all(o.state == "done" for o in outcomes) else 1
 
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(given)
-    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").absolute()
-    out.mkdir(parents=True, exist_ok=True)
     if arguments.list:
-        return subprocess.call(
-            [sys.executable, "-m", "benchmarks", "--device", "cuda", "--question", "marks", "--list"]
-        )
-    end = time.monotonic() + arguments.seconds
-    wanted = ["benchmark"] if arguments.case else arguments.parts.split(",")
-    outcomes: list[Outcome] = []
-    interpreted = arguments.device == "cpu"
-    parts = [part for part in PARTS if part.name in wanted]
-    for at, part in enumerate(parts):
-        share = part.share / sum(other.share for other in parts[at:])
-        seconds = max(1.0, share * (end - time.monotonic()) - GRACE_SECONDS)
-        print(f"{part.name}: at most {seconds:.0f} s", flush=True)
-        if part.tests:
-            outcomes.append(test(part, out, seconds, interpreted))
-        else:
-            outcomes.append(measure(part, out, seconds, interpreted, measure_words(arguments)))
-        (out / "gpu.json").write_text(json.dumps([vars(outcome) for outcome in outcomes], indent=1) + "\n")
-    print(f"\n{table(outcomes)}")
+        words = ["-m", "benchmarks", "--device", "cuda", "--question", "marks", "--list"]
+        return subprocess.call([sys.executable, *words])
+    if arguments.call == "fill":
+        return fill()
+    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu").absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.case:
+        outcomes = [run_cases(arguments, out)]
+    else:
+        seconds, stages = CALLS[arguments.call]
+        for name in ("rows.jsonl", "log.txt", "tests.txt"):
+            (out / name).unlink(missing_ok=True)
+        environment, tests = gpu_cache.environment(gpu_cache.unpack()), {}
+        if arguments.done:
+            environment["DONE"] = str(Path(arguments.done).absolute())
+        if arguments.device == "tiny":
+            seconds, stages, tests = SLOWER * seconds, tuple(map(rehearsed, stages)), {"TRITON_INTERPRET": "1"}
+            environment["STANDS_IN"] = "tiny"
+        wanted = arguments.stages.split(",") if arguments.stages else [stage.name for stage in stages]
+        stages = tuple(stage for stage in stages if stage.name in wanted)
+        outcomes = call(stages, arguments.seconds or seconds, out, environment, tests)
+    drawn = draw(out)
+    print(
+        "\n".join(gpu_report.table([line(o) for o in outcomes], [f for o in outcomes for f in o.failures], out, drawn))
+    )
     return 0 if all(o.state == "done" and not o.failures for o in outcomes) else 1
+
+
+def draw(out: Path) -> str:
+    """Draw in a process of its own, which may not end or not find what it draws with."""
+    log = out / "log-picture.txt"
+    (state,) = run_all([["benchmarks.gpu_report", str(out)]], LAST_SECONDS - 2 * GRACE_SECONDS, [log], {})
+    if state == "done":
+        log.unlink()
+    return state
 
 
 if __name__ == "__main__":

@@ -30,10 +30,13 @@ def parse(text: str) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def planned(text: str) -> Iterator[None]:
-    """Run what follows by the best plans, changed as the text says; a plan that the device refuses is an error."""
+    """Run what follows by the best plans, changed as the text says, or by the best ones where it says nothing.
+
+    A launch that the device refuses is an error, where a layer else runs step by step, with a warning.
+    """
     from rnnfast_kernels.gpu import plan, vary
 
-    asked = parse(text)
+    asked = parse(text) if text else {name: {} for name in PASSES}
 
     def choose(problem: plan.Problem) -> plan.Plan:
         own = dict(asked["backward" if problem.backward else "forward"])

@@ -1,16 +1,24 @@
-"""The command for a machine with a GPU: its parts keep to their time, and what they said is read right."""
+"""The command for a machine with a GPU: its stages keep to their time, and what they said is read right."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import fake_cuda
 from rnnfast_kernels.gpu import aot, plan
 
-from benchmarks import gpu, options, tuning
+from benchmarks import gpu, gpu_processes, gpu_report, options, tuning
+from benchmarks.contenders import ours
+from rnnfast.backends import gpu_launch
 
 LOG = """
 tests/test_a.py::test_one PASSED [ 10%]
@@ -22,29 +30,42 @@ JUNIT = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">
 <testcase classname="tests.test_a" name="test_three"><skipped/></testcase></testsuite></testsuites>"""
 
 
-@pytest.mark.parametrize(
-    ("words", "state"),
-    [
-        (["platform"], "done"),
-        (["no_such_module"], "status 1"),
-        (["http.server", "0"], "stopped after 1 s"),
-        (["tests.ends_by_signal"], "ended by signal 9"),
-    ],
-)
-def test_how_a_part_ended_is_told(words, state, tmp_path, monkeypatch):
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder with tests of its own in place of the repository."""
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "ends_by_signal.py").write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    assert gpu.run(words, 1.0 if "http.server" in words else 60.0, tmp_path / "log", False)[0] == state
+    shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    monkeypatch.setattr(gpu_processes, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_how_processes_ended_is_told(repository, monkeypatch):
+    """They run side by side, and those that are not done when the time is over are ended, if need be by force."""
+    monkeypatch.setattr(gpu_processes, "GRACE_SECONDS", 1)
+    scripts = {
+        "done": "pass",
+        "no_tests": "raise SystemExit(5)",
+        "failed": "raise SystemExit(3)",
+        "killed": "import os; os.kill(os.getpid(), 9)",
+        "slow": "import time; time.sleep(100)",
+        "deaf": "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)",
+    }
+    for name, script in scripts.items():
+        (repository / f"{name}.py").write_text(script)
+    start = time.monotonic()
+    logs = [repository / f"{name}.log" for name in scripts]
+    states = gpu_processes.run_all([[name] for name in scripts], 20.0, logs, {})
+    assert states == ["done", "done", "status 3", "ended by signal 9", "stopped after 20 s", "stopped after 20 s"]
+    assert time.monotonic() - start < 40
 
 
 def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
     log, junit = tmp_path / "log", tmp_path / "junit"
     log.write_text(LOG)
     cut_off = ({"passed": 1, "failed": 1}, False, ("tests/test_a.py::test_two FAILED [ 20%]",))
-    assert gpu.read_tests(junit, log) == cut_off
+    assert gpu_processes.read_tests(junit, log) == cut_off
     junit.write_text(JUNIT)
-    assert gpu.read_tests(junit, log) == (
+    assert gpu_processes.read_tests(junit, log) == (
         {"passed": 1, "failed": 1, "skipped": 1},
         True,
         ("tests.test_a::test_two",),
@@ -52,28 +73,44 @@ def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
 
 
 TESTS = """
-import os, pytest
+import os, pytest, warnings
 @pytest.mark.parametrize("n", range(5))
 def test_numbers(n):
     print("process", os.getpid())
     assert n != 3
 def test_absent():
     pytest.skip("not today")
+def test_deprecated():
+    warnings.warn("tomorrow it is gone", DeprecationWarning)
+def test_refused():
+    warnings.warn("the device refused a cooperative launch (too many blocks)", RuntimeWarning)
 """
 
 
-def test_processes_share_the_tests_of_a_part(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_some.py").write_text(TESTS)
-    shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 5)
-    outcome = gpu.test(gpu.Part("some", 1, ("some",)), tmp_path, 100.0, False)
+def test_processes_share_the_tests_of_a_stage(repository, monkeypatch):
+    """A warning is no failure, but a launch that the device refused is one."""
+    (repository / "tests" / "test_some.py").write_text(TESTS)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
+    stage = gpu.Stage("some", 1, 14, ("some",), "numbers or absent or deprecated or refused")
+    outcome = gpu.run_stage(stage, repository, 100.0, {})
     assert outcome.state == "status 1"
-    assert outcome.counts == "4 passed, 1 failed, 1 skipped"
-    (failure,) = outcome.failures
-    assert failure.endswith("test_numbers[3]")
-    assert (tmp_path / "tests-some.txt").read_text().count("test session starts") == 2
+    assert outcome.counts == "5 passed, 2 failed, 1 skipped"
+    assert {failure.split("::")[-1] for failure in outcome.failures} == {"test_numbers[3]", "test_refused"}
+    assert (repository / "tests.txt").read_text().count("test session starts") == 2
+
+
+def test_a_refused_launch_is_an_error_in_the_benchmark(monkeypatch):
+    """By whichever plan, the library's own too, and on a device alone."""
+    contexts = []
+    monkeypatch.setattr(ours, "build", lambda *_: None)
+    monkeypatch.setattr(ours, "call", lambda work, module, forward, chosen: contexts.append(chosen))
+    case = SimpleNamespace(form="dense")
+    for device, backend, plan_ in (("cuda", "auto", ""), ("cuda", "triton", ""), ("cuda", "triton", "units=16")):
+        ours.prepare(SimpleNamespace(case=case, device=device), backend, plan_)
+    for context in contexts:
+        with context(), pytest.raises(RuntimeWarning, match="the device refused"):
+            gpu_launch.warn_refused.__wrapped__("too many blocks")
+    assert len(contexts) == 3
 
 
 def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
@@ -85,25 +122,84 @@ def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
     assert gpu.read_results(tmp_path / "none.json") == ("no results", ())
 
 
-def test_the_tests_of_every_part_exist():
-    assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for part in gpu.PARTS for name in part.tests)
+def test_the_work_of_every_stage_exists():
+    for _, stages in gpu.CALLS.values():
+        for stage in stages:
+            assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for name in stage.tests)
+            assert stage.tests or f"def {stage.name}(share" in (gpu.ROOT / "benchmarks" / "gpu_stages.py").read_text()
 
 
-def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
-    given = {}
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_stages_keep_to_the_time_of_their_call(call, tmp_path, monkeypatch):
+    """Each takes all that it may, and a picture and a table come after the last."""
+    now, given = [1000.0], {}
 
-    def take(part, out, seconds, *rest):
-        given[part.name] = round(seconds) + gpu.GRACE_SECONDS
-        return gpu.Outcome(part.name, "done", 0.0)
+    def take(stage, out, seconds, environment):
+        given[stage.name] = seconds
+        now[0] += seconds + 2 * gpu.GRACE_SECONDS
+        return gpu.Outcome(stage.name, "stopped", seconds)
 
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "test", take)
-    monkeypatch.setattr(gpu, "measure", take)
-    assert gpu.main([]) == 0
-    assert given == {"kernels": 116, "device": 147, "layers": 270, "benchmark": 540}
-    given.clear()
-    assert gpu.main(["--parts", "device,kernels", "--seconds", "300"]) == 0
-    assert given == {"kernels": 150, "device": 300}
+    monkeypatch.setattr(gpu, "run_stage", take)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    seconds, stages = gpu.CALLS[call]
+    outcomes = gpu.call(stages, seconds, tmp_path, {}, {})
+    assert now[0] <= 1000 + seconds - gpu.LAST_SECONDS
+    assert [outcome.stage for outcome in outcomes] == [stage.name for stage in stages]
+    assert all(given[stage.name] == stage.seconds for stage in stages[:-2])
+    assert {"first": 520, "second": 200}[call] == seconds
+    assert json.loads((tmp_path / "stages.json").read_text())[0]["stage"] == "smoke"
+
+
+def row(stage, **more):
+    times = {"error": 1e-3, "ours": 1.0, "torch": 3.0, "again": 1.0}
+    own = {"H": 256, "B": 16, "T": 512, "us": 2.0, "cudnn": True, "forward": times, "training": times}
+    facts = {"device": "H200", "torch": "2.11", "triton": "3.6.0"}
+    return json.dumps({"stage": stage, "cell": "lstm", "dtype": "bfloat16", **own, **facts, **more}) + "\n"
+
+
+def test_the_table_has_twenty_lines_whatever_there_is_to_say(tmp_path):
+    assert len(gpu_report.table([], [], tmp_path, "done")) <= 20  # nothing was measured
+    rows = [row("grid", H=H, cell=cell, B=B) for H in (64, 1024) for cell in ("lstm", "gru") for B in (1, 16)]
+    rows += [row("grid", trouble="RuntimeError"), row("plans", predicted=1.0), row("smoke", ok=True)]
+    rows += [row("probe", members=132, counter=1.0, polled=0.5, **{"polled, fence": 0.8}), row("grid")[:40]]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    stages, failures = [f"stage {n}" for n in range(9)], [f"failure {n}" for n in range(50)]
+    table = gpu_report.table(stages, failures, tmp_path, "done")
+    assert len(table) <= 20
+    assert all(len(line) <= 150 for line in table)
+    text = "\n".join(table)
+    assert "lstm bfloat16 B=16, us a step by H (times torch): 64: 2.00 (3.0x), 1024: 2.00 (3.0x)" in text
+    assert "exchange of 132 programs, us: counter 1.00, polled 0.50, polled, fence 0.80" in text
+    assert "H200, torch 2.11, Triton 3.6.0" in table[-1]
+    gpu_report.draw(tmp_path)
+    assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(fake_cuda.compiler() is None, reason="needs a C compiler, as Triton's launcher does")
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_a_call_goes_through_over_a_device_that_is_not_there(call, tmp_path):
+    """Every stage, with its kernels compiled for an H200, launched by Triton's driver, and never run."""
+    command = [sys.executable, "-m", "benchmarks.gpu", call, "--device", "tiny"]
+    done = subprocess.run(
+        command, cwd=gpu.ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert [(stage["stage"], stage["state"]) for stage in stages] == [(s.name, "done") for s in gpu.CALLS[call][1]]
+    rows = gpu_report.read(tmp_path)
+    assert {each["stage"] for each in rows} == {s.name for s in gpu.CALLS[call][1] if not s.tests and s.name != "warm"}
+    assert not [each for each in rows if "trouble" in each]
+    for each in rows:
+        assert {"device", "torch", "triton", "cuda", "cudnn_version", "commit"} <= each.keys()
+        if each["stage"] in ("grid", "sweep"):
+            assert each["plan_forward"]["predicted"] > 0
+            assert each["plan_backward"]["predicted"] > 0
+            assert each["cudnn"] is False
+    assert len(done.stdout.split("\n\n")[-1].splitlines()) <= 20
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert (tmp_path / "gpu.png").exists()
 
 
 def test_a_plan_is_read_for_one_pass_or_both():

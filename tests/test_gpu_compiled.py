@@ -29,7 +29,7 @@ from gpu_plans import ALONE, TOGETHER
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.barrier import wait
 
-from rnnfast.backends import gpu, gpu_launch
+from rnnfast.backends import gpu, gpu_launch, gpu_products
 from rnnfast.backends.gpu_launch import make_problem
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def named(*cases):
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
     """Float32 products as exact as they come."""
-    monkeypatch.setattr(gpu_launch, "tf32_wanted", lambda: False)
+    monkeypatch.setattr(gpu_products, "tf32_wanted", lambda: False)
 
 
 @named(

@@ -21,7 +21,7 @@ from concurrent_interpreter import builder, concurrent
 from rnnfast_kernels.gpu import backward, barrier, forward, plan, tiles
 from triton.runtime.errors import InterpreterError
 
-from rnnfast.backends import gpu, gpu_launch
+from rnnfast.backends import gpu, gpu_products
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
@@ -29,7 +29,7 @@ CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
     """Float32 products as exact as they come."""
-    monkeypatch.setattr(gpu_launch, "tf32_wanted", lambda: False)
+    monkeypatch.setattr(gpu_products, "tf32_wanted", lambda: False)
 
 
 def check_orders(case, loop, device, seeds=2):

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from rnnfast_kernels.gpu import plan
 
-from rnnfast.backends import gpu_launch
+from rnnfast.backends import gpu_launch, gpu_products
 
 CELLS = {"rnn": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -132,3 +132,113 @@ def test_more_elements_than_32_bits_address():
         output, _ = layer(x)
         tail = layer(x[-500:])[0]  # what came 300 steps before is forgotten
     assert_close("last steps", tail[300:], output[-200:], 2e-2)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_two_grids_as_large_as_the_device_on_two_streams(backward):
+    """Each waits for programs of its own only, beside a third stream that is busy: the same bits as alone."""
+    layers = [rnnfast.LSTM(8, 1024, dtype=torch.bfloat16) for _ in range(2)]
+    x = torch.randn(32, 16, 8, dtype=torch.bfloat16, requires_grad=backward)
+    assert loop_of(layers[0], 16, backward).loop == "cooperative"
+    busy, streams = torch.randn(2048, 2048), [torch.cuda.Stream() for _ in range(3)]
+    with torch.set_grad_enabled(backward):
+        outputs = [layer(x)[0] for layer in layers]
+        coming = torch.randn_like(outputs[0])
+
+        def launch(n):
+            if not backward:
+                return layers[n](x)[0]
+            return torch.autograd.grad(outputs[n], x, coming, retain_graph=True)[0]
+
+        expected, wrong = [launch(n) for n in range(2)], torch.zeros(2, dtype=torch.int64)
+        torch.cuda.synchronize()
+        for _ in range(200):
+            for n in range(2):
+                with torch.cuda.stream(streams[n]):
+                    wrong[n] += (launch(n) != expected[n]).any()
+            with torch.cuda.stream(streams[2]):
+                busy @ busy
+        torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0]
+
+
+def captured(run):
+    """A graph of one run, and what it returned."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+@cells
+@pytest.mark.parametrize("H", [64, 1024], ids=["alone", "as large as the device"])
+def test_a_captured_backward_reads_new_gradients(cell, H):
+    layer = CELLS[cell](16, H, dtype=torch.bfloat16)
+    x, coming = torch.randn(12, 8, 16, dtype=torch.bfloat16, requires_grad=True), torch.randn(12, 8, H).bfloat16()
+
+    def run():
+        return torch.autograd.grad(layer(x)[0], (x, *layer.parameters()), coming)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, results = captured(run)
+    for _ in range(3):
+        coming.copy_(torch.randn_like(coming))
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, expected in zip(results, run(), strict=True):
+            assert torch.equal(got, expected)
+
+
+@cells
+@pytest.mark.parametrize("loop", ["of the plan", "streamed"])
+def test_a_kernel_that_is_first_met_inside_a_capture(cell, loop):
+    """Nothing of this width has run, so that it is compiled and loaded while the stream is captured."""
+    H = {"rnn": 200, "lstm": 216, "gru": 232}[cell] + 8 * (loop == "streamed")
+    layer, x = CELLS[cell](16, H, dtype=torch.bfloat16), torch.randn(6, 3, 16).bfloat16()
+    CELLS[cell](16, 32, dtype=torch.bfloat16)(x)  # the libraries' own preparations
+    torch.cuda.synchronize()
+    with torch.no_grad(), plan.override(plan.streamed if loop == "streamed" else plan.best):
+        graph, output = captured(lambda: layer(x)[0])
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, layer(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_half_products_of_a_step_come_out_in_float32(dtype):
+    a, b = torch.randn(2, 16, 300).to(dtype), torch.randn(2, 40, 300).to(dtype).transpose(1, 2)
+    operand = gpu_launch.operand_dtype(a)
+    assert operand == (dtype if "dtype_out" in torch.ops.aten.bmm.overloads() else torch.float32)
+    result = torch.full((2, 16, 40), float("nan"))
+    gpu_launch.multiply(a.to(operand), b.to(operand), result)
+    assert_close("product", a.double() @ b.double(), result, 1e-5)
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["others ieee", "others tf32"])
+@pytest.mark.parametrize("own", [False, True], ids=["own ieee", "own tf32"])
+def test_products_have_the_precision_of_recurrent_layers(own, others):
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = own, others
+    try:
+        a, b = torch.randn(256, 512), torch.randn(384, 512).t()
+        for left, right in ((a, b), (a.t().contiguous().t(), b), (a.view(2, 128, 512), b.expand(2, 512, 384))):
+            error = (gpu_products.multiply(left, right).double() / (left.double() @ right.double()) - 1).abs().median()
+            assert 1e-5 < error < 1e-2 if own else error < 1e-5
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@cells
+def test_weights_that_are_views_of_something_larger(cell):
+    layer, x = CELLS[cell](16, 256, dtype=torch.bfloat16), torch.randn(20, 4, 16).bfloat16()
+    expected = layer(x)[0]
+    room = torch.zeros(layer.weight_hh_l0.numel() + 1, dtype=torch.bfloat16)
+    room[1:] = layer.weight_hh_l0.detach().flatten()
+    layer.weight_hh_l0 = torch.nn.Parameter(room[1:].view(layer.weight_hh_l0.shape))
+    assert layer.weight_hh_l0.data_ptr() % 16 == 2
+    assert torch.equal(layer(x)[0], expected)

@@ -27,7 +27,7 @@ from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.streamed import ShiftTensors
 from rnnfast_kernels.gpu.tiles import finish_products, rows_of_step
 
-from rnnfast.backends import gpu, gpu_launch
+from rnnfast.backends import gpu, gpu_launch, gpu_products
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
@@ -49,7 +49,7 @@ def loop(request):
 @pytest.fixture(autouse=True)
 def strict(monkeypatch):
     """Float32 products as exact as they come."""
-    monkeypatch.setattr(gpu_launch, "tf32_wanted", lambda: False)
+    monkeypatch.setattr(gpu_products, "tf32_wanted", lambda: False)
 
 
 def named(*cases):
@@ -274,7 +274,7 @@ def test_a_refused_launch_runs_step_by_step_and_warns_once(device, monkeypatch):
     def refuse(self):
         if getattr(self.args[0], "counters", None) is not None:
             refused.append(self)
-            raise RuntimeError("too many blocks in cooperative launch")
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
         run_once(self)
 
     monkeypatch.setattr(launch.Launch, "run", refuse)

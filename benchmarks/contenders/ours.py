@@ -30,7 +30,7 @@ def prepare(work: Workload, backend: str, plan: str = "") -> Call:
         with ExitStack() as stack:
             if backend != "auto":
                 stack.enter_context(rnnfast.use_backend(backend))
-            if plan:
+            if plan or (work.device == "cuda" and backend in ("auto", "triton")):
                 stack.enter_context(tuning.planned(plan))
             yield
 

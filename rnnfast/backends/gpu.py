@@ -20,7 +20,8 @@ from triton import knobs
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 from rnnfast.backends import gpu_projection as projection
-from rnnfast.backends.gpu_launch import matmul_precision, run_backward, run_forward, shift_rows
+from rnnfast.backends.gpu_launch import run_backward, run_forward, shift_rows
+from rnnfast.backends.gpu_products import multiply, multiply_add
 from rnnfast.backends.gpu_rows import Call, describe
 
 TAKES_ENSEMBLES = False
@@ -58,7 +59,7 @@ def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
     """Run the layer."""
     call = describe(layer)
     x, cell = layer.x, call.cell
-    with device_of(x), matmul_precision(x):
+    with device_of(x):
         wanted = [s == 0 or save or all_states for s in range(len(layer.hx))]
         states = tuple(
             call.new(call.D, h.shape[-1]) if want else x.new_empty(0) for h, want in zip(layer.hx, wanted, strict=True)
@@ -117,8 +118,7 @@ def input_gates(call: Call) -> Tensor:
     """W_ih x + b_ih for all rows and directions: [*L, D, G, H]."""
     x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
     bias = stack_present([w.b_ih for w in call.layer.weights])
-    weight = input_weights(call).t()
-    gates = x @ weight if bias is None else torch.addmm(bias.view(-1), x, weight)
+    gates = multiply_add(None if bias is None else bias.view(-1), x, input_weights(call).t())
     return gates.view(*call.layer.x.shape[:-1], call.D, call.cell.gates, call.H)
 
 
@@ -133,7 +133,7 @@ def backward(
 ) -> Gradients:
     """Differentiate the layer: the loop in reverse, then every other gradient as large matrix products."""
     call = describe(layer)
-    with device_of(layer.x), matmul_precision(layer.x):
+    with device_of(layer.x):
         states, saved = tuple(t.contiguous() for t in states), tuple(t.contiguous() for t in saved)
         dstates = tuple(None if t is None else t.contiguous() for t in dstates)
         dfinals = tuple(None if t is None else t.contiguous() for t in dfinals)
@@ -186,7 +186,7 @@ def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor
 
 def input_gradient(call: Call, dx: Tensor) -> Tensor:
     """Gradient by x, summed over directions."""
-    return (call.by_row(dx).flatten(1) @ input_weights(call)).view(call.layer.x.shape)
+    return multiply(call.by_row(dx).flatten(1), input_weights(call)).view(call.layer.x.shape)
 
 
 def no_weights(layer: Layer) -> tuple[Weights, ...]:
@@ -231,9 +231,9 @@ def projection_gradient(call: Call, d: int, dleaving: Tensor | None, saved: tupl
 def rows_product(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """a^T b over all rows, [M, N]; with more than one group, over the rows r of each r % groups, [groups, M, N]."""
     if groups == 1:
-        return a.t() @ b
+        return multiply(a.t(), b)
     a, b = a.unflatten(0, (-1, groups)), b.unflatten(0, (-1, groups))
-    return a.permute(1, 2, 0) @ b.transpose(0, 1)
+    return multiply(a.permute(1, 2, 0), b.transpose(0, 1))
 
 
 def rows_sum(a: Tensor, groups: int) -> Tensor:

@@ -4,8 +4,6 @@ Dimensions: T steps, B batch rows, H hidden units, G gates, S states, D directio
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,14 +12,27 @@ import torch
 from rnnfast_kernels.cells import Cell
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
-from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
+from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, MOST_ARRIVALS
 from rnnfast_kernels.gpu.launch import Extent
 from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from rnnfast.backends import gpu_products
+
 # One processor: the interpreter runs programs one after another, so none may wait for another.
 INTERPRETER = plan.Device("sm_90", 1, 232448)
+# Bytes: the widest access, for which Triton compiles where every address allows it.
+ALIGNMENT = 16
+# What drivers say where a launch asks for too much: more programs at once than fit, more of a processor than it has, or
+# programs that wait for each other on a device that cannot hold them.
+REFUSALS = (
+    "too many blocks in cooperative launch",
+    "cooperative launch too large",
+    "too many resources requested for launch",
+    "out of resources",
+    "operation not supported",
+)
 
 
 @dataclass(frozen=True)
@@ -46,34 +57,10 @@ def device_properties(device: torch.device) -> plan.Device:
     return plan.Device(f"sm_{found.major}{found.minor}", found.multi_processor_count, shared)
 
 
-def tf32_wanted() -> bool:
-    """Whether torch lets its own recurrent layers round float32 products to TF32."""
-    if hasattr(torch.backends.cudnn, "rnn"):
-        return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return torch.backends.cudnn.allow_tf32
-
-
-@contextmanager
-def matmul_precision(x: Tensor) -> Iterator[None]:
-    """Let torch's matrix products follow its TF32 setting for recurrent layers, as they do inside cuDNN."""
-    matmul = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    wanted: Any = tf32_wanted() if name == "allow_tf32" else "tf32" if tf32_wanted() else "ieee"
-    before = getattr(matmul, name) if x.is_cuda and x.dtype == torch.float32 else wanted
-    if before == wanted:
-        yield
-        return
-    setattr(matmul, name, wanted)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
-
-
 def make_problem(recurrence: Recurrence, like: Tensor, backward: bool) -> plan.Problem:
     """Describe one pass over tensors like `like` to the planner."""
     nvidia = like.is_cuda and not torch.version.hip
-    precision = "tf32" if nvidia and like.dtype == torch.float32 and tf32_wanted() else "ieee"
+    precision = "tf32" if nvidia and like.dtype == torch.float32 and gpu_products.tf32_wanted() else "ieee"
     cell, extent, dtype = recurrence.cell.name, recurrence.extent, str(like.dtype).removeprefix("torch.")
     device = device_properties(like.device)
     return plan.Problem(cell, recurrence.H, extent.B, extent.D, dtype, precision, backward, device)
@@ -81,18 +68,38 @@ def make_problem(recurrence: Recurrence, like: Tensor, backward: bool) -> plan.P
 
 def run_forward(recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
     """Run the forward loop: fills states, finals and what is saved."""
-    problem = make_problem(recurrence, tensors.w_hh, False)
+    problem, tensors = make_problem(recurrence, tensors.w_hh, False), align(tensors)
     chosen = plan.choose(problem)
-    if chosen.loop == "streamed" or not run_fused(chosen, recurrence, tensors, False, save):
+    if not holds(chosen, recurrence.extent) or not run_fused(chosen, recurrence, tensors, False, save):
         stream_forward(plan.streamed(problem), recurrence, tensors, save)
 
 
 def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
     """Run the backward loop: fills dx, du and dinitial."""
-    problem = make_problem(recurrence, tensors.w_hh, True)
+    problem, tensors = make_problem(recurrence, tensors.w_hh, True), align(tensors)
     chosen = plan.choose(problem)
-    if chosen.loop == "streamed" or not run_fused(chosen, recurrence, tensors, True, True):
+    if not holds(chosen, recurrence.extent) or not run_fused(chosen, recurrence, tensors, True, True):
         stream_backward(plan.streamed(problem), recurrence, tensors)
+
+
+def holds(chosen: plan.Plan, extent: Extent) -> bool:
+    """Whether all steps may run in one launch: by a loop that does, whose counters reach as far."""
+    return chosen.loop != "streamed" and (extent.T + 1) * chosen.members <= MOST_ARRIVALS
+
+
+def align(tensors: Any) -> Any:
+    """The same tensors, those copied that a pass reads and that do not begin at a multiple of 16 bytes.
+
+    Such a one would have a kernel of its own compiled, with narrow accesses, and is a view of something larger.
+    """
+    read = {name: aligned(getattr(tensors, name)) for name in tensors.read if getattr(tensors, name) is not None}
+    return tensors._replace(**read)
+
+
+def aligned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(aligned(entry) for entry in value)
+    return value if value is None or value.data_ptr() % ALIGNMENT == 0 else value.clone()
 
 
 def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward: bool, save: bool) -> bool:
@@ -101,15 +108,24 @@ def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward:
     if chosen.loop == "cooperative":
         tensors = tensors._replace(**workspace(chosen, recurrence, backward, tensors.w_hh))
     described = launch.loop(chosen, recurrence.cell.name, recurrence.H, backward, save, tensors, recurrence.extent)
-    if chosen.loop == "resident":
-        described.run()
-        return True
     try:
         described.run()
     except (RuntimeError, OutOfResources) as error:
+        if chosen.loop != "cooperative" or not is_refusal(error):
+            raise
         warn_refused(str(error))
         return False
     return True
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a launch failed, with nothing run, because its programs do not fit the device, all at once or at all.
+
+    Neither a failure to compile is one, nor an error that an earlier kernel left and that all later calls repeat.
+    """
+    said = str(error)
+    by_driver = said.startswith("Triton Error [") and any(reason in said for reason in REFUSALS)
+    return isinstance(error, OutOfResources) or by_driver
 
 
 def arrange(w_hh: Tensor, recurrence: Recurrence, chosen: plan.Plan, backward: bool) -> Tensor:
@@ -163,7 +179,7 @@ def compute_dtype(like: Tensor) -> torch.dtype:
 def multiply(a: Tensor, b: Tensor, result: Tensor) -> None:
     """result = a @ b for each direction, in the dtype of the result."""
     if a.dtype == result.dtype:
-        torch.bmm(a, b, out=result)
+        gpu_products.multiply(a, b, result)
     else:
         torch.bmm(a, b, out_dtype=result.dtype, out=result)
 
@@ -174,9 +190,10 @@ def stream_forward(chosen: plan.Plan, recurrence: Recurrence, tensors: ForwardTe
     weights = like.to(operand_dtype(like)).transpose(1, 2)  # [D, H, G*H]
     state = tuple(t.to(compute_dtype(like), copy=True) for t in tensors.initial)
     carry = ForwardCarry(state[0].new_empty(D, B, cell.gates * H), state, tensors.initial[0].to(weights, copy=True))
+    steps = launch.steps(chosen, cell.name, H, False, save, tensors, carry, recurrence.extent)
     for k in range(T):
         multiply(carry.h, weights, carry.u)
-        launch.step(chosen, cell.name, H, False, save, tensors, carry, k, recurrence.extent).run()
+        steps.run(k)
     for final, value in zip(tensors.finals, state, strict=True):
         final.copy_(value)
 
@@ -188,8 +205,9 @@ def stream_backward(chosen: plan.Plan, recurrence: Recurrence, tensors: Backward
     zeros = torch.zeros(D, B, H, dtype=compute_dtype(like), device=like.device)
     dstate = tuple(zeros.clone() if t is None else t.to(zeros, copy=True) for t in tensors.dfinals)
     carry = BackwardCarry(zeros, dstate, weights.new_empty(D, B, cell.gates * H))
+    steps = launch.steps(chosen, cell.name, H, True, True, tensors, carry, recurrence.extent)
     for k in range(T):
-        launch.step(chosen, cell.name, H, True, True, tensors, carry, k, recurrence.extent).run()
+        steps.run(k)
         multiply(carry.du, weights, carry.dh)
     dstate[0].add_(carry.dh)
     for result, value in zip(tensors.dinitial, dstate, strict=True):
@@ -198,5 +216,5 @@ def stream_backward(chosen: plan.Plan, recurrence: Recurrence, tensors: Backward
 
 def shift_rows(tensors: ShiftTensors, result: Tensor, rows: int, towards: int, extent: Extent) -> Tensor:
     """Fill result [D, R, width] with every row's value one step earlier (towards = -1) or later (1)."""
-    launch.shift(tensors, result, result.shape[-1], rows, towards, extent).run()
+    launch.shift(align(tensors), result, result.shape[-1], rows, towards, extent).run()
     return result

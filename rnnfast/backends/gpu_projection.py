@@ -10,6 +10,7 @@ from rnnfast_kernels.gpu.streamed import ShiftTensors
 from torch import Tensor
 
 from rnnfast.backends.gpu_launch import shift_rows
+from rnnfast.backends.gpu_products import multiply
 from rnnfast.backends.gpu_rows import Call
 
 
@@ -37,7 +38,8 @@ def loop_weights(call: Call) -> Tensor:
     """W_hh W_hr, multiplied in float32 at least: [D, G*H, H]."""
     dtype = call.layer.x.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    products = [w.w_hh.to(wide) @ projection(call, d).to(wide) for d, w in enumerate(call.layer.weights)]
+    product = multiply if dtype == wide else torch.matmul
+    products = [product(w.w_hh.to(wide), projection(call, d).to(wide)) for d, w in enumerate(call.layer.weights)]
     return torch.stack(products).to(dtype)
 
 
@@ -46,7 +48,7 @@ def add_initial(call: Call, gates: Tensor) -> None:
     by_row = call.by_row(gates).flatten(2)
     for d, weights in enumerate(call.layer.weights):
         row, enters = entry(call, d)
-        part = (call.layer.hx[0][d] @ weights.w_hh.t()).masked_fill(~enters, 0)
+        part = multiply(call.layer.hx[0][d], weights.w_hh.t()).masked_fill(~enters, 0)
         by_row[:, d].index_add_(0, row, part)
 
 
@@ -56,8 +58,8 @@ def project(call: Call, output: Tensor, final: Tensor, states: Tensor) -> Tensor
     by_row, outputs = call.by_row(states), call.by_row(output)
     for d in range(call.D):
         w_hr = projection(call, d)
-        by_row[:, d] = outputs[:, d] @ w_hr.t()
-        finals[d] = torch.where(idle(call, d), call.layer.hx[0][d], final[d] @ w_hr.t())
+        by_row[:, d] = multiply(outputs[:, d], w_hr.t())
+        finals[d] = torch.where(idle(call, d), call.layer.hx[0][d], multiply(final[d], w_hr.t()))
     return finals
 
 
@@ -68,16 +70,16 @@ def unproject(call: Call, dstates: Tensor | None, dfinals: Tensor | None) -> tup
         dm = call.new(call.D, call.H)
         by_row, sources = call.by_row(dm), call.by_row(dstates)
         for d in range(call.D):
-            by_row[:, d] = sources[:, d] @ projection(call, d)
+            by_row[:, d] = multiply(sources[:, d], projection(call, d))
     if dfinals is not None:
-        dm_final = torch.stack([dfinals[d] @ projection(call, d) for d in range(call.D)])
+        dm_final = torch.stack([multiply(dfinals[d], projection(call, d)) for d in range(call.D)])
     return dm, dm_final
 
 
 def entering_gradient(call: Call, du: Tensor) -> Tensor:
     """Gradient by the h that entered each step, du W_hh: [R, D, P]."""
     by_row = call.by_row(du).flatten(2)
-    return torch.stack([by_row[:, d] @ w.w_hh for d, w in enumerate(call.layer.weights)], 1)
+    return torch.stack([multiply(by_row[:, d], w.w_hh) for d, w in enumerate(call.layer.weights)], 1)
 
 
 def initial_gradient(call: Call, dentering: Tensor, dfinals: Tensor | None) -> Tensor:

@@ -144,7 +144,7 @@ def describe(case: Case) -> Launch:
     per_state = (wide,) * len(CELLS[problem.cell].states)
     operand = MockTensor(problem.dtype)
     carry = BackwardCarry(wide, per_state, operand) if problem.backward else ForwardCarry(wide, per_state, operand)
-    return launch.step(*common, carry, 3, extent)
+    return launch.step(*common, carry, extent)
 
 
 def compile_launch(target: str, described: Launch) -> Usage:

@@ -20,6 +20,11 @@ class ForwardTensors(NamedTuple):
     exchange: Any  # [2, groups, BLOCK_B, K], zero on entry; None for the resident loop
     counters: Any  # int32 [groups, 32], zero on entry; None for the resident loop
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The fields that the caller gives and the pass only reads."""
+        return ("w_hh", "b_hh", "initial", "rows", "first", "resets")
+
 
 class BackwardTensors(NamedTuple):
     gates: Any  # [R, D, G, H]: as the forward pass left them
@@ -38,3 +43,9 @@ class BackwardTensors(NamedTuple):
     exchange: Any  # [2, groups, slices, BLOCK_B, G, K]
     counters: Any  # int32 [groups, 32]; with several slices of k, [groups * slices + groups * columns, 32]
     parts: Any  # float32 [2, programs, slices, BLOCK_B, BLOCK_N], zero on entry; None where there is one slice
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The fields that the caller gives and the pass only reads."""
+        own = ("gates", "extra", "states", "dstates", "dfinals")
+        return ("w_hh", "initial", "rows", "first", "resets", *own)

@@ -10,6 +10,9 @@ import triton.language as tl
 
 # One counter to a cache line of 128 bytes, so that groups do not disturb one another.
 COUNTER_STRIDE = tl.constexpr(32)
+# Counters are int32: a group of M programs counts M arrivals in each of T steps and M before the first, so that
+# (T + 1) * M may be this much. A longer sequence runs step by step.
+MOST_ARRIVALS = 2**31 - 1
 
 
 @triton.jit

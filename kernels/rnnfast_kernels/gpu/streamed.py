@@ -40,6 +40,11 @@ class ShiftTensors(NamedTuple):
     first: Any  # int64 [T] or None
     resets: Any  # bool [T, B] or None
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The fields that the caller gives and the pass only reads."""
+        return self._fields
+
 
 class BackwardCarry(NamedTuple):
     dh: Any  # [D, B, H]: the recurrent part of dh, compute type

@@ -1,0 +1,90 @@
+"""Kernels that were compiled on another machine are found; without them, or by another Triton, they are compiled."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from conftest import INTERPRETED
+from triton.runtime import cache
+
+from benchmarks import gpu_cache
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+# Compiles one kernel in a process whose Triton is of another build, and says whether it was found.
+COMPILE = """
+import sys
+from triton import knobs
+from triton.runtime import cache
+cache.triton_key = lambda: sys.argv[1]
+from benchmarks import gpu_cache
+gpu_cache.pin()
+from rnnfast_kernels.gpu import aot, plan
+found = []
+knobs.compilation.listener = lambda **said: found.append(said["cache_hit"])
+case = aot.Case("sm_90", plan.Problem("rnn_tanh", 16, 1, 1, "bfloat16", "ieee", False, aot.TARGETS["sm_90"][1]), False)
+usage = aot.compile_launch("sm_90", aot.describe(case))
+assert usage.registers > 0
+print(found)
+"""
+
+
+def compile_by(build: str, folder, release: str) -> str:
+    paths = [str(gpu_cache.ROOT), str(gpu_cache.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {"TRITON_CACHE_DIR": str(folder), gpu_cache.RELEASE: release, "PYTHONPATH": os.pathsep.join(paths)}
+    words = [sys.executable, "-c", COMPILE, build]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.long
+def test_a_kernel_that_travelled_is_found_by_another_build_of_the_same_release(tmp_path):
+    folder, archive, own = tmp_path / "kernels", tmp_path / "kernels.tar.gz", triton.__version__
+    assert compile_by("one build", folder, own) == "[False]"
+    assert gpu_cache.pack(own, archive, folder) == 1
+    shutil.rmtree(folder)
+    assert gpu_cache.unpack(archive, folder) == own
+    assert compile_by("another", folder, own) == "[True]"
+    assert compile_by("another", folder, "0.0.0") == "[False]"  # of another release, which is not asked for
+    assert compile_by("another", tmp_path / "elsewhere", own) == "[False]"  # nothing has travelled there
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive at all", b"\\x1f\\x8b\\x08 cut off"])
+def test_without_an_archive_that_can_be_read_there_are_no_kernels(content, tmp_path):
+    archive = tmp_path / "kernels.tar.gz"
+    if content is not None:
+        archive.write_bytes(content)
+    assert gpu_cache.unpack(archive, tmp_path / "kernels") is None
+    assert gpu_cache.environment(None) == {}
+
+
+def test_only_the_release_that_compiled_the_kernels_looks_for_them(monkeypatch):
+    before = cache.triton_key
+    monkeypatch.setattr(cache, "triton_key", before)
+    monkeypatch.setenv(gpu_cache.RELEASE, "0.0.0")
+    assert not gpu_cache.pin()
+    assert cache.triton_key is before
+    monkeypatch.setenv(gpu_cache.RELEASE, triton.__version__)
+    assert gpu_cache.pin()
+    assert cache.triton_key() == triton.__version__
+
+
+def test_an_archive_has_what_runs_and_nothing_of_the_way_there(tmp_path):
+    folder, archive = tmp_path / "kernels", tmp_path / "a" / "kernels.tar.gz"
+    (folder / "HASH").mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "__grp__k.json", "k.ptx", "k.ttir", "k.ttgir", "k.llir", "k.source", "l.so"):
+        (folder / "HASH" / name).write_text('{"child_paths": {"k.cubin": "/k.cubin", "k.ptx": "/k.ptx"}}')
+    assert gpu_cache.pack("3.6.0", archive, folder) == 1
+    shutil.rmtree(folder)
+    assert gpu_cache.unpack(archive, folder) == "3.6.0"
+    assert {path.name for path in (folder / "HASH").iterdir()} == {"k.cubin", "k.json", "__grp__k.json"}
+    assert json.loads((folder / "HASH" / "__grp__k.json").read_text()) == {"child_paths": {"k.cubin": "/k.cubin"}}
