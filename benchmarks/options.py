@@ -51,8 +51,9 @@ def parser() -> Parser:
     ask.add_argument("--peer", metavar="NAMES", help=f"{', '.join(PEERS)}; torch always takes part")
     how = p.add_argument_group("how to measure")
     how.add_argument("--device", default="cpu", help=", ".join(DEVICES))
-    how.add_argument("--processor", default="native",
-                     help=f"hold everyone to its instructions: {', '.join(PROCESSORS)} (default %(default)s)")  # fmt: skip
+    how.add_argument(
+        "--processor", default="native", help=f"that everyone is held to: {', '.join(PROCESSORS)} (default %(default)s)"
+    )
     how.add_argument("--threads", type=int, default=usable_cores(), help="for every contender (default %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of weights, inputs and the grid (default %(default)s)")
     how.add_argument("--seconds", type=float, help="for one contender on one case (default 0.5, quick 0.2)")
