@@ -66,13 +66,14 @@ def test_calls_at_once_share_the_cores():
     layer = case.layer()
     with threads(2):
         expected = case.run(layer)
-        assert pool.borrow(pool.cores())
+        token = object()
+        assert pool.reserve(token, pool.cores())
         try:
-            assert not pool.borrow(2)
+            assert not pool.reserve(object(), 2)
             assert not same(expected, case.run(layer))
         finally:
-            pool.give_back(pool.cores())
-        assert pool.lent == 0
+            del pool.reserved[token]
+        assert not pool.reserved
 
 
 @cells

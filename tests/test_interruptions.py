@@ -57,6 +57,7 @@ RAIN = """
             assert not running and pool.tasks.empty(), n
     signal.setitimer(signal.ITIMER_REAL, 0)
     if sys.argv[1] == "call":
+        assert not pool.reserved
         assert torch.equal(layer(x)[0], expected)
     print(interrupted)
 """

@@ -26,8 +26,9 @@ from rnnfast_kernels.cpu.job import PHASE
 tasks: queue.SimpleQueue = queue.SimpleQueue()
 workers: list[threading.Thread] = []
 growing = threading.Lock()
-lent = 0
-lending = threading.Lock()
+# Cores that calls under way have, by a token of each call.
+reserved: dict[object, int] = {}
+reserving = threading.Lock()
 forked = False
 known_cores, read_at = 1, -math.inf
 
@@ -110,21 +111,17 @@ def limit_of(group: Path) -> float:
         return math.inf
 
 
-def borrow(threads: int) -> bool:
-    """Say whether a call may have so many threads: whether cores are left beside those of calls in other threads."""
-    global lent
-    with lending:
-        if lent and lent + threads > cores():
+def reserve(token: object, threads: int) -> bool:
+    """Say whether a call may have so many threads: whether cores are left beside those of calls in other threads.
+
+    If so they are reserved until the token is taken from `reserved`, which a caller can do whatever interrupts it.
+    """
+    with reserving:
+        others = sum(reserved.values())
+        if others and others + threads > cores():
             return False
-        lent += threads
+        reserved[token] = threads
     return True
-
-
-def give_back(threads: int) -> None:
-    """End what `borrow` began."""
-    global lent
-    with lending:
-        lent -= threads
 
 
 class Crowd:
@@ -243,11 +240,12 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
 
 def forget() -> None:
     """Start afresh in a forked child."""
-    global tasks, growing, lent, lending, forked, crowd
+    global tasks, growing, reserving, forked, crowd
     tasks = queue.SimpleQueue()
-    growing, lending = threading.Lock(), threading.Lock()
+    growing, reserving = threading.Lock(), threading.Lock()
     workers.clear()
-    lent, crowd = 0, Crowd()
+    reserved.clear()
+    crowd = Crowd()
     forked = True
     team.cache_clear()
 

@@ -160,10 +160,9 @@ class Recipe:
         if program.alone or pool.crowd.is_here():
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
-        lent = False
+        token = object()
         try:
-            lent = pool.borrow(self.threads)
-            if not lent:
+            if not pool.reserve(token, self.threads):
                 self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
                 return
             pool.cores()
@@ -178,5 +177,4 @@ class Recipe:
             if self.sizes is None or addresses[self.sizes] == 0:
                 self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
         finally:
-            if lent:
-                pool.give_back(self.threads)
+            pool.reserved.pop(token, None)
