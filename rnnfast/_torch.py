@@ -53,7 +53,7 @@ def always(*args) -> bool:
 is_wrapper: Callable[[Tensor], bool] = found("torch._C._functorch.is_functorch_wrapped_tensor", always)
 is_zero_tensor: Callable[[Tensor], bool] = found("torch.Tensor._is_zerotensor", always)
 is_profiled: Callable[[], bool] = found("torch._C._autograd._profiler_enabled", always)
-is_traced: Callable[[], bool] = found("torch._C._is_tracing", always)
+is_traced: Callable[[], bool] = found("torch._C._is_tracing", torch.jit.is_tracing)
 count_dispatch_modes: Callable[[], int] = found("torch._C._len_torch_dispatch_stack", always)
 innermost_transform: Callable[[], Any] = found("torch._C._functorch.peek_interpreter_stack", always)
 has_transforms: Callable[[], bool] = found("torch._C._are_functorch_transforms_active", always)
@@ -145,6 +145,14 @@ def is_jvp(transform) -> bool:
     if JVP is MISSING:
         unknown("torch._C._functorch.TransformType.Jvp", "derivatives inside of a transform")
     return transform.key() == JVP
+
+
+FUNCTIONALIZE = found("torch._C._functorch.TransformType.Functionalize")
+
+
+def is_functionalize(transform) -> bool:
+    """Say whether a transform is `torch.func.functionalize`; a torch that lacks the name has none."""
+    return FUNCTIONALIZE is not MISSING and transform.key() == FUNCTIONALIZE
 
 
 get_unwrapped = needed("torch._C._functorch.get_unwrapped", "gradients inside of a transform")

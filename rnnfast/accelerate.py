@@ -13,31 +13,25 @@ A layer stays the object it was, with its parameters, hooks and buffers; only it
 A layer with a `forward` of its own in the instance is left alone: that is what runs, and it means what it meant.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from rnnfast import _torch, modules
+from rnnfast import _torch, cell_modules, modules
+from rnnfast.modules import EXACT
 
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
+# What ours become where torch's are wanted instead.
+TORCHS = {ours: theirs for theirs, ours in COUNTERPARTS.items()} | {
+    cell_modules.RNNCell: nn.RNNCell,
+    cell_modules.LSTMCell: nn.LSTMCell,
+    cell_modules.GRUCell: nn.GRUCell,
+}
 # The attribute of an accelerated layer that holds the class it had.
 ORIGINAL = "_class_before_accelerate"
-
-# What the forward of torch's layers asks of the module, and ours does not.
-ASKED_BY_TORCH = (
-    "check_forward_args",
-    "check_input",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-    "_flat_weights",
-    "_init_flat_weights",
-    "_update_flat_weights",
-    "_weights_have_changed",
-)
 
 
 class Finding(NamedTuple):
@@ -75,29 +69,71 @@ def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
             original = plain_class(layer)
             _torch.update_weight_list(layer)
             listed = layer.__dict__.pop("_flat_weights", None)
+            exact = type(layer)
             change_class(layer, accelerated_class(original, keep_types))
-            if listed is not None and any(a is not b for a, b in zip(listed, layer.weights(), strict=False)):
+            if listed is not None and is_assigned(layer, listed):
                 layer._flat_weights = listed
             object.__setattr__(layer, ORIGINAL, original)
+            if exact is not original:
+                object.__setattr__(layer, EXACT, exact)
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: nn.Module, *, own: bool = False) -> nn.Module:
     """Undo `accelerate`: give every accelerated layer in `model` the exact class it had. Returns `model`.
 
-    Layers that were made as rnnfast's stay so.
+    Args:
+        model: any module, also a recurrent layer itself.
+        own: also make torch's layers and cells of those that were made as rnnfast's. Parameters stay the same objects.
+            Default False: they stay rnnfast's.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
+        TypeError: `model` is no torch.nn.Module; or, with `own`, has a layer of a class derived from rnnfast's.
     """
     for layer in recurrent_layers(model).values():
         if ORIGINAL in layer.__dict__:
-            change_class(layer, layer.__dict__.pop(ORIGINAL))
-            kept = layer.__dict__.pop("_kept_weights", None)
-            _torch.init_weight_list(layer)
-            if kept is not None:
-                layer._flat_weights = kept[0]
+            back_to_torch(layer, layer.__dict__.pop(ORIGINAL), layer.__dict__.pop(EXACT, None))
+    named: list[tuple[str, nn.Module]] = [*model.named_modules()] if own else []
+    for name, module in named:
+        if isinstance(module, tuple(TORCHS)):
+            theirs = TORCHS.get(plain_class(module))
+            if theirs is None:
+                place = name or "the model itself"
+                raise TypeError(
+                    f"restore: {place} is a {type(module).__name__}, derived from rnnfast's; torch has none"
+                )
+            back_to_torch(module, theirs)
     return model
+
+
+def is_assigned(layer, listed: Sequence) -> bool:
+    """Say whether a layer's list of weights has others than its parameters. What is computed anew does not count."""
+    own = layer._parameters
+    pairs = zip(layer._flat_weights_names, listed, strict=False)
+    return any(name in own and weight is not own[name] for name, weight in pairs)
+
+
+def back_to_torch(layer: nn.Module, plain: type, exact: type | None = None) -> None:
+    """Give a layer or cell the class `plain` of torch's; `exact`, if given, while it is parametrized."""
+    if exact is None or not is_parametrized(layer):
+        change_class(layer, plain)
+    else:
+        take_properties(exact, type(layer))
+        layer.__class__ = exact
+    if isinstance(layer, nn.RNNBase):
+        kept = layer.__dict__.pop("_kept_weights", None)
+        _torch.init_weight_list(layer)
+        if kept is not None:
+            layer._flat_weights = kept[0]
+
+
+def take_properties(to: type, of: type) -> None:
+    """Give a class that parametrize made the properties that another has: parametrizations may have come and gone."""
+    old, new = ({k: v for k, v in vars(each).items() if isinstance(v, property)} for each in (to, of))
+    for name in old.keys() - new.keys():
+        delattr(to, name)
+    for name, value in new.items():
+        setattr(to, name, value)
 
 
 def survey(model: nn.Module) -> list[Finding]:
@@ -136,11 +172,10 @@ def reason_against(layer: nn.Module) -> str | None:
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"
     if not isinstance(layer, tuple(COUNTERPARTS)):
         return "a subclass of RNNBase with a cell that rnnfast does not know"
-    for name in ASKED_BY_TORCH:
-        owner = next((base for base in type(layer).__mro__ if name in vars(base)), nn.RNNBase)
-        instance = name in layer.__dict__ and name != "_flat_weights"
-        if instance or not owner.__module__.startswith("torch.nn.modules."):
-            return f"it overrides {name}, which torch's forward uses and rnnfast's does not"
+    names = (name for name in modules.ASKED_BY_TORCH if name in layer.__dict__ and name != "_flat_weights")
+    name = next(names, None) or modules.first_overridden(type(layer))
+    if name is not None:
+        return f"it overrides {name}, which torch's forward uses and rnnfast's does not"
     if "forward" in layer.__dict__:
         return "the instance has a forward of its own"
     if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):

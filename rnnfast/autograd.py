@@ -15,7 +15,7 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import _torch, batching, onnx_export, ops, reference, second_order
+from rnnfast import _torch, batching, flops, onnx_export, ops, reference, second_order
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
 from rnnfast.backends.choice import differentiates_twice, load
 
@@ -51,6 +51,8 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
         results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
     elif _torch.forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
+    elif is_functionalized():
+        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
     else:
         results = _torch.apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
     count = len(hx)
@@ -99,12 +101,19 @@ def is_differentiated(tensors) -> bool:
     return _torch.in_dual_level() or _torch.forward_nesting() > 0
 
 
+def is_functionalized() -> bool:
+    """Say whether `torch.func.functionalize` is around a call: it takes operators, and no Functions."""
+    return _torch.innermost_transform() is not None and any(map(_torch.is_functionalize, _torch.list_transforms() or ()))
+
+
 def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
     """Call an operator below autograd: through torch's dispatcher, unless nothing would happen there."""
     if torch.compiler.is_dynamo_compiling():
         return getattr(torch.ops.rnnfast, name)(*args)
     if is_plain(tensors):
         return getattr(ops, name)(*args)
+    if _torch.count_dispatch_modes() > 0:
+        flops.register()
     with _torch.below_autograd():
         return getattr(torch.ops.rnnfast, name)(*args)
 
@@ -167,7 +176,16 @@ def backward_function() -> Callable[..., tuple[Tensor, ...]]:
     The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it and
     cannot follow one there.
     """
-    return partial(_torch.apply, LayerBackward) if goes_on() else LayerBackward.forward
+    if not goes_on():
+        return LayerBackward.forward
+    return by_operator if is_functionalized() else partial(_torch.apply, LayerBackward)
+
+
+def by_operator(*args) -> tuple[Tensor, ...]:
+    """Compute a layer's gradients by the operator, which takes the arguments of `LayerBackward` in lists."""
+    tensor_count, saved_count = args[7:9]
+    (x, hx, weights, *options), *others = split(args[0], tensor_count, saved_count, args[9:])
+    return tuple(torch.ops.rnnfast.layer_backward(*args[:7], x, hx, weights, *options, *others))
 
 
 def asked_for(ctx) -> tuple[bool, ...]:
@@ -384,7 +402,7 @@ def make_changes(cell: str, reverse: tuple[bool, ...], changes) -> Changes:
     return Changes(changes[0], changes[1 : 1 + count], ops.pack_weights(changes[1 + count :], len(reverse)))
 
 
-def split(cell: str, tensor_count: int, saved_count: int, args):
+def split(cell: str, tensor_count: int, saved_count: int, args: Sequence):
     """Undo the flattening of `LayerBackward`'s tensors."""
     count = len(CELLS[cell].states)
     batch_sizes, resets, x = args[:3]

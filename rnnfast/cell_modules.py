@@ -6,11 +6,13 @@ Where the choice of a backend falls on torch, it is torch's own step.
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rnnfast import _torch
 from rnnfast.backends.choice import steps_by_torch
 from rnnfast.checks import several_states
-from rnnfast.functional import Options, recurrent, single
+from rnnfast.functional import Options, is_traced, recurrent, single
+from rnnfast.modules import leaf, no_script
 
 
 class Cell(nn.RNNCellBase):
@@ -23,10 +25,13 @@ class Cell(nn.RNNCellBase):
     equations: str
 
     def is_for_torch(self, input: Tensor) -> bool:
-        """Say whether torch is to take the step: by choice, or because there is nothing to compute, or no tensor."""
-        if not self.hidden_size or not self.input_size or not isinstance(input, Tensor):
+        """Say whether torch is to take the step: by choice, or because it traces, or there is nothing to compute."""
+        if not self.hidden_size or not self.input_size or not isinstance(input, Tensor) or is_traced():
             return True
         return steps_by_torch(self.equations, input.device, input.dtype)
+
+    def __prepare_scriptable__(self):
+        raise TypeError(no_script(self))
 
     def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Take one step: input [B, I] or [I], states [B, H] or [H], zero if None."""
@@ -86,6 +91,8 @@ class RNNCell(Cell, nn.RNNCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, (input,) if hx is None else (input, hx))
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         if self.is_for_torch(input):
@@ -105,6 +112,8 @@ class LSTMCell(Cell, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, (input,) if hx is None else (input, hx))
         if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list, Tensor))):
             return super().forward(input, hx)
         if hx is not None:
@@ -125,6 +134,8 @@ class GRUCell(Cell, nn.GRUCell):
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, (input,) if hx is None else (input, hx))
         if self.is_for_torch(input):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import autograd, checks, native, ops, quick, reference
+from rnnfast import _torch, autograd, checks, native, ops, quick, reference
 from rnnfast.backends import Layer
 from rnnfast.backends.choice import backend_of
 from rnnfast.stacking import through_layers
@@ -84,6 +84,8 @@ def recurrent(
 ):
     """Run a stack of recurrent layers; see `lstm`."""
     if isinstance(input, PackedSequence):
+        if is_traced():
+            return traced(options, input, weights, hx, lengths, resets, all_states)
         return run_packed(options, input, weights, hx, lengths, resets, all_states)
     kind = None
     if lengths is None and resets is None and not all_states and not torch.compiler.is_dynamo_compiling():
@@ -94,6 +96,8 @@ def recurrent(
             results = prepared(input, states, weights)
             if results is not None:
                 return results
+    if is_traced():
+        return traced(options, input, weights, hx, lengths, resets, all_states)
     batched = checks.input_is_batched(options, input)
     if not batched:
         input = input.unsqueeze(0 if options.batch_first else 1)
@@ -110,6 +114,36 @@ def recurrent(
     if kind is not None and backend_of(options.cell, x.device, x.dtype, False) == "numba":
         quick.remember(kind)
     return present(options, outcome, batched, all_states)
+
+
+def is_traced() -> bool:
+    """Say whether torch.jit.trace is at work."""
+    return not torch.compiler.is_dynamo_compiling() and _torch.is_traced()
+
+
+def traced(options, input, weights, hx, lengths, resets, all_states):
+    """Run a call that torch.jit.trace, or the older torch.onnx.export, records: torch's operator, with sizes free."""
+    if lengths is not None or resets is not None or all_states or not hasattr(_torch.operators, options.cell):
+        raise RuntimeError(
+            "rnnfast: torch.jit.trace and torch.onnx.export(dynamo=False) record torch's own operators, which have "
+            "neither lengths, resets and all_states nor other cells; use torch.export or torch.onnx.export(dynamo=True)"
+        )
+    packed = isinstance(input, PackedSequence)
+    x, batch_sizes, order, inverse = input if packed else (input, None, None, None)
+    batched = packed or x.dim() == 3
+    if not batched:
+        x = x.unsqueeze(0 if options.batch_first else 1)
+    x = x.transpose(0, 1) if options.batch_first and not packed else x
+    if hx is None:
+        batch = x.shape[1] if batch_sizes is None else batch_sizes[0]
+        hx = initial_states(options, None, x, batch, weights)
+    else:
+        hx = tuple(hx) if n_states(options) > 1 else (hx,)
+        hx = permuted(hx if batched else tuple(s.unsqueeze(1) for s in hx), order)
+    outcome = Outcome(*native.run(Call(options, x, hx, weights, batch_sizes)), ())
+    if packed:
+        return PackedSequence(outcome.output, batch_sizes, order, inverse), single(permuted(outcome.finals, inverse))
+    return present(options, outcome, batched, False)
 
 
 def run_packed(options, packed, weights, hx, lengths, resets, all_states):
@@ -186,7 +220,7 @@ def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple
     else:
         spec = autograd.Spec(cell, backend, reverse, call.all_states and n == call.options.num_layers - 1)
         args = (spec, x, hx, weights, call.batch_sizes, call.resets)
-        if call.options.recompute and torch.is_grad_enabled():
+        if call.options.recompute and torch.is_grad_enabled() and not _torch.has_transforms():
             states, finals = checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             states, finals = autograd.layer(*args)
@@ -203,8 +237,7 @@ def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, w
     if n_states(options) == 1:
         return (h,)
     hidden = weights[1].shape[0] // CELLS[options.cell].gates
-    other = h if hidden == h.shape[2] else x.new_zeros(rows, batch, hidden)
-    return (h, *(other,) * (n_states(options) - 1))
+    return (h, *(x.new_zeros(rows, batch, hidden) for _ in range(n_states(options) - 1)))
 
 
 def n_states(options: Options) -> int:

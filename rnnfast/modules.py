@@ -7,13 +7,68 @@ Weights are read by name at every call, so parametrizations, `torch.func.functio
 tensor set in a parameter's place all work.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from rnnfast import _torch
 from rnnfast.functional import Options, recurrent
 
+# What the forward of torch's layers asks of the module, and ours does not.
+ASKED_BY_TORCH = (
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_flat_weights",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
+)
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
+
+# Attributes of a layer that do not go along where it is copied or pickled: the list that stands for its weights, and
+# the class that parametrize made for it before `accelerate`.
+EXACT = "_exact_class_before_accelerate"
+NOT_IN_STATE = ("_kept_weights", EXACT)
+
+
+def first_overridden(cls: type) -> str | None:
+    """Return the first of the methods that torch's forward asks which a class has neither from torch nor from here."""
+    for name in ASKED_BY_TORCH:
+        owner = next((base for base in cls.__mro__ if name in vars(base)), nn.RNNBase)
+        if owner.__module__ != __name__ and not owner.__module__.startswith("torch.nn.modules."):
+            return name
+    return None
+
+
+def unasked(layer: str, name: str) -> str:
+    """Say that a method would be ignored."""
+    return (
+        f"{layer}: {name} is asked by the forward of torch.nn's layers, and not by rnnfast's; "
+        "override forward, or derive from torch.nn's layer"
+    )
+
+
+def no_script(module: nn.Module) -> str:
+    """Say what to do where torch.jit.script is called."""
+    return (
+        f"torch.jit.script cannot compile rnnfast.{type(module).__name__}: call rnnfast.restore(model, own=True) "
+        "first, which gives torch.nn's layers with the same parameters; or use torch.jit.trace or torch.export"
+    )
+
+
+def leaf(module: nn.Module, args: tuple, lengths=None, resets=None, all_states=False):
+    """Record a module as one node, as torch.fx does with the modules of torch.nn."""
+    given = {"lengths": lengths, "resets": resets, "all_states": all_states or None}
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 class Recurrent(nn.RNNBase):
@@ -24,6 +79,13 @@ class Recurrent(nn.RNNBase):
     """
 
     recompute: bool = False
+    __jit_unused_properties__: ClassVar[list[str]] = ["all_weights", "_flat_weights"]  # type: ignore[misc]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name = first_overridden(cls)
+        if name is not None:
+            raise TypeError(unasked(cls.__name__, name))
 
     def forward(self, input, hx=None, *, lengths=None, resets=None, all_states=False):
         """Run the layers over `input`, as the torch module of the same name does.
@@ -46,6 +108,8 @@ class Recurrent(nn.RNNBase):
             ValueError, RuntimeError: what torch raises for the same mistake. ValueError or TypeError for lengths and
                 resets: what was expected and what came. RuntimeError if a backend asked for by name cannot run this.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, (input,) if hx is None else (input, hx), lengths, resets, all_states)
         return recurrent(
             self.options(), input, self.weights(), hx, lengths=lengths, resets=resets, all_states=all_states
         )
@@ -98,6 +162,8 @@ class Recurrent(nn.RNNBase):
         object.__setattr__(self, "_kept_weights", (weights, self.weights()))
 
     def __setattr__(self, name, value) -> None:
+        if name in ASKED_BY_TORCH and name != "_flat_weights":
+            raise TypeError(unasked(type(self).__name__, name))
         if name in self.__dict__.get("_flat_weights_names", ()):
             self._kept_weights = None
         super(nn.RNNBase, self).__setattr__(name, value)
@@ -111,11 +177,14 @@ class Recurrent(nn.RNNBase):
         self.weights()
 
     def __getstate__(self):
-        return {name: value for name, value in super().__getstate__().items() if name != "_kept_weights"}
+        return {name: value for name, value in super().__getstate__().items() if name not in NOT_IN_STATE}
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self._init_flat_weights()
+
+    def __prepare_scriptable__(self):
+        raise TypeError(no_script(self))
 
     def flatten_parameters(self) -> None:
         """Do nothing, for callers of torch's modules: the kernels take each parameter where it is."""

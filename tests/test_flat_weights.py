@@ -62,3 +62,39 @@ def test_an_lstm_has_torchs_checks():
     layer.check_forward_args(x, states, None)
     assert layer.get_expected_cell_size(x, None) == (1, 5, 3)
     assert len(layer.permute_hidden(states, torch.arange(5))) == 2
+
+
+def test_methods_that_torchs_forward_asks_are_not_ignored():
+    with pytest.raises(TypeError, match=r"Mine: permute_hidden is asked by the forward of torch.nn's layers"):
+        type("Mine", (rnnfast.GRU,), {"permute_hidden": lambda self, hx, order: hx})
+    mixin = type("Mixin", (), {"check_forward_args": lambda self, *args: None})
+    with pytest.raises(TypeError, match="Mixed: check_forward_args"):
+        type("Mixed", (mixin, rnnfast.LSTM), {})
+    type("Fine", (rnnfast.LSTM,), {"forward": lambda self, x: super().forward(x)})
+    for layer in (rnnfast.RNN(2, 3), rnnfast.accelerate(nn.RNN(2, 3), keep_types=True)):
+        with pytest.raises(TypeError, match="RNN: get_expected_hidden_size"):
+            layer.get_expected_hidden_size = lambda *args: (1, 1, 3)
+
+
+def test_restored_parametrized_layers_have_the_class_they_had():
+    layer = nn.utils.parametrizations.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
+    exact, x = type(layer), torch.randn(4, 2, 2)
+    expected = layer(x)[0]
+    for keep_types in (False, True):
+        rnnfast.accelerate(layer, keep_types=keep_types)
+        twin = copy.deepcopy(layer)
+        for each in (twin, layer):
+            torch.testing.assert_close(each(x)[0], expected)
+            assert type(rnnfast.restore(each)) is exact
+            torch.testing.assert_close(each(x)[0], expected)
+    rnnfast.accelerate(layer)
+    nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
+    nn.utils.parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert type(rnnfast.restore(layer)) is exact
+    torch.testing.assert_close(layer(x)[0], expected)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight_ih_l0")
+    assert type(layer) is nn.LSTM
+    torch.testing.assert_close(layer(x)[0], expected)
+    rnnfast.accelerate(layer)
+    copy.deepcopy(layer)
+    assert type(rnnfast.restore(layer)) is nn.LSTM

@@ -23,7 +23,7 @@ LAYERS = (
     ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
     ("rnnfast.quick_training",),
     ("rnnfast.autograd",),
-    ("rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference", "rnnfast.stacking"),
     ("rnnfast.backends",),
     ("rnnfast._torch",),
