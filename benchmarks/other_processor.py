@@ -68,13 +68,22 @@ int main(void) {
 
 
 def pretend(processor: str) -> None:
-    """Have everything compiled for a processor; before the kernels are imported."""
-    triple, os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = PROCESSORS[processor]
+    """Have everything compiled for a processor; before the kernels are imported.
+
+    Numba places what it compiles in memory, which works here for Linux's object files alone.
+    """
+    triple, name, features = PROCESSORS[processor]
+    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = name, features
     from llvmlite import binding
 
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
-    binding.get_process_triple = lambda: triple
+    on_linux = f"{'x86_64' if triple.startswith('x86_64') else 'aarch64'}-unknown-linux-gnu"
+    binding.get_process_triple = lambda: on_linux
+    from rnnfast_kernels.cpu import target
+
+    chosen = target.Processor(triple, name, features)
+    target.processor = lambda: chosen
 
 
 def compile_for(processor: str, cell: str, dtype: str) -> bytes:

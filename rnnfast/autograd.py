@@ -236,7 +236,8 @@ class LayerFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = (asked_for(ctx) if goes_on() else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)
-        results = backward_function()(*ctx.spec[:3], *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
+        constants = (ctx.spec.cell, ctx.spec.backend, ctx.spec.reverse)
+        results = backward_function()(*constants, *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     @staticmethod

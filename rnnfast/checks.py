@@ -178,14 +178,20 @@ def cast_for_autocast(call):
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
 
-        call = call._replace(x=cast(call.x), hx=tuple(map(cast, call.hx)), weights=[cast(w) for w in call.weights])
+        call = call.each(cast)
     one_kind(call)
     return call
 
 
 def is_autocast_on(device: str) -> bool:
     """Say whether `torch.autocast` is at work for a type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@_torch.constant_in_graphs
+def has_autocast(device: str) -> bool:
+    """Say whether there is autocast for a type of device; Dynamo could not always trace the question."""
+    return torch.amp.is_autocast_available(device)
 
 
 def one_kind(call) -> None:

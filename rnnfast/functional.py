@@ -4,7 +4,7 @@
 sorted rows, a full set of initial states. It runs layer by layer through `rnnfast.autograd`, or whole through torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -62,6 +62,11 @@ class Call(NamedTuple):
     def over(self, x: Tensor, hx: States, batch_sizes: Tensor | None, resets: Tensor | None) -> "Call":
         """Return the call with other tensors."""
         return Call(self.options, x, hx, self.weights, batch_sizes, resets, self.all_states)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """Return the call with its floating tensors changed. (Dynamo could not always trace `_replace`.)"""
+        hx, weights = tuple([change(state) for state in self.hx]), [change(weight) for weight in self.weights]
+        return Call(self.options, change(self.x), hx, weights, self.batch_sizes, self.resets, self.all_states)
 
 
 class Outcome(NamedTuple):
@@ -225,7 +230,7 @@ def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple
         else:
             states, finals = autograd.layer(*args)
     h = states[0]  # [*L, D, P]
-    return h.squeeze(-2) if len(reverse) == 1 else h.flatten(-2), finals, states
+    return h.flatten(-2) if call.options.bidirectional else h.squeeze(-2), finals, states
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:

@@ -44,6 +44,7 @@ def test_inductor_compiles_forward_and_backward(cell, backend):
     assert_all_close(expected, run(ours, x))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 keeps no graphs with operators that are not its own")
 def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch):
     layer, x = sample("lstm", **F64)
 
