@@ -372,7 +372,9 @@ def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | 
     layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
-    if groups == 1 and is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
+    if groups > 1:
+        raise RuntimeError("rnnfast: gradients in groups have no derivative")
+    if is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
         with torch.no_grad():
             found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
         return flatten(layer, found), pushed

@@ -13,7 +13,7 @@ from rnnfast import quick
 
 # The name of an action and its seed: what it does is drawn from that, so that any part of a sequence can be run alone.
 Action = tuple[str, int]
-NAMES = ("LSTM", "GRU", "RNN")
+NAMES = ("LSTM", "GRU", "RNN", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 
 
 class Pair:
@@ -30,6 +30,9 @@ class Pair:
         }
         if kind == "LSTM" and random.random() < 0.3:
             options["proj_size"] = 2
+        self.is_cell, self.states = kind.endswith("Cell"), 2 if kind.startswith("LSTM") else 1
+        if self.is_cell:
+            options = {"bias": options["bias"]}
         torch.manual_seed(seed)
         self.theirs = getattr(nn, kind)(3, 4, **options).double()
         self.ours = getattr(rnnfast, kind)(3, 4, **options).double()
@@ -49,22 +52,38 @@ class Pair:
 
     def results(self, random: Random) -> list[tuple[Tensor, list[Tensor], list[Tensor]]]:
         """Call both modules: output, all results, leaves."""
-        steps, batch = random.choice(((3, 2), (5, 1), (1, 4))), random.random()
-        size = (*steps, 3) if batch < 0.9 else (steps[0], 3)
-        x, rows = self.draw(random, *size), self.theirs.num_layers * (2 if self.theirs.bidirectional else 1)
-        with_hx, wants = random.random() < 0.5, random.random() < 0.6
-        inner = steps[0] if self.theirs.batch_first else steps[1]
-        shape = (rows, inner) if len(size) == 3 else (rows,)
-        widths = [self.theirs.proj_size or 4, 4][: 2 if self.theirs.mode == "LSTM" else 1]
-        hx = [self.draw(random, *shape, width) for width in widths]
+        sizes, batched = random.choice(((3, 2), (5, 1), (1, 4))), random.random() < 0.9
+        x, with_hx, wants = (
+            self.draw(random, *self.size(sizes, batched), 3),
+            random.random() < 0.5,
+            random.random() < 0.6,
+        )
+        hx = [self.draw(random, *shape) for shape in self.state_sizes(sizes, batched)]
         found = []
         for module in self.both:
             leaves = [t.clone().requires_grad_(wants) for t in (x, *(hx if with_hx else ()))]
             state = None if not with_hx else tuple(leaves[1:]) if len(hx) == 2 else leaves[1]
-            output, finals = module(leaves[0], state)
-            every = [output, *(finals if isinstance(finals, tuple) else (finals,))]
-            found.append((output, every, [leaf for leaf in leaves if leaf.requires_grad]))
+            results = module(leaves[0], state)
+            every = [t for each in as_tuple(results) for t in as_tuple(each)]
+            found.append((every[0], every, [leaf for leaf in leaves if leaf.requires_grad]))
         return found
+
+    def size(self, sizes: tuple[int, int], batched: bool) -> tuple[int, ...]:
+        """Return the size of an input but for its width; sizes: [T, B], or [B, T] with batch_first."""
+        return sizes[self.is_cell :] if batched else sizes[: 1 - self.is_cell]
+
+    def state_sizes(self, sizes: tuple[int, int], batched: bool) -> list[tuple[int, ...]]:
+        """Return the sizes of the states."""
+        if self.is_cell:
+            return [(*self.size(sizes, batched), 4)] * self.states
+        rows = self.theirs.num_layers * (2 if self.theirs.bidirectional else 1)
+        lead = (rows, sizes[0 if self.theirs.batch_first else 1]) if batched else (rows,)
+        return [(*lead, self.theirs.proj_size or 4), (*lead, 4)][: self.states]
+
+
+def as_tuple(results) -> tuple:
+    """Return results as a tuple."""
+    return results if isinstance(results, tuple) else (results,)
 
 
 def call(pair: Pair, random: Random) -> None:
@@ -228,10 +247,10 @@ def call_functional(pair: Pair, random: Random) -> None:
     """Compare a call with other weights, by functional_call, and the gradient by one of them."""
     name = random.choice([name for name, _ in pair.theirs.named_parameters()])
     values = pair.draw(random, *getattr(pair.theirs, name).shape)
-    x, found = pair.draw(random, 3, 2, 3), []
+    x, found = pair.draw(random, *pair.size((3, 2), True), 3), []
     for module in pair.both:
         leaf = values.clone().requires_grad_()
-        output = torch.func.functional_call(module, {name: leaf}, (x,))[0]
+        output = as_tuple(torch.func.functional_call(module, {name: leaf}, (x,)))[0]
         found.append([output, *torch.autograd.grad(output.sin().sum(), leaf)])
     same("functional_call", found[1], found[0])
 
