@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import triton
 from rnnfast_kernels.gpu import plan
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 import rnnfast
 from benchmarks import gpu_cache
@@ -128,7 +130,8 @@ def error(got: tuple, expected: tuple) -> float:
     """The largest relative difference of two runs' results, in L2 norm."""
 
     def one(a: torch.Tensor, b: torch.Tensor) -> float:
-        a, b = a.detach().cpu().double(), b.detach().cpu().double()
+        b = b.detach().double()
+        a = a.detach().to(b.device).double()
         return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
 
     return max(map(one, got, expected))
@@ -167,3 +170,22 @@ def attempt(what: tuple, run: Callable[[], object]) -> None:
         run()
     except Exception as trouble:
         print("TROUBLE", *what, f"{type(trouble).__name__}: {trouble}"[:200], flush=True)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Say in the end how many kernels were found, and how many compiled, in how much time."""
+    found: list[tuple[bool, float]] = []
+
+    def listen(cache_hit: bool, times, **_) -> None:
+        found.append((cache_hit, times.total / 1e6))
+
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
+        compiled = [seconds for hit, seconds in found if not hit]
+        print(
+            f"kernels: {len(found) - len(compiled)} found, {len(compiled)} compiled {sum(compiled):.1f} s", flush=True
+        )

@@ -34,6 +34,7 @@ from benchmarks.gpu_layers import (
     CELLS,
     SIZES,
     attempt,
+    counted,
     cudnn_runs,
     error,
     forward_of,
@@ -229,7 +230,7 @@ def main(words: list[str]) -> int:
     n, parts = map(int, words[1].split("/")) if len(words) > 1 else (0, 1)
     torch.manual_seed(0)
     start = time.monotonic()
-    with standing_in() if STANDS_IN else nullcontext(), rnnfast.use_backend("triton"):
+    with standing_in() if STANDS_IN else nullcontext(), rnnfast.use_backend("triton"), counted():
         # A layer would run step by step, and be timed as what it is not.
         warnings.filterwarnings("error", message="the device refused")
         wrong = STAGES[words[0]]((n, parts))
