@@ -36,6 +36,8 @@ LAST_SECONDS = 20
 PROCESSES = 14
 # How much longer stages may take where they only are gone through.
 SLOWER = 10
+# What the benchmark may take to draw what it has.
+DRAWING_SECONDS = 20
 MEASURE = ("benchmarks", "--backend", "triton")
 # The device tests that come first: all that a barrier which waits forever would show.
 STREAMS = "two_grids or captured or inside_a_capture or current_stream"
@@ -163,7 +165,8 @@ def read_results(path: Path) -> tuple[str, tuple[str, ...]]:
 def run_cases(arguments: argparse.Namespace, out: Path) -> Outcome:
     """Run the benchmark on named cases; it stores each as it is measured, and draws what it has when told to end."""
     start, log = time.monotonic(), out / "log.txt"
-    (state,) = run_all([[*MEASURE, "--out", str(out), *measure_words(arguments)]], arguments.seconds or 500, [log], {})
+    command = [*MEASURE, "--out", str(out), *measure_words(arguments)]
+    (state,) = run_all([command], arguments.seconds or 500, [log], {}, DRAWING_SECONDS)
     print(log.read_text(errors="replace"))
     return Outcome("cases", state, time.monotonic() - start, *read_results(out / "results.json"))
 
