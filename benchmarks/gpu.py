@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,11 @@ LAST_SECONDS = 20
 PROCESSES = 14
 # How much longer stages may take where they only are gone through.
 SLOWER = 10
+# What the benchmark may take to draw what it has.
+DRAWING_SECONDS = 20
 MEASURE = ("benchmarks", "--backend", "triton")
 # The device tests that come first: all that a barrier which waits forever would show.
-STREAMS = "two_grids or captur or current_stream"
+STREAMS = "two_grids or captured or inside_a_capture or current_stream"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
         logs, junits = ([Path(folder, f"{n}.{kind}") for n in range(processes)] for kind in ("txt", "xml"))
         # A stage of ours ends by itself, after the row that it is at.
         environment = {**environment, "OUT": str(out), "UNTIL": str(start + seconds - 2 * GRACE_SECONDS)}
+        if processes > 1:
+            environment["OMP_NUM_THREADS"] = "1"
         commands = []
         for n, junit in enumerate(junits):
             share = f"{n}/{processes}"
@@ -114,12 +119,22 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
         took = time.monotonic() - start
         if not stage.tests:
             lines = [line for line in said.splitlines() if line.startswith(("TROUBLE", "WRONG")) or "Error" in line]
-            return Outcome(stage.name, state, took, f"{len(lines)} troubles", tuple(dict.fromkeys(lines)))
+            counts = f"{len(lines)} troubles; kernels {kernels(said)}"
+            return Outcome(stage.name, state, took, counts, tuple(dict.fromkeys(lines)))
         found = [read_tests(junit, log) for junit, log in zip(junits, logs, strict=True)]
     counts, failures = sum((f.counts for f in found), Counter()), [name for f in found for name in f.failures]
     text = ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped"))
     text += "" if all(f.complete for f in found) else " before it was cut off"
     return Outcome(stage.name, state, took, text, tuple(failures))
+
+
+def kernels(said: str) -> str:
+    """How many kernels the processes of a stage found, and how many they compiled."""
+    numbers = re.findall(r"^kernels: (\d+) found, (\d+) compiled ([\d.]+) s$", said, re.MULTILINE)
+    found, compiled, seconds = (
+        (sum(map(float, column)) for column in zip(*numbers, strict=True)) if numbers else (0, 0, 0)
+    )
+    return f"{found:.0f} found, {compiled:.0f} compiled, {seconds:.0f} s"
 
 
 def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, str]) -> list[str]:
@@ -150,7 +165,8 @@ def read_results(path: Path) -> tuple[str, tuple[str, ...]]:
 def run_cases(arguments: argparse.Namespace, out: Path) -> Outcome:
     """Run the benchmark on named cases; it stores each as it is measured, and draws what it has when told to end."""
     start, log = time.monotonic(), out / "log.txt"
-    (state,) = run_all([[*MEASURE, "--out", str(out), *measure_words(arguments)]], arguments.seconds or 500, [log], {})
+    command = [*MEASURE, "--out", str(out), *measure_words(arguments)]
+    (state,) = run_all([command], arguments.seconds or 500, [log], {}, DRAWING_SECONDS)
     print(log.read_text(errors="replace"))
     return Outcome("cases", state, time.monotonic() - start, *read_results(out / "results.json"))
 
@@ -175,10 +191,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def rehearsed(stage: Stage) -> Stage:
-    """The same stage where there is no GPU: some of its tests, by Triton's interpreter."""
-    return Stage(
-        stage.name, stage.seconds, min(2, stage.processes), stage.tests[:1], "rows_are_counted" * bool(stage.tests)
-    )
+    """The same stage where there is neither a GPU nor a hurry: of its tests one that Triton's interpreter runs."""
+    which = "rows_are_counted" if stage.tests else ""
+    return Stage(stage.name, SLOWER * stage.seconds, min(2, stage.processes), stage.tests[:1], which)
 
 
 def call(stages: Sequence[Stage], seconds: float, out: Path, environment: dict[str, str], tests: dict[str, str]):
@@ -201,14 +216,14 @@ def line(o: Outcome) -> str:
     return f"{o.stage:8} {o.seconds:5.0f} s  {o.state:22} {o.counts}"
 
 
-def fill() -> int:
+def fill(wanted: Sequence[str]) -> int:
     """Compile for the calls, without a GPU, and pack what was compiled."""
     import triton
 
     environment = {**gpu_cache.environment(triton.__version__), "STANDS_IN": "fill"}
     with tempfile.TemporaryDirectory() as out:
-        outcomes = call(FILL, 4 * 3600, Path(out), environment, {})
-        print((Path(out) / "log.txt").read_text()[-3000:])
+        stages = [stage for stage in FILL if not wanted or stage.name in wanted]
+        outcomes = call(stages, 4 * 3600, Path(out), environment, {})
     kernels = gpu_cache.pack(triton.__version__)
     size = gpu_cache.ARCHIVE.stat().st_size / 2**20
     print(f"{kernels} kernels by Triton {triton.__version__} in {gpu_cache.ARCHIVE}, {size:.1f} MiB")
@@ -220,24 +235,26 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.list:
         words = ["-m", "benchmarks", "--device", "cuda", "--question", "marks", "--list"]
         return subprocess.call([sys.executable, *words])
+    wanted = arguments.stages.split(",") if arguments.stages else []
     if arguments.call == "fill":
-        return fill()
+        return fill(wanted)
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu").absolute()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.case:
         outcomes = [run_cases(arguments, out)]
     else:
         seconds, stages = CALLS[arguments.call]
+        done = Path(arguments.done).resolve() if arguments.done else None
         for name in ("rows.jsonl", "log.txt", "tests.txt"):
-            (out / name).unlink(missing_ok=True)
+            if (out / name).resolve() != done:
+                (out / name).unlink(missing_ok=True)
         environment, tests = gpu_cache.environment(gpu_cache.unpack()), {}
-        if arguments.done:
-            environment["DONE"] = str(Path(arguments.done).absolute())
+        if done:
+            environment["DONE"] = str(done)
         if arguments.device == "tiny":
             seconds, stages, tests = SLOWER * seconds, tuple(map(rehearsed, stages)), {"TRITON_INTERPRET": "1"}
             environment["STANDS_IN"] = "tiny"
-        wanted = arguments.stages.split(",") if arguments.stages else [stage.name for stage in stages]
-        stages = tuple(stage for stage in stages if stage.name in wanted)
+        stages = tuple(stage for stage in stages if not wanted or stage.name in wanted)
         outcomes = call(stages, arguments.seconds or seconds, out, environment, tests)
     drawn = draw(out)
     print(

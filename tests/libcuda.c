@@ -13,7 +13,8 @@ static intptr_t functions = 100;
 void stub_listen(listener given) { told = given; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **parameters, void **extra) {
-  unsigned sizes[6] = {config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, config->sharedMemBytes, 0};
+  unsigned sizes[6] = {config->gridDimX,  config->gridDimY,       config->gridDimZ,
+                       config->blockDimX, config->sharedMemBytes, 0};
   for (unsigned i = 0; i < config->numAttrs; i++)
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
       sizes[5] = config->attrs[i].value.cooperative;

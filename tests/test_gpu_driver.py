@@ -58,7 +58,9 @@ def described(monkeypatch):
         before = len(found)
         run_again(self, value)
         if len(found) == before:
-            found.append(self.launch._replace(args=(*self.before, value, *self.after)))
+            args = list(self.launch.args)
+            args[launch.STEP] = value
+            found.append(self.launch._replace(args=tuple(args)))
 
     monkeypatch.setattr(launch.Launch, "run", run)
     monkeypatch.setattr(launch.Repeated, "run", again)

@@ -1,0 +1,191 @@
+"""What the stages of `benchmarks.gpu_stages` measure and with what: layers, runs, rows."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from rnnfast_kernels.gpu import plan
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+
+import rnnfast
+from benchmarks import gpu_cache
+from benchmarks.gpu_device import DEVICE, STANDS_IN, elapsed
+from benchmarks.machine import commit
+from rnnfast.backends import gpu_launch, gpu_products
+
+PINNED = gpu_cache.pin()
+CELLS = {"lstm": ("LSTM", "lstm"), "gru": ("GRU", "gru"), "rnn": ("RNN", "rnn_tanh")}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, what matters most first."""
+
+    hidden: tuple[int, ...] = (1024, 512, 256, 768, 128, 64)
+    batch: tuple[int, ...] = (16, 64, 1)
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    T: int = 512
+    lengths: tuple[int, ...] = (16, 64, 256, 1024, 4096, 8192)
+    long: tuple[int, ...] = (1024, 256)
+    planned: tuple[int, ...] = (1024, 512, 256, 128)
+    slope: tuple[int, int] = (128, 640)
+    probe: tuple[int, int] = (1000, 9000)
+    members: int = 132
+
+
+FULL = Sizes()
+TINY = Sizes((32, 24), (2, 1), ("bfloat16", "float32"), 4, (3, 5), (32,), (32,), (2, 4), (2, 4), 16)
+# Full sizes, but of three steps, where kernels are compiled for a device that is not there.
+SIZES = {"": FULL, "fill": FULL, "tiny": TINY}[STANDS_IN]
+
+
+@cache
+def facts() -> dict:
+    """What every row says of where it was measured."""
+    real = DEVICE == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if real else "none",
+        "processors": gpu_launch.device_properties(torch.device(DEVICE)).processors,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn_version": torch.backends.cudnn.version(),
+        "commit": commit(),
+        "pinned": PINNED,
+    }
+
+
+def note(stage: str, **row) -> dict:
+    """Keep a row."""
+    with Path(os.environ["OUT"], "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": stage, **row, **facts()}) + "\n")
+    return row
+
+
+def in_time(cases) -> Iterator:
+    """The cases, as far as the time goes."""
+    until = float(os.environ.get("UNTIL", "inf"))
+    for case in cases:
+        if time.monotonic() > until:
+            print("the time is over", flush=True)
+            return
+        yield case
+
+
+def milliseconds(run: Callable[[], object], seconds: float = 0.04, most: int = 20) -> float:
+    """The median of as many runs as fit."""
+    first = elapsed(run)
+    count = int(min(most, max(3, 1e3 * seconds / max(first, 1e-3))))
+    return statistics.median(elapsed(run) for _ in range(count))
+
+
+def problem(cell: str, H: int, B: int, dtype: str, backward: bool) -> plan.Problem:
+    device = gpu_launch.device_properties(torch.device(DEVICE))
+    precision = "tf32" if dtype == "float32" and gpu_products.tf32_wanted() else "ieee"
+    return plan.Problem(CELLS[cell][1], H, B, 1, dtype, precision, backward, device)
+
+
+def random(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(getattr(torch, dtype))
+
+
+def pair(cell: str, H: int, dtype: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torch's layer, as wide as its input, and ours with the same weights."""
+    options = {"dtype": getattr(torch, dtype), "device": DEVICE}
+    theirs, ours = (getattr(library, CELLS[cell][0])(H, H, **options) for library in (torch.nn, rnnfast))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def forward_of(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], tuple]:
+    def run() -> tuple:
+        with torch.no_grad():
+            return (module(x)[0],)
+
+    return run
+
+
+def training_of(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], tuple]:
+    x = x.clone().requires_grad_()
+
+    def run() -> tuple:
+        for tensor in (x, *module.parameters()):
+            tensor.grad = None
+        module(x)[0].backward(dy)
+        return x.grad, module.weight_hh_l0.grad
+
+    return run
+
+
+def error(got: tuple, expected: tuple) -> float:
+    """The largest relative difference of two runs' results, in L2 norm."""
+
+    def one(a: torch.Tensor, b: torch.Tensor) -> float:
+        b = b.detach().double()
+        a = a.detach().to(b.device).double()
+        return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+
+    return max(map(one, got, expected))
+
+
+class Watch(TorchDispatchMode):
+    """Sees which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def cudnn_runs(run: Callable[[], object]) -> bool:
+    with Watch() as watch:
+        run()
+    return "aten::_cudnn_rnn" in watch.names
+
+
+def plans_of(cell: str, H: int, B: int, dtype: str) -> dict:
+    """The plan of each pass, and the model's microseconds of a step by it."""
+    found = {}
+    for way, backward in (("forward", False), ("backward", True)):
+        asked = problem(cell, H, B, dtype, backward)
+        chosen = plan.choose(asked)
+        found[f"plan_{way}"] = {**asdict(chosen), "predicted": plan.step_time(asked, chosen)}
+    return found
+
+
+def attempt(what: tuple, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except Exception as trouble:
+        print("TROUBLE", *what, f"{type(trouble).__name__}: {trouble}"[:200], flush=True)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Say in the end how many kernels were found, and how many compiled, in how much time."""
+    found: list[tuple[bool, float]] = []
+
+    def listen(cache_hit: bool, times, **_) -> None:
+        found.append((cache_hit, times.total / 1e6))
+
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
+        compiled = [seconds for hit, seconds in found if not hit]
+        print(
+            f"kernels: {len(found) - len(compiled)} found, {len(compiled)} compiled {sum(compiled):.1f} s", flush=True
+        )
