@@ -103,7 +103,9 @@ def is_differentiated(tensors) -> bool:
 
 def is_functionalized() -> bool:
     """Say whether `torch.func.functionalize` is around a call: it takes operators, and no Functions."""
-    return _torch.innermost_transform() is not None and any(map(_torch.is_functionalize, _torch.list_transforms() or ()))
+    return _torch.innermost_transform() is not None and any(
+        map(_torch.is_functionalize, _torch.list_transforms() or ())
+    )
 
 
 def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
