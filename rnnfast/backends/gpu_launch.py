@@ -176,10 +176,10 @@ def compute_dtype(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def multiply(a: Tensor, b: Tensor, result: Tensor) -> None:
-    """result = a @ b for each direction, in the dtype of the result."""
+def multiply(a: Tensor, b: Tensor, result: Tensor, own: bool | None = None) -> None:
+    """result = a @ b for each direction, in the dtype of the result; see `gpu_products.multiply`."""
     if a.dtype == result.dtype:
-        gpu_products.multiply(a, b, result)
+        gpu_products.multiply(a, b, result, own)
     else:
         torch.bmm(a, b, out_dtype=result.dtype, out=result)
 
@@ -191,8 +191,9 @@ def stream_forward(chosen: plan.Plan, recurrence: Recurrence, tensors: ForwardTe
     state = tuple(t.to(compute_dtype(like), copy=True) for t in tensors.initial)
     carry = ForwardCarry(state[0].new_empty(D, B, cell.gates * H), state, tensors.initial[0].to(weights, copy=True))
     steps = launch.steps(chosen, cell.name, H, False, save, tensors, carry, recurrence.extent)
+    own = gpu_products.differs(weights)
     for k in range(T):
-        multiply(carry.h, weights, carry.u)
+        multiply(carry.h, weights, carry.u, own)
         steps.run(k)
     for final, value in zip(tensors.finals, state, strict=True):
         final.copy_(value)
@@ -206,9 +207,10 @@ def stream_backward(chosen: plan.Plan, recurrence: Recurrence, tensors: Backward
     dstate = tuple(zeros.clone() if t is None else t.to(zeros, copy=True) for t in tensors.dfinals)
     carry = BackwardCarry(zeros, dstate, weights.new_empty(D, B, cell.gates * H))
     steps = launch.steps(chosen, cell.name, H, True, True, tensors, carry, recurrence.extent)
+    own = gpu_products.differs(weights)
     for k in range(T):
         steps.run(k)
-        multiply(carry.du, weights, carry.dh)
+        multiply(carry.du, weights, carry.dh, own)
     dstate[0].add_(carry.dh)
     for result, value in zip(tensors.dinitial, dstate, strict=True):
         result.copy_(value)

@@ -42,13 +42,16 @@ def differs(like: Tensor) -> bool:
     return tf32_in_products() != tf32_wanted()
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, of two matrices or of two batches of as many, into `out` where it is given."""
-    if differs(a):
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, own: bool | None = None) -> Tensor:
+    """a @ b, of two matrices or of two batches of as many, into `out` where it is given.
+
+    own: what `differs` says of them, where it has been asked.
+    """
+    if differs(a) if own is None else own:
         result = gemm(a, b, out)
         if result is not None:
             return result
-    return torch.matmul(a, b, out=out)
+    return torch.bmm(a, b, out=out) if a.dim() == 3 else torch.mm(a, b, out=out)
 
 
 def multiply_add(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
