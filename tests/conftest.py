@@ -104,7 +104,7 @@ def pytest_addoption(parser):
     )
     parser.addoption("--all", action="store_true", help="run the tests marked as long, too")
     parser.addoption("--share", metavar="N/ALL", help="run every ALL-th test only, from the N-th on")
-    # Without pytest-timeout, which a borrowed machine may lack, its setting means nothing.
+    # Without pytest-timeout, which a machine with a GPU may lack, its setting means nothing.
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take")
 
