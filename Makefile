@@ -51,11 +51,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo
 
+# Processes that share the tests.
+JOBS ?= 2
 test check: $(INSTALLED)
-	$(BIN)/python -m pytest $(if $(TORCH),--ignore=tests/test_style.py)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(if $(TORCH),--ignore=tests/test_style.py)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest --all
+	$(BIN)/python -m pytest --all --numprocesses $(JOBS) --dist worksteal
 
 test-models: $(INSTALLED)
 	$(PIP) transformers sb3-contrib 'gluonts[torch]'

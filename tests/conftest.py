@@ -20,28 +20,47 @@ atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_err
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Kernels in about the order in which tests want them; those of second derivatives are marked by a 2.
-COMPILE_ALL = """
+# Kernels in about the order in which tests want them, every so manyth; those of second derivatives are marked by a 2.
+COMPILE = """
+import sys
+from itertools import product
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.compiled import kernel
-for dtype, order in (("float32", 1), ("bfloat16", 1), ("float64", 1), ("float64", 2), ("float16", 1), ("float32", 2)):
-    for cell in CELLS:
-        kernel(cell, dtype, order)
+kinds = ("float32", 1), ("bfloat16", 1), ("float64", 1), ("float64", 2), ("float16", 1), ("float32", 2)
+first, step = map(int, sys.argv[1:])
+for (dtype, order), cell in list(product(kinds, CELLS))[first::step]:
+    kernel(cell, dtype, order)
 """
+
+
+def start_compiling(first: int = 0, step: int = 1) -> subprocess.Popen:
+    words = [sys.executable, "-c", COMPILE, str(first), str(step)]
+    places = os.pathsep.join(
+        [os.path.join(os.path.dirname(__file__), "..", "kernels"), os.environ.get("PYTHONPATH", "")]
+    )
+    return subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": places}
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_are_compiled_beside_the_first_tests():
     """Without machine code from an earlier run, compiling takes minutes: let another core do that meanwhile."""
-    if backends_under_test() != ["numba"]:
+    if backends_under_test() != ["numba"] or "PYTEST_XDIST_WORKER" in os.environ:
         yield
         return
-    compiler = subprocess.Popen(
-        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    compiler = start_compiling()
     yield
     compiler.kill()
     compiler.wait()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """Processes that share the tests would each compile what all of them want: let them begin when that is done."""
+    if backends_under_test() == ["numba"]:
+        for compiler in [start_compiling(n, len(specs)) for n in range(len(specs))]:
+            compiler.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)
