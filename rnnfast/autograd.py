@@ -18,6 +18,7 @@ from torch import Tensor
 from rnnfast import _torch, batching, flops, onnx_export, ops, reference, second_order
 from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
 from rnnfast.backends.choice import differentiates_twice, load
+from rnnfast.changes import unpack, versions
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -228,6 +229,8 @@ class LayerFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.counts = (len(inputs) - 6, len(saved))
         ctx.save_for_backward(*inputs[4:], *states, *saved)
+        traced = torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        ctx.versions = None if traced else versions((*inputs[4:], *states, *saved))
         ctx.save_for_forward(*inputs[4:], *states, *saved)
 
     @staticmethod
@@ -238,8 +241,12 @@ class LayerFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = (asked_for(ctx) if goes_on() else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)
+        if torch.compiler.is_dynamo_compiling():
+            saved = ctx.saved_tensors
+        else:
+            saved = unpack(ctx, ctx.versions, partial(repair, ctx.spec, ctx.counts[0], needs[0]))
         constants = (ctx.spec.cell, ctx.spec.backend, ctx.spec.reverse)
-        results = backward_function()(*constants, *flags, 1, *ctx.counts, *ctx.saved_tensors, *grads[: 2 * count])
+        results = backward_function()(*constants, *flags, 1, *ctx.counts, *saved, *grads[: 2 * count])
         return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     @staticmethod
@@ -260,6 +267,25 @@ class LayerFunction(torch.autograd.Function):
 
         states = len(CELLS[cell].states)
         return batching.map_layer(apply, backend, reverse, info.batch_size, inputs[4:], in_dims[4:], states)
+
+
+def repair(spec: Spec, tensor_count: int, need_x: bool, saved: list, changed: Sequence[int]) -> list | None:
+    """Return what a layer saved, of which some were changed in place: see `rnnfast.changes.unpack`."""
+    first, count = 2 + tensor_count, spec.states
+    batch_sizes, resets, x, *tensors = saved[:first]
+    hx, weights = tensors[:count], tensors[count:]
+    if changed[-1] < first:
+        each = len(weights) // len(spec.reverse)
+        unused = {2, 3} if each > 3 else set()
+        unused |= set() if need_x else {0}
+        places = [n - first + len(weights) for n in changed]
+        return saved if not goes_on() and all(n >= 0 and n % each in unused for n in places) else None
+    if changed[0] < first:
+        return None
+    constants = (spec.cell, spec.backend, spec.reverse, True, spec.all_states)
+    with torch.no_grad():
+        found = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
+    return [*saved[:first], *found[:count], *found[2 * count :]]
 
 
 def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:

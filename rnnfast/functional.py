@@ -118,7 +118,20 @@ def recurrent(
         outcome = run(call)
     if kind is not None and backend_of(options.cell, x.device, x.dtype, False) == "numba":
         quick.remember(kind)
+        return no_views(options, batched, *present(options, outcome, batched, all_states))
     return present(options, outcome, batched, all_states)
+
+
+def no_views(options: Options, batched: bool, output: Tensor, finals: Tensor | States):
+    """Return results that are views only where those of prepared calls are, to whom comes after these few.
+
+    Torch does not detach a view in place.
+    """
+    if not (options.batch_first and batched):
+        output = output.clone()
+    if not batched:
+        finals = tuple(s.clone() for s in finals) if isinstance(finals, tuple) else finals.clone()
+    return output, finals
 
 
 def is_traced() -> bool:

@@ -5,6 +5,7 @@ derivatives, maps over incoming gradients, tracing, is given to `autograd.LayerB
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from rnnfast import _torch, autograd
 from rnnfast.backends.choice import load
 from rnnfast.batching import takes_batched_gradients
+from rnnfast.changes import unpack, versions
 from rnnfast.stacking import through_layers
 
 
@@ -31,7 +33,9 @@ class QuickLayer(torch.autograd.Function):
         output, finals, kept = layer.forward(x, *tensors)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *tensors, output, *kept)
+        saved = (x, *tensors, output, *kept)
+        ctx.save_for_backward(*saved)
+        ctx.versions = versions(saved)
         return output, *finals
 
     @staticmethod
@@ -40,13 +44,28 @@ class QuickLayer(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        layer, saved = ctx.layer, ctx.saved_tensors
+        layer = ctx.layer
+        saved = unpack(ctx, ctx.versions, partial(repair, layer, ctx.needs_input_grad[1]))
         if autograd.goes_on():
             return None, *by_operators(layer, saved, grads, autograd.asked_for(ctx)[1:])
         tracing = torch.compiler.is_dynamo_compiling()
         if tracing or not autograd.is_plain(given, saved) or not layer.fits(saved):
             return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
         return None, *layer.backward(saved, grads, ctx.needs_input_grad[1:])
+
+
+def repair(layer, need_x: bool, saved: list, changed: Sequence[int]) -> list | None:
+    """Return what a layer saved, of which some were changed in place: see `rnnfast.changes.unpack`."""
+    first = 1 + len(layer.initial) + len(layer.weights)  # of the results
+    if changed[-1] < first:
+        names = [layer.saved[n] for n in changed]
+        unused = ("b_ih", "b_hh") if need_x else ("b_ih", "b_hh", "w_ih")
+        return saved if not autograd.goes_on() and all(name.startswith(unused) for name in names) else None
+    if changed[0] < first or not layer.fits(saved):
+        return None
+    with torch.no_grad():
+        output, _, kept = layer.forward(*saved[:first])
+    return [*saved[:first], output, *kept]
 
 
 # Past the look at the signature, and at transforms, which are not there, that `Function.apply` takes first.

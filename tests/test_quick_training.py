@@ -129,14 +129,14 @@ def test_a_graph_is_used_once_unless_it_is_retained():
         torch.autograd.grad(loss, x)
 
 
-@pytest.mark.parametrize("change", ["weight", "output", "state"])
+@pytest.mark.parametrize("change", ["weight", "state"])
 def test_what_was_saved_may_not_be_changed(change):
     layer, x = rnnfast.LSTM(5, 7), torch.randn(2, 3, 5)
     hx = (torch.randn(1, 3, 7), torch.randn(1, 3, 7))
     output, _ = repeated(layer, x, hx)
     loss = output.sum()
     with torch.no_grad():
-        {"weight": layer.weight_hh_l0, "output": output, "state": hx[1]}[change].add_(1)
+        {"weight": layer.weight_hh_l0, "state": hx[1]}[change].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -1,0 +1,40 @@
+"""What was saved for backward, where it was changed in place before backward came.
+
+A layer's output is saved, and the caller's too: `out += 1` is allowed with torch's layers. Torch raises when such a
+tensor is unpacked. What can be computed again is; so that costs nothing where nothing was changed.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+from torch import Tensor
+
+version_of = attrgetter("_version")
+
+
+def versions(tensors: Sequence[Tensor | None]) -> list[int] | None:
+    """Return how often each tensor was changed in place; None where one does not count that."""
+    try:
+        return [0 if tensor is None else version_of(tensor) for tensor in tensors]
+    except RuntimeError:  # what tensors made in inference mode answer; torch refuses to save them
+        return None
+
+
+def unpack(ctx, known: Sequence[int] | None, repair: Callable[[list, list[int]], list | None]) -> Sequence:
+    """Return the tensors that a Function saved.
+
+    known: their versions then. repair: takes the tensors and the numbers of those that were changed, and returns what
+    they were as far as that is of use, or None where that is lost: then torch's error is raised.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError:
+        raw = ctx._raw_saved_tensors  # raises if they are freed
+        if known is None or not hasattr(raw[0], "data"):  # torch 2.6 does not show them
+            raise
+        tensors = [each.data for each in raw]
+        changed = [n for n, now in enumerate(versions(tensors) or known) if now != known[n]]
+        repaired = repair(tensors, changed) if changed else None
+        if repaired is None:
+            raise
+        return repaired
