@@ -63,6 +63,11 @@ def test_an_exported_layer_trains(backend):
     assert_all_close(*grads)
 
 
+needs_onnx_operators = pytest.mark.skipif(
+    not hasattr(torch.onnx, "ops"), reason="torch before 2.8 exports no operators of ONNX itself"
+)
+
+
 def onnx_session(model: nn.Module, args: tuple, dynamic_shapes):
     """Export a model and open it in ONNX Runtime."""
     pytest.importorskip("onnxscript", reason="onnxscript, which torch's ONNX exporter needs, is not installed")
@@ -78,6 +83,7 @@ onnx_warnings = pytest.mark.filterwarnings(
 
 
 @onnx_warnings
+@needs_onnx_operators
 @pytest.mark.parametrize(("ragged", "bias"), [(False, True), (True, False)], ids=["dense", "lengths, no bias"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
 def test_onnx_runtime_gives_the_same_through_standard_operators(cell, ragged, bias, backend):
@@ -114,6 +120,7 @@ class Started(nn.Module):
 
 
 @onnx_warnings
+@needs_onnx_operators
 @pytest.mark.parametrize("kind", ["layer", "cell"])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_initial_states_travel_too(name, kind, backend):
@@ -136,6 +143,7 @@ def test_initial_states_travel_too(name, kind, backend):
 
 
 @onnx_warnings
+@needs_onnx_operators
 def test_what_onnx_lacks_is_named(backend):
     pytest.importorskip("onnxscript", reason="onnxscript, which torch's ONNX exporter needs, is not installed")
     with pytest.raises(Exception, match="ONNX's LSTM has no proj_size"):
