@@ -5,6 +5,7 @@ options, and, because autograd can differentiate it any number of times, the sou
 """
 
 import builtins
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -24,10 +25,20 @@ States = tuple[Tensor, ...]
 
 def run(layer: Layer) -> tuple[States, States]:
     """Return every state after every step, and the final states: `Result.states` and `Result.finals`."""
+    layer = without_padding(layer)
     directions = [run_direction(layer, d) for d in range(len(layer.reverse))]
     states, finals = zip(*directions, strict=True)
     stacked = tuple(torch.stack(parts, dim=-2) for parts in zip(*states, strict=True))  # [*L, D, P or H]
     return stacked, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))  # [D, B, P or H]
+
+
+def without_padding(layer: Layer) -> Layer:
+    """Return the layer with zeros for what stands in the padding, where even NaN may reach nothing."""
+    x, sizes = layer.x, layer.batch_sizes
+    if sizes is None or x.dim() == 2:
+        return layer
+    live = torch.arange(x.shape[1], device=x.device) < sizes.to(x.device)[:, None]
+    return replace(layer, x=torch.where(live[..., None], x, torch.zeros_like(x)))
 
 
 def run_direction(layer: Layer, d: int) -> tuple[States, States]:

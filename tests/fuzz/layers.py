@@ -86,8 +86,8 @@ def run_ours(case: Case, values: Values, module) -> Named:
 
     with torch.inference_mode(case.mode == "inference_tensors"):
         leaves = {name: given(name, leaf, layout(name)) for name, leaf in values.poisoned.items()}
-    along = {name: given(name, tensor, "plain") for name, tensor in values.along.items()}
-    incoming = {name: given(name, tensor, case.incoming_layout) for name, tensor in values.incoming.items()}
+    along = {name: given(name, tensor, "plain") for name, tensor in values.along_poisoned.items()}
+    incoming = {name: given(name, tensor, case.incoming_layout) for name, tensor in values.incoming_poisoned.items()}
     if module is not None:
         for n, (name, _) in enumerate(list(module.named_parameters())):
             setattr(module, name, nn.Parameter(leaves[f"w{n}"], requires_grad=False))

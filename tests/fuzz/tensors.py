@@ -65,9 +65,15 @@ class Values:
         # What stands in the padding, and a state that is reset before it is used, reaches nothing.
         padding = torch.arange(steps)[:, None] >= lengths
         self.poisoned = {name: leaf.clone() for name, leaf in self.leaves.items()}
+        self.incoming_poisoned = {name: tensor.clone() for name, tensor in self.incoming.items()}
+        self.along_poisoned = {name: tensor.clone() for name, tensor in self.along.items()}
         self.poisoned["x"][padding] = torch.nan
         if case.x_layout == "expanded":
             self.poisoned["x"] = self.leaves["x"]
+        if case.incoming_layout != "expanded":
+            for name in {"output", "states0", "states1"} & self.incoming.keys():
+                self.incoming_poisoned[name][padding] = torch.nan
+        self.along_poisoned["x"][padding] = torch.nan
         if case.resets and steps and case.hx_layout != "expanded":
             for name in names:
                 self.poisoned[name][:, self.resets[0] & (lengths > 0)] = torch.nan
