@@ -18,18 +18,20 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
-    ("rnnfast.cell_modules", "rnnfast.modules"),
+    ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
     ("rnnfast.quick_training",),
     ("rnnfast.autograd",),
-    ("rnnfast.onnx_export", "rnnfast.second_order"),
-    ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.reference", "rnnfast.stacking"),
+    ("rnnfast.cell_ops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.declare",),
+    ("rnnfast.ops", "rnnfast.batching", "rnnfast.linearised", "rnnfast.recurrence", "rnnfast.reference"),
+    ("rnnfast.stacking", "rnnfast.torch_functions"),
     ("rnnfast.backends",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
-    ("rnnfast_kernels.derive",),
     ("rnnfast_kernels.bind",),
     ("rnnfast_kernels.cells", "rnnfast_kernels"),
+    ("rnnfast_kernels.equations",),
 )
 
 
