@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from closeness import assert_all_close
+from closeness import assert_all_close, relative_error
 from conftest import backends_under_test
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -244,3 +244,42 @@ def test_a_cell_of_torchs_form_is_torchs_layer():
         expected, got = theirs(given, hx), ours(given, hx)
         flat = [each[0].data if isinstance(given, type(packed)) else each[0] for each in (expected, got)]
         assert_all_close({"y": flat[0], "h": expected[1]}, {"y": flat[1], "h": got[1]}, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_errs_no_more_than_the_plain_loop(dtype):
+    """Against float64: no more than three times the error of the eager step, and in half precision less."""
+    layer, x, hx, signals = make(directions=2)
+
+    def losses(layer, x, hx, signals):
+        output, finals = layer(x, hx, signals=signals)
+        loss = sum((each.double() * torch.arange(each.numel()).view_as(each).cos()).sum() for each in (output, *finals))
+        leaves = [x, *hx.values(), *signals.values(), *layer.parameters()]
+        return dict(enumerate((output, *torch.autograd.grad(loss, leaves))))
+
+    def cast(tensor):
+        return tensor.detach().to(dtype).requires_grad_()
+
+    small = copy.deepcopy(layer).to(dtype)
+    given = cast(x), {n: cast(h) for n, h in hx.items()}, {n: cast(s) for n, s in signals.items()}
+    with torch.no_grad():
+        for ours, theirs in zip(layer.parameters(), small.parameters(), strict=True):
+            ours.copy_(theirs)
+    wide = tuple(
+        {n: t.detach().double().requires_grad_() for n, t in each.items()}
+        if isinstance(each, dict)
+        else each.detach().double().requires_grad_()
+        for each in given
+    )
+    exact, found = losses(layer, *wide), losses(small, *given)
+    with rnnfast.use_backend("reference"):
+        eager = losses(small, *given)
+    for name, value in exact.items():
+        assert relative_error(value, found[name]) <= 3 * relative_error(value, eager[name]) + 1e-7, name
+
+
+def test_autocast_computes_in_its_dtype():
+    layer, x, hx, signals = (each.float() if not isinstance(each, dict) else each for each in make())
+    with torch.autocast("cpu", torch.bfloat16):
+        output, finals = layer(x, {n: h.float() for n, h in hx.items()}, signals=signals)
+    assert {t.dtype for t in (output, *finals)} == {torch.bfloat16}
