@@ -1,11 +1,15 @@
 """Fused recurrent layers for PyTorch: `from rnnfast import LSTM` in place of `from torch.nn import LSTM`."""
 
+import importlib
+
 from rnnfast import functional
 from rnnfast.accelerate import Finding, accelerate, restore, survey
 from rnnfast.backends.choice import use_backend
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
+from rnnfast.declare import CellError, cell, surrogate
 from rnnfast.modules import GRU, LSTM, RNN
 from rnnfast.prepare import warmup
+from rnnfast.recurrent import Recurrent
 from rnnfast.report import Explanation, explain
 from rnnfast.stream import Stream
 
@@ -13,18 +17,30 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellError",
     "Explanation",
     "Finding",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Stream",
     "accelerate",
+    "cell",
+    "cells",
     "explain",
     "functional",
     "restore",
+    "surrogate",
     "survey",
     "use_backend",
     "warmup",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Import the library of cells when it is first used."""
+    if name == "cells":
+        return importlib.import_module("rnnfast.cells")
+    raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")

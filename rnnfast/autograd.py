@@ -229,7 +229,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.counts = (len(inputs) - 6, len(saved))
         ctx.save_for_backward(*inputs[4:], *states, *saved)
-        traced = torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        traced = torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None
         ctx.versions = None if traced else versions((*inputs[4:], *states, *saved))
         ctx.save_for_forward(*inputs[4:], *states, *saved)
 

@@ -52,7 +52,7 @@ class Cell(nn.RNNCellBase):
         initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
         _, finals = recurrent(Options(self.equations), x.unsqueeze(0), present, initial)
         finals = finals if isinstance(finals, tuple) else (finals,)
-        if torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None:
             return tuple([state.squeeze(0) if batched else state[0, 0] for state in finals])
         # Not as views, which torch does not detach in place.
         return tuple([state.squeeze_(0) if batched else state.squeeze_(0).squeeze_(0) for state in finals])

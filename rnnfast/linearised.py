@@ -12,7 +12,6 @@ Their coefficients are known for all steps at once, since the states are; a step
 pointwise operations. All of this is torch, in a time-major padded layout, and can be differentiated again.
 """
 
-import builtins
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,21 +22,12 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rnnfast import reference
+from rnnfast import reference, torch_functions
 from rnnfast.backends import Layer, Weights
 
 States = tuple[Tensor, ...]
 
-# A part of the Jacobian that is zero for every input is None here, and left out of the recurrences.
-PULLBACKS = {
-    "__builtins__": builtins,
-    "tanh": torch.tanh,
-    "sigmoid_backward": lambda dy, y: dy * (y - y * y),
-    "tanh_backward": lambda dy, y: dy * (1 - y * y),
-    "relu_backward": lambda dy, y: dy * (y > 0),
-    "zeros_like": lambda y: None,
-}
-BACKWARD = {name: bind(cell.backward, PULLBACKS) for name, cell in CELLS.items()}
+BACKWARD = {name: bind(cell.backward, torch_functions.BACKWARD) for name, cell in CELLS.items()}
 
 
 class Tangent(NamedTuple):

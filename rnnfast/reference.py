@@ -4,7 +4,7 @@ This is what every backend computes, written to be read. It is the oracle of the
 options, and, because autograd can differentiate it any number of times, the source of second derivatives.
 """
 
-import builtins
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
@@ -14,11 +14,12 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rnnfast import torch_functions
 from rnnfast.backends import Layer, Weights
 
-# Tracers look the builtins up in the globals of the code they trace.
-TORCH = {"__builtins__": builtins, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
-FORWARD = {name: bind(cell.forward, TORCH) for name, cell in CELLS.items()}
+FORWARD = {name: bind(cell.forward, torch_functions.FORWARD) for name, cell in CELLS.items()}
+# Declared cells: the user's own function, step(x, u, state) -> new states.
+STEPS: dict[str, Callable] = {}
 
 States = tuple[Tensor, ...]
 
@@ -64,7 +65,10 @@ def step(cell: str, x_gates: Tensor, state: States, weights: Weights) -> States:
     """One time step of a cell: `x_gates` [rows, G*H], each state [rows, P or H]."""
     gates = CELLS[cell].gates
     u_gates = torch.nn.functional.linear(state[0], weights.w_hh, weights.b_hh)  # [rows, G*H]
-    state, _ = FORWARD[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
+    if cell in STEPS:
+        state = STEPS[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
+    else:
+        state, _ = FORWARD[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
     if weights.w_hr is not None:
         state = (torch.nn.functional.linear(state[0], weights.w_hr), *state[1:])
     return state

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
 from rnnfast.cell_modules import Cell
 from rnnfast.modules import Recurrent
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.recurrent import choose as choose_for_cell
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,11 @@ class Explanation:
 
 
 def explain(
-    module: Recurrent | Cell, input: Tensor | PackedSequence, *, resets: Tensor | None = None, all_states: bool = False
+    module: Recurrent | Cell | OfDeclaredCell,
+    input: Tensor | PackedSequence,
+    *,
+    resets: Tensor | None = None,
+    all_states: bool = False,
 ) -> Explanation:
     """Say which backend and kernel would run `module(input, ...)` here and now, and why. Runs nothing.
 
@@ -39,6 +45,12 @@ def explain(
     if isinstance(module, Cell):
         cell, projection = module.equations, 0
         choice = choose_step(cell, data.device, data.dtype)
+    elif isinstance(module, OfDeclaredCell):
+        cell, projection = module.cell.identity, 0
+        if module.cell.runs_as_torch_form(data):
+            choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+        else:
+            choice = choose_for_cell(cell, data.device, data.dtype)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)

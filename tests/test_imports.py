@@ -18,26 +18,28 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
-    ("rnnfast.cell_modules", "rnnfast.modules"),
+    ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
     ("rnnfast.quick_training",),
     ("rnnfast.autograd",),
-    ("rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.cell_ops", "rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.declare",),
     (
         "rnnfast.ops",
         "rnnfast.batching",
         "rnnfast.changes",
         "rnnfast.linearised",
+        "rnnfast.recurrence",
         "rnnfast.reference",
-        "rnnfast.stacking",
     ),
+    ("rnnfast.stacking", "rnnfast.torch_functions"),
     ("rnnfast.backends",),
     ("rnnfast._torch",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
-    ("rnnfast_kernels.derive",),
     ("rnnfast_kernels.bind",),
     ("rnnfast_kernels.cells", "rnnfast_kernels"),
+    ("rnnfast_kernels.equations",),
 )
 
 

@@ -1,7 +1,5 @@
 """Cells that the table does not have: fewer values saved than gates, more, and more than two states."""
 
-# ruff: noqa: F821
-
 from itertools import product
 
 import pytest
@@ -11,7 +9,7 @@ from conftest import backends_under_test
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS, Cell
 
-from rnnfast import functional, linearised, reference, use_backend
+from rnnfast import functional, linearised, reference, torch_functions, use_backend
 from rnnfast.backends import Layer
 from rnnfast.backends.choice import load
 from rnnfast.ops import pack_weights
@@ -19,49 +17,27 @@ from rnnfast.ops import pack_weights
 F64 = {"dtype": torch.float64}
 
 
-def leak_forward(x, u, state):
+def leak(x, u, state):
     """h' = f h + candidate: two gates, of which one is saved."""
-    f = sigmoid(x[0] + u[0])
-    return (f * state[0] + (x[1] + u[1]),), (f,)
+    f = (x[0] + u[0]).sigmoid()
+    return f * state[0] + (x[1] + u[1])
 
 
-def leak_backward(dstate, saved, state, new_state):
-    dh, f = dstate[0], saved[0]
-    dx = (sigmoid_backward(dh * state[0], f), dh)
-    return dx, dx, (dh * f,)
+def rich(x, u, state):
+    """h' = g + f (h - g): one gate, two values saved."""
+    g, f = x[0].tanh(), u[0].sigmoid()
+    return g + f * (state[0] - g)
 
 
-def rich_forward(x, u, state):
-    """h' = g + f (h - g): one gate, three values saved."""
-    g, f = tanh(x[0]), sigmoid(u[0])
-    apart = state[0] - g
-    return (g + f * apart,), (g, f, apart)
-
-
-def rich_backward(dstate, saved, state, new_state):
-    dh, (g, f, apart) = dstate[0], saved
-    return (tanh_backward(dh - dh * f, g),), (sigmoid_backward(dh * apart, f),), (dh * f,)
-
-
-def three_forward(x, u, state):
+def three(x, u, state):
     """h' = tanh(x + u + b), b' = tanh(h' + c), c' = h + b: three states."""
-    h = tanh(x[0] + u[0] + state[1])
-    return (h, tanh(h + state[2]), state[0] + state[1]), ()
-
-
-def three_backward(dstate, saved, state, new_state):
-    dc = tanh_backward(dstate[1], new_state[1])
-    dx = tanh_backward(dstate[0] + dc, new_state[0])
-    return (dx,), (dx,), (dstate[2], dstate[2] + dx, dc)
+    h = (x[0] + u[0] + state[1]).tanh()
+    return h, (h + state[2]).tanh(), state[0] + state[1]
 
 
 MADE_UP = {
     cell.name: cell
-    for cell in (
-        Cell("leak", leak_forward, leak_backward, 2, 1, ("h",), True),
-        Cell("rich", rich_forward, rich_backward, 1, 3, ("h",), False),
-        Cell("three", three_forward, three_backward, 1, 0, ("h", "b", "c"), True),
-    )
+    for cell in (Cell("leak", leak, "fc", "h"), Cell("rich", rich, "g", "h"), Cell("three", three, "g", "hbc"))
 }
 ONE_STATE = [name for name, cell in MADE_UP.items() if len(cell.states) == 1]
 
@@ -70,8 +46,8 @@ ONE_STATE = [name for name, cell in MADE_UP.items() if len(cell.states) == 1]
 def registered(monkeypatch):
     for name, cell in MADE_UP.items():
         monkeypatch.setitem(CELLS, name, cell)
-        monkeypatch.setitem(reference.FORWARD, name, bind(cell.forward, reference.TORCH))
-        monkeypatch.setitem(linearised.BACKWARD, name, bind(cell.backward, linearised.PULLBACKS))
+        monkeypatch.setitem(reference.FORWARD, name, bind(cell.forward, torch_functions.FORWARD))
+        monkeypatch.setitem(linearised.BACKWARD, name, bind(cell.backward, torch_functions.BACKWARD))
         if backends_under_test() == ["triton"]:
             from rnnfast_kernels.gpu import activations
 
@@ -111,6 +87,10 @@ def compare(cell, leaves, backend, **options):
         expected = everything(cell, leaves, **options)
     for n, (value, found) in enumerate(zip(expected, got, strict=True)):
         assert_close(f"{cell} {n}", value, found, 1e-11)
+
+
+def test_as_many_values_are_saved_as_said():
+    assert {name: cell.saved for name, cell in MADE_UP.items()} == {"leak": 1, "rich": 2, "three": 0}
 
 
 @pytest.mark.parametrize("size", [(1, 1, 5), (5, 3, 17)], ids=str)

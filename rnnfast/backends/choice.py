@@ -21,7 +21,12 @@ from rnnfast import _torch
 BACKENDS = ("auto", "triton", "numba", "reference", "torch")
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
-MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
+# "numba cells": the same kernels, for declared cells of other forms than torch's.
+MODULES = {
+    "triton": "rnnfast.backends.gpu",
+    "numba": "rnnfast.backends.cpu",
+    "numba cells": "rnnfast.backends.cpu_cells",
+}
 
 
 def checked(name: object, source: str) -> str:

@@ -43,18 +43,22 @@ TAKES_ENSEMBLES = True
 
 def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why this backend cannot run the case, or None where it can."""
-    if device.type != "cpu":
-        return f"the numba backend runs on the CPU, not on {device.type}"
     if cell not in CELLS:
         return f"the numba backend has no kernel for the cell {cell}"
-    if len(CELLS[cell].states) > 2:
+    if device.type == "cpu" and len(CELLS[cell].states) > 2:
         return f"the numba backend has no kernels for cells of more than two states, such as {cell}"
+    return unsupported_case(device, dtype) or broken(cell, dtype)
+
+
+def unsupported_case(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why this backend cannot run any cell on a device and in a dtype, or None where it can."""
+    if device.type != "cpu":
+        return f"the numba backend runs on the CPU, not on {device.type}"
     if dtype not in DTYPE_NAMES:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
-    problem = broken(cell, dtype)
-    if problem is None and dtype == torch.float16 and not has_float16():
+    if dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    return problem
+    return None
 
 
 failures: dict[tuple[str, torch.dtype, int], str] = {}

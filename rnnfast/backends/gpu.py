@@ -34,7 +34,9 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it needs a CUDA or ROCm device (or a CPU and TRITON_INTERPRET=1), not {device.type!r}"
     if dtype not in DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {dtype}"
-    return None if cell in CELLS else f"it has no cell {cell!r}"
+    if cell not in CELLS:
+        return f"it has no cell {cell!r}"
+    return None if CELLS[cell].standard else "it has no kernels for cells of this form"
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

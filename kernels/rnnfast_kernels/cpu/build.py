@@ -9,11 +9,10 @@ from llvmlite import binding
 from numba import cfunc, njit, types
 from numba.core.typing.templates import Signature
 
-from rnnfast_kernels import derive
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cells import Cell
 from rnnfast_kernels.cpu import (
     activations,
+    elementary,
     gradients,
     loops,
     memory,
@@ -26,6 +25,7 @@ from rnnfast_kernels.cpu import (
     waiting,
 )
 from rnnfast_kernels.cpu.target import Target, widest_panel
+from rnnfast_kernels.equations.cell import Cell
 
 HELPERS = (
     loops.live_rows,
@@ -92,6 +92,7 @@ def vectors(target: Target, salt: str) -> dict:
         **operands.operations(target),
         **waiting.OPERATIONS,
         **activations.constants(target.dtype),
+        **elementary.operations(target.dtype),
         "transpose_square": tile.transposer(target),
         "multiply_raw": tile.raw_multiplier(target),
         "ITEM": target.item,
@@ -99,7 +100,13 @@ def vectors(target: Target, salt: str) -> dict:
         "LANES": target.lanes,
         "VECTOR": target.vector,
     }
-    for function in (activations.decay, *activations.ACTIVATIONS, *activations.BENT, *operands.LINES):
+    for function in (
+        activations.decay,
+        *activations.ACTIVATIONS,
+        *activations.BENT,
+        *elementary.PLAIN,
+        *operands.LINES,
+    ):
         inline(function, namespace, forceinline=True)
     for function in operands.ROWS:
         inline(function, namespace, integers(function, types.int64))
@@ -129,29 +136,36 @@ def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Calla
 def assemble(cell: Cell, target: Target, salt: str) -> dict:
     """Everything that an entry point may call."""
     base = vectors(target, salt)
-    if cell.gates == 1:
-        plain = gated = tiled(target, 1, base, dict.fromkeys((*products.PLAIN, *products.GATED)))
-    else:
-        plain = tiled(target, 1, base, products.PLAIN)
-        gated = tiled(target, cell.gates, base, products.GATED)
+    parts = {1: (*products.PLAIN,)}
+    for gates in (cell.gates, cell.recurrent):
+        parts[gates] = (*parts.get(gates, ()), *products.GATED)
+    made = {gates: tiled(target, gates, base, dict.fromkeys(wanted)) for gates, wanted in parts.items() if gates}
+    plain, gated, recurrent = made[1], made[cell.gates], made[cell.recurrent or cell.gates]
     extra = len(cell.states) - 1
     namespace = {
         **base,
         "GATES": cell.gates,
         "EXTRA": extra,
-        "multiply": gated["multiply"],
-        "multiply_block": gated["multiply_block"],
+        "RECURRENT": cell.recurrent,
+        "PARAMETERS": len(cell.parameters),
+        "SIGNALS": len(cell.signals),
+        "multiply": recurrent["multiply"],
+        "multiply_block": recurrent["multiply_block"],
         "project_raw": gated["project_raw"],
-        "gate_blocks": gated["panel_blocks"],
-        "gate_rows": gated["tile_rows"],
+        "recurrent_blocks": recurrent["panel_blocks"],
+        "recurrent_rows": recurrent["tile_rows"],
         "project_gate_blocks": gated["project_blocks"],
         "pack_gate_columns": gated["pack_columns"],
         "project_plain": plain["project"],
         "project_plain_blocks": plain["project_blocks"],
+        "pack_recurrent_columns": recurrent["pack_columns"],
         "pack_plain_columns": plain["pack_columns"],
         "pack_rows": plain["pack_rows"],
         "load_gates": base["tuple_loader"](cell.gates),
+        "load_recurrent": base["tuple_loader"](cell.recurrent),
         "load_kept": base["tuple_loader"](cell.saved),
+        "load_parameters": base["given_tuple_loader"](len(cell.parameters)),
+        "load_signals": memory.signal_loader(target, len(cell.signals)),
         "load_extra": base["tuple_loader"](extra),
         "load_given_extra": base["given_tuple_loader"](extra),
         "layer_at": loops.LAYER.reader(),
@@ -162,13 +176,12 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
     for module in (products, gradients, loops, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
     for name, equations in (
-        ("cell_forward", cell.forward),
-        ("cell_backward", cell.backward),
-        ("cell_push", derive.push(cell)),
-        ("cell_bend", derive.bend(cell)),
+        ("cell_forward", cell.make_forward(("p", "s"))),
+        ("cell_backward", cell.make_backward(("p", "s"))),
+        *((("cell_push", cell.push), ("cell_bend", cell.bend)) if cell.standard else ()),
     ):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
-    for function in HELPERS:
+    for function in HELPERS if cell.standard else (each for each in HELPERS if each not in second.HELPERS):
         inline(function, namespace)
     return namespace
 
@@ -176,7 +189,7 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
 def llvm_ir(cell: Cell, target: Target, derivatives: int) -> tuple[list[str], str]:
     """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
     salt = f"{cell.name} {target}"
-    library = tile.library(target, {1, cell.gates})
+    library = tile.library(target, {1, cell.gates, cell.recurrent} - {0})
     for function in library.functions:
         # Numba resolves all names at once, but the code that is run is linked with `library`.
         binding.add_symbol(function.name, 1)

@@ -9,7 +9,6 @@ once. Where no folder can be written, every process compiles for itself, with on
 import ctypes
 import functools
 import hashlib
-import inspect
 import logging
 import os
 import tempfile
@@ -23,9 +22,10 @@ from typing import NamedTuple
 import llvmlite
 from llvmlite import binding
 
-from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.job import JOB, RUN, SHARE, START
 from rnnfast_kernels.cpu.target import Target, processor, target
+from rnnfast_kernels.equations.cell import Cell
 
 log = logging.getLogger("rnnfast")
 lock = threading.RLock()
@@ -79,7 +79,7 @@ def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
 def file_name(cell_name: str, dtype: str, derivatives: int) -> str:
     """The name of the file that keeps a kernel."""
     order = "" if derivatives == 1 else f"-{derivatives}"
-    return f"{cell_name}-{dtype}{order}-{key(CELLS[cell_name], target(dtype))}.bin"
+    return f"{cell_name}-{dtype}{order}-{key(CELLS[cell_name], target(dtype), derivatives)}.bin"
 
 
 def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
@@ -87,19 +87,16 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
     return (cell_name, dtype, derivatives) in kernels or read(file_name(cell_name, dtype, derivatives)) is not None
 
 
-def key(cell: Cell, chosen: Target) -> str:
-    """A hash of the sources, the cell's equations, the compiler and the processor."""
+def key(cell: Cell, chosen: Target, derivatives: int) -> str:
+    """A hash of the sources, the cell's derived functions, the compiler and the processor."""
     here = Path(__file__).parent
     files = {
         *here.glob("*.py"),
         here.parent / "bind.py",
-        here.parent / "derive.py",
     }
     files -= {here / name for name in NOT_COMPILED}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
-    equations = "".join(inspect.getsource(function) for function in (cell.forward, cell.backward))
-    counts = (cell.name, cell.gates, cell.saved, cell.states, cell.one_gradient)
-    everything = f"{sources}\0{equations}\0{counts}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
+    everything = f"{sources}\0{cell.sources(derivatives)}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 
 

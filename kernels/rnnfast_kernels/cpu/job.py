@@ -50,3 +50,5 @@ CALL = Record("values", "which", "count", "records", "program")
 PHASE = Record("task", "shared", "next", "count", "spare", "team_size")
 # A program: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
 PROGRAM = Record("team", "threads", "count")
+# Where a signal is: its address, and the bytes from one step, row and unit to the next, each 0 where all have the same.
+SIGNAL = Record("address", "step", "row", "unit")

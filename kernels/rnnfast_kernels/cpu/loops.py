@@ -25,7 +25,7 @@ LAYER = Record(
     # Gradients.
     "dh", "dh_row", "dextra", "dextra_row", "dextra_step",
     "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
-    "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row",
+    "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row", "du_row",
     # Scratch of this job; `zeros` is a row of zeros.
     "tile", "places", "operands", "goals", "h_work", "extra_work", "full_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
@@ -36,6 +36,8 @@ LAYER = Record(
     # Where this record is of a layer's changes (see `second`): the record of the layer itself, and scratch for the
     # recurrent part of a step's gates, [rows, G, hidden].
     "around", "u_work", "u_row",
+    # Parameters [P, hidden]; the records of signals (see `signals`); and gradients by both, [rows, P or N, hidden].
+    "parameters", "signals", "dparameters", "dparameters_row", "dsignals", "dsignals_row",
 )  # fmt: skip
 
 # Bytes of a record.
@@ -187,26 +189,28 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     cell_stride = extra_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
-        blocks = 1 if job.raw else gate_blocks(job.last_block - block)
-        panel = job.w_hh + block * (1 + lines(job.width)) * GATES * VECTOR
+        blocks = 1 if job.raw else recurrent_blocks(job.last_block - block)
+        panel = job.w_hh + block * (1 + lines(job.width)) * RECURRENT * VECTOR
         first = 0
         while first < live:
-            count = gate_rows(live - first)
+            count = recurrent_rows(live - first)
             if job.raw:
                 multiply_block(count, places, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
-            else:
-                multiply(blocks * GATES, count, places + 8 * first, ITEM, panel, lines(job.width), job.tile)
+            elif RECURRENT > 0:
+                multiply(blocks * RECURRENT, count, places + 8 * first, ITEM, panel, lines(job.width), job.tile)
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES
                     lanes = job.hidden - unit
                     place = unit * ITEM
-                    u = load_gates(job.tile + ((row - first) * blocks + i) * GATES * VECTOR, VECTOR, LANES)
+                    u = load_recurrent(job.tile + ((row - first) * blocks + i) * RECURRENT * VECTOR, VECTOR, LANES)
                     x = load_gates(gates + row * job.gates_row + place, job.gate_step, lanes)
                     h = load(h_now + row * h_stride + place, LANES)
                     extra = job.extra_work + row * extra_stride + place
                     state = (h,) + load_extra(extra, job.rows * extra_stride, LANES)  # noqa: RUF005
-                    new_state, kept = cell_forward(x, u, state)
+                    p = load_parameters(job.parameters + unit * GIVEN, job.hidden * GIVEN, lanes)
+                    s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
+                    new_state, kept = cell_forward(x, u, state, p, s)
                     store(cell_out + row * cell_stride + place, new_state[0], LANES)
                     store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
@@ -359,10 +363,15 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
         state = (load_given(h_before + given, lanes),) + extra  # noqa: RUF005
         extra = load_given_extra(extra_after + given, job.extra_step, lanes)
         new_state = (load_given(h_after + given, lanes),) + extra  # noqa: RUF005
-        dx, du, direct = cell_backward(dstate, kept, state, new_state)
+        p = load_parameters(job.parameters + given, job.hidden * GIVEN, lanes)
+        s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
+        dx, du, direct, dp, ds = cell_backward(dstate, kept, state, new_state, p, s)
         store_tuple(job.dx_gates + dgates + place, gate_step, dx, lanes)
         if job.du_gates != job.dx_gates:
-            store_tuple(job.du_gates + dgates + place, gate_step, du, lanes)
+            store_tuple(job.du_gates + index * job.du_row + place, gate_step, du, lanes)
+        store_tuple(job.dparameters + index * job.dparameters_row + place, gate_step, dp, lanes)
+        if job.dsignals:
+            store_tuple(job.dsignals + index * job.dsignals_row + place, gate_step, ds, lanes)
         store(dh_in + place, direct[0], LANES)
         store_tuple(dextra + place, job.rows * extra_stride, direct[1:], LANES)
 
@@ -372,7 +381,10 @@ def clear_gradients(job, step, live):
     for row in range(live, job.rows):
         index = first_index(job, step) + row
         clear_row(job.dx_gates + index * job.dgates_row, GATES * job.hidden)
-        clear_row(job.du_gates + index * job.dgates_row, GATES * job.hidden)
+        clear_row(job.du_gates + index * job.du_row, RECURRENT * job.hidden)
+        clear_row(job.dparameters + index * job.dparameters_row, PARAMETERS * job.hidden)
+        if job.dsignals:
+            clear_row(job.dsignals + index * job.dsignals_row, SIGNALS * job.hidden)
 
 
 def backward_phase(address, phase):
@@ -424,13 +436,14 @@ def through_recurrent(job, order, h_stride, extra_stride):
     """From the gradients by a step's gates to those by the states that entered it."""
     step = step_at(job, order)
     live = live_rows(job, step)
-    fill_places(job.places, job.du_gates + first_index(job, step) * job.dgates_row, job.dgates_row, live)
-    depth = GATES * job.hidden
-    places = as_operands(live, job.places, depth, job.operands)
-    project_plain_blocks(
-        live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
-        job.goals, 0, job.tile, job.w_hr == 0,
-    )  # fmt: skip
+    if RECURRENT > 0:
+        fill_places(job.places, job.du_gates + first_index(job, step) * job.du_row, job.du_row, live)
+        depth = RECURRENT * job.hidden
+        places = as_operands(live, job.places, depth, job.operands)
+        project_plain_blocks(
+            live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+            job.goals, 0, job.tile, job.w_hr == 0,
+        )  # fmt: skip
     for row in range(live):
         if is_reset(job, step, row):
             clear_row(job.h_work + row * h_stride, job.width)

@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from rnnfast_kernels.cpu import halves
+from rnnfast_kernels.cpu.job import SIGNAL
 from rnnfast_kernels.cpu.target import Target
 from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, declared, splat, suffix, zeros_like
 
@@ -173,6 +174,45 @@ def tuple_loader(vec: Vec, load, size: int):
         return kind(types.int64, types.int64, types.int64), lower
 
     return load_tuple
+
+
+def signal_loader(target: Target, size: int):
+    """A function for kernels: `size` signals of a row at a step, from a unit on; `table` has a `SIGNAL` for each."""
+    vec = Vec(target.dtype, target.lanes)
+
+    @intrinsic
+    def load_signals(typing, table, step, row, unit, count):
+        def load(builder, place, step, row, unit, count):
+            address, by_step, by_row, by_unit = (
+                builder.load(pointer(builder, builder.add(place, INT64(8 * n)), INT64)) for n in range(4)
+            )
+            for index, stride in ((step, by_step), (row, by_row), (unit, by_unit)):
+                address = builder.add(address, builder.mul(index, stride))
+            # The lanes of one unit, or of all.
+            with builder.if_else(builder.icmp_signed("==", by_unit, INT64(0))) as (then, otherwise):
+                with then:
+                    first = load_given(target, builder, address, INT64(1))
+                    lanes = ir.Constant(ir.VectorType(INT32, vec.lanes), [0] * vec.lanes)
+                    same = builder.shuffle_vector(first, first, lanes)
+                    same_block = builder.block
+                with otherwise:
+                    each = load_given(target, builder, address, count)
+                    each_block = builder.block
+            value = builder.phi(vec.llvm)
+            value.add_incoming(same, same_block)
+            value.add_incoming(each, each_block)
+            return value
+
+        def lower(context, builder, sig, args):
+            start, *indices = args
+            places = (builder.add(start, INT64(8 * len(SIGNAL.names) * n)) for n in range(size))
+            loaded = [load(builder, place, *indices) for place in places]
+            return context.make_tuple(builder, sig.return_type, loaded)
+
+        kind = types.UniTuple(vec, size) if size else types.Tuple(())
+        return kind(*[types.int64] * 5), lower
+
+    return load_signals
 
 
 def tuple_storer(store):

@@ -13,6 +13,7 @@ import numpy as np
 
 from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu import loops, products, tasks
+from rnnfast_kernels.cpu.job import SIGNAL
 from rnnfast_kernels.cpu.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
@@ -89,6 +90,15 @@ class Shape:
         return self.row.gates * self.hidden
 
     @property
+    def recurrent_columns(self) -> int:
+        return self.row.recurrent * self.hidden
+
+    @property
+    def panel_blocks(self) -> int:
+        """Blocks of the widest panel; workers share the units at the ends of such."""
+        return max(widest_panel(self.row.gates), widest_panel(max(1, self.row.recurrent)))
+
+    @property
     def work(self) -> int:
         """Multiplications of the forward pass."""
         return self.rows * self.directions * work_per_row(self.row, self.inputs, self.hidden, self.width)
@@ -97,7 +107,7 @@ class Shape:
 def work_per_row(cell: Cell, inputs: int, hidden: int, width: int) -> int:
     """Multiplications of one row in one step."""
     projection = width * hidden if width != hidden else 0
-    return cell.gates * hidden * (inputs + width) + projection
+    return hidden * (cell.gates * inputs + cell.recurrent * width) + projection
 
 
 def threads_for(work: int, threads: int) -> int:
@@ -161,7 +171,7 @@ def chunk_steps(shape: Shape, rows: int) -> int:
 
 def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth: int, bias: Ref | int = 0):
     """Add the records that pack a weight, and return them and the panels' place."""
-    gates = shape.row.gates if kind == products.GATE_COLUMNS else 1
+    gates = {products.GATE_COLUMNS: shape.row.gates, products.RECURRENT_COLUMNS: shape.row.recurrent}.get(kind, 1)
     panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
     parts = threads_for(units * depth * gates * 8, shape.threads)
     cuts = panel_cuts(-(-units // shape.target.lanes), widest_panel(gates), parts)
@@ -212,6 +222,11 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
         "h_first_row": shape.width * item,
         "extra_first": Ref("extra_first", offset * shape.hidden * item),
         "extra_first_row": shape.hidden * item,
+        "extra_first_step": shape.directions * shape.batch * shape.hidden * item,
+        "extra_final_step": shape.directions * shape.batch * shape.hidden * item,
+        "dextra_final_step": shape.directions * shape.batch * shape.hidden * item,
+        "dextra_first_step": shape.directions * shape.batch * shape.hidden * item,
+        "parameters": Ref(f"parameters{direction}") if shape.row.parameters else 0,
     }
 
 
@@ -223,7 +238,11 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
         "h_row": shape.directions * shape.width * item,
     }
     if "extra" in kept:
-        fields |= {"extra": Ref("extra", direction * hidden), "extra_row": shape.directions * hidden}
+        fields |= {
+            "extra": Ref("extra", direction * hidden),
+            "extra_row": shape.directions * hidden,
+            "extra_step": shape.rows * shape.directions * hidden,
+        }
     if "full" in kept:
         fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
     if "gates" in kept:
@@ -236,6 +255,21 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
             "keep": 1,
         }
     return fields
+
+
+def signal_fields(recipe: Recipe, shape: Shape) -> dict[str, int | Ref]:
+    """Add a record for each signal, whose strides are bases like its address, and return the fields that name them."""
+    places = [
+        recipe.record(
+            SIGNAL,
+            address=Ref(f"signal{n}"),
+            step=Ref(f"signal{n}_step"),
+            row=Ref(f"signal{n}_row"),
+            unit=Ref(f"signal{n}_unit"),
+        )
+        for n in range(len(shape.row.signals))
+    ]
+    return {"signals": places[0]} if places else {}
 
 
 def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:

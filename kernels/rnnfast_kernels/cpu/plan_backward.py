@@ -15,6 +15,7 @@ from rnnfast_kernels.cpu.plan import (
     operands,
     pack_all,
     panel_bytes,
+    signal_fields,
     slice_fields,
     state_fields,
     state_work,
@@ -48,9 +49,9 @@ def backward(
     recipe = Recipe(shape.threads, names)
     panels = pack_backward(recipe, shape, need_hx or shape.steps > 1)
     work = gradient_work(recipe, shape)
-    jobs, whole = [], []
+    jobs, whole, signals = [], [], signal_fields(recipe, shape)
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d]
+        shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d] | signals
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
         for first, last in pairwise(shape.cuts):
@@ -60,7 +61,7 @@ def backward(
             fields |= {name: places[name] for name in finals}
             if need_hx:
                 fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
-            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.gate_columns, widest_panel(1)))
+            jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.recurrent_columns, widest_panel(1)))
     loop_phase(recipe, tasks.BACKWARD, jobs)
     if need_x:
         input_gradient(recipe, shape, work)
@@ -72,8 +73,8 @@ def backward(
 def pack_backward(recipe: Recipe, shape: Shape, recurrent: bool = True) -> list[dict[str, Ref]]:
     """Have the weights packed that the backward loop needs, the `recurrent` ones if so: fields for every direction."""
     sizes = {}
-    if recurrent:
-        sizes["w_hh"] = shape.width, shape.gate_columns
+    if recurrent and shape.row.recurrent:
+        sizes["w_hh"] = shape.width, shape.recurrent_columns
     if shape.projected:
         sizes["w_hr"] = shape.hidden, shape.width
     weights = [
@@ -85,29 +86,36 @@ def pack_backward(recipe: Recipe, shape: Shape, recurrent: bool = True) -> list[
 
 
 class GradientWork(NamedTuple):
-    """Scratch for gradients with a row for every step: [rows, D, G*H] by the gates, [rows, D, P] by a projected h."""
+    """Scratch for gradients with a row for every step, [rows, D, *]: by the gates, by a projected h, by parameters."""
 
     dx_gates: Ref
     du_gates: Ref
     dh_total: Ref | int
+    dparameters: Ref
 
 
 def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
     """Reserve it."""
     row = shape.rows * shape.directions * shape.item
     dx_gates = recipe.buffer(row * shape.gate_columns)
-    du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.gate_columns)
-    return GradientWork(dx_gates, du_gates, recipe.buffer(row * shape.width) if shape.projected else 0)
+    du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.recurrent_columns)
+    dh_total = recipe.buffer(row * shape.width) if shape.projected else 0
+    return GradientWork(dx_gates, du_gates, dh_total, recipe.buffer(row * len(shape.row.parameters) * shape.hidden))
 
 
 def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
     """Fields for the gradients of what has a row for every step."""
     width, hidden = shape.width * shape.given, shape.hidden * shape.given
     gates, total = shape.gate_columns * shape.item, shape.width * shape.item
+    recurrent = shape.recurrent_columns * shape.item
+    parameters, signals = (len(each) * shape.hidden * shape.item for each in (shape.row.parameters, shape.row.signals))
     fields = {
         "dx_gates": work.dx_gates.at(direction * gates),
-        "du_gates": work.du_gates.at(direction * gates),
+        "du_gates": work.du_gates.at(direction * recurrent),
         "dgates_row": shape.directions * gates,
+        "du_row": shape.directions * recurrent,
+        "dparameters": work.dparameters.at(direction * parameters),
+        "dparameters_row": shape.directions * parameters,
         "dh_row": shape.directions * width,
         "dextra_row": shape.directions * hidden,
         "dh_total_row": shape.directions * total,
@@ -117,6 +125,9 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
         fields["dh"] = Ref("dh", direction * width)
     if "dextra" in given:
         fields["dextra"] = Ref("dextra", direction * hidden)
+        fields["dextra_step"] = shape.rows * shape.directions * hidden
+    if "dsignals" in given:
+        fields |= {"dsignals": Ref("dsignals", direction * signals), "dsignals_row": shape.directions * signals}
     if isinstance(work.dh_total, Ref):
         fields["dh_total"] = work.dh_total.at(direction * total)
     return fields
@@ -169,19 +180,24 @@ def weight_gradients(
     add: bool = False,
 ) -> None:
     """Sums of outer products over all rows, group by group. inputs: also those of x. add: to what there is already."""
-    columns, item = shape.gate_columns, shape.item
+    columns, recurrent, item = shape.gate_columns, shape.recurrent_columns, shape.item
     jobs = []
     for d, layer in enumerate(whole):
-        dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * columns * item)
+        dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * recurrent * item)
         biases = (f"db_ih{d}", f"db_hh{d}") if biased else ()
         first, second = (biases, ()) if shape.row.one_gradient else (biases[:1], biases[1:])
         parts = [
             (gradients.INPUTS, dx_gates, columns, shape.inputs, f"dw_ih{d}", first),
-            (gradients.ENTERING, du_gates, columns, shape.width, f"dw_hh{d}", second),
-        ]
+            (gradients.ENTERING, du_gates, recurrent, shape.width, f"dw_hh{d}", second),
+        ][: 2 if recurrent else 1]
         if isinstance(work.dh_total, Ref):
             total = work.dh_total.at(d * shape.width * item)
             parts.append((gradients.OTHERS, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
+        if shape.row.parameters:
+            # Sums over all rows alone: a product of no columns, with its bias.
+            count = len(shape.row.parameters) * shape.hidden
+            dparameters = work.dparameters.at(d * count * item)
+            parts.append((gradients.INPUTS, dparameters, count, 0, f"dparameters{d}", (f"dparameters{d}",)))
         for part in parts if inputs else parts[1:]:
             jobs += outer(recipe, shape, d, layer, groups, add, *part)
     recipe.phase(tasks.OUTER_PRODUCT, jobs, shared=threads_for(shape.work, shape.threads) > 1)

@@ -13,13 +13,13 @@ from rnnfast_kernels.cpu.plan import (
     loop_jobs,
     loop_phase,
     pack_all,
+    signal_fields,
     slice_fields,
     state_fields,
     state_work,
     zeros,
 )
 from rnnfast_kernels.cpu.recipe import NOWHERE, Recipe, Ref
-from rnnfast_kernels.cpu.target import widest_panel
 
 
 @functools.lru_cache(maxsize=1024)
@@ -78,12 +78,13 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
     for d in range(shape.directions):
         bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
         weights.append((products.GATE_COLUMNS, Ref(f"w_ih{d}"), shape.hidden, shape.inputs, bias_ih))
-        weights.append((products.GATE_COLUMNS, Ref(f"w_hh{d}"), shape.hidden, shape.width, bias_hh))
+        if shape.row.recurrent:
+            weights.append((products.RECURRENT_COLUMNS, Ref(f"w_hh{d}"), shape.hidden, shape.width, bias_hh))
         if shape.projected:
             weights.append((products.PLAIN_COLUMNS, Ref(f"w_hr{d}"), shape.width, shape.hidden))
     panels = pack_all(recipe, shape, weights)
     each = len(panels) // shape.directions
-    names = ("w_ih", "w_hh", "w_hr")
+    names = ("w_ih", "w_hh", "w_hr")[: 3 if shape.row.recurrent else 1]
     return [dict(zip(names, panels[d * each : (d + 1) * each], strict=False)) for d in range(shape.directions)]
 
 
@@ -91,16 +92,16 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
     """Add a layer's forward pass."""
     weights = pass_weights(shape, biased) if shape.raw else pack_forward(recipe, shape, biased)
     depth = max(shape.inputs, shape.width, shape.hidden)
-    jobs = []
+    jobs, signals = [], signal_fields(recipe, shape)
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept) | weights[d]
+        shared = state_fields(shape, d, kept) | weights[d] | signals
         for first, last in pairwise(shape.cuts):
             rows, chunk = last - first, chunk_steps(shape, last - first)
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}
             fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
-            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, depth, widest_panel(shape.row.gates)))
+            jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, depth, shape.panel_blocks))
     loop_phase(recipe, tasks.FORWARD, jobs)
 
 

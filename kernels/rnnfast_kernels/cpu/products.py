@@ -9,9 +9,9 @@ So one `multiply` yields all gates of its units, and a cell can follow at once. 
 
 from rnnfast_kernels.cpu.job import Record
 
-# Packing of one weight, or of some of its blocks, in one of three ways.
+# Packing of one weight, or of some of its blocks: that of all gates, of those with a recurrent part, or a plain matrix.
 PACK = Record("kind", "weight", "weight_row", "bias", "units", "depth", "panels", "first", "last", "places")
-GATE_COLUMNS, PLAIN_COLUMNS, PLAIN_ROWS = 0, 1, 2
+GATE_COLUMNS, PLAIN_COLUMNS, PLAIN_ROWS, RECURRENT_COLUMNS = 0, 1, 2, 3
 
 
 def panel_blocks(blocks):
@@ -172,6 +172,8 @@ def pack(address):
     job = pack_at(address)
     if job.kind == GATE_COLUMNS:
         pack_gate_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
+    elif job.kind == RECURRENT_COLUMNS:
+        pack_recurrent_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
     elif job.kind == PLAIN_COLUMNS:
         pack_plain_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
     else:

@@ -92,6 +92,128 @@ def zeros_like(x):
     return tl.zeros_like(x)
 
 
+@triton.jit
+def where_greater(a, b, yes, no):
+    return tl.where(a > b, yes, no)
+
+
+@triton.jit
+def where_at_most(a, b, yes, no):
+    return tl.where(a <= b, yes, no)
+
+
+@triton.jit
+def where_equal(a, b, yes, no):
+    return tl.where(a == b, yes, no)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), with what is lost in 1 + x put back."""
+    u = 1.0 + x
+    lost = (x - (u - 1.0)) / u
+    return tl.log(u) + tl.where((u > 0.0) & (x < 1e16), lost, 0.0)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 = 2 tanh(x / 2) / (1 - tanh(x / 2)) where that cancels, else by `exp`."""
+    t = tanh(x * 0.5)
+    return tl.where(tl.abs(x) < 0.5, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 20.0, x, log1p(tl.exp(tl.where(x > 20.0, 20.0, x))))
+
+
+@triton.jit
+def logsigmoid(x):
+    return tl.where(x > 0.0, 0.0, x) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def exponential(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def log(x):
+    return tl.log(x)
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt(x)
+
+
+@triton.jit
+def rsqrt(x):
+    return 1.0 / tl.sqrt(x)
+
+
+@triton.jit
+def magnitude(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0 * tl.abs(x)))
+
+
+@triton.jit
+def sin(x):
+    return tl.sin(x)
+
+
+@triton.jit
+def cos(x):
+    return tl.cos(x)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger, NaN if one is."""
+    return tl.where(a > b, a, tl.where(b == b, tl.where(a == a, b, a), b))
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller, NaN if one is."""
+    return tl.where(a < b, a, tl.where(b == b, tl.where(a == a, b, a), b))
+
+
+@triton.jit
+def clamp_low(a, low):
+    return tl.where(a < low, low, a)
+
+
+@triton.jit
+def clamp_high(a, high):
+    return tl.where(a > high, high, a)
+
+
+@triton.jit
+def bounded(a, low, high):
+    return clamp_high(clamp_low(a, low), high)
+
+
+@triton.jit
+def detach(a):
+    return a
+
+
+@triton.jit
+def surrogate(a, slope):
+    return tl.where(a > 0.0, 1.0, 0.0 * slope)
+
+
 # `tl` itself must be among a bound cell's globals, or the interpreter cannot patch it.
 NAMESPACE = {
     "tl": tl,
@@ -102,7 +224,16 @@ NAMESPACE = {
     "tanh_backward": tanh_backward,
     "relu_backward": relu_backward,
     "zeros_like": zeros_like,
-}
+    "exp": exponential,
+    "abs": magnitude,
+    **{
+        function.__name__: function
+        for function in (
+            where_greater, where_at_most, where_equal, log1p, expm1, softplus, logsigmoid, log, sqrt, rsqrt, sign, sin,
+            cos, erf, maximum, minimum, clamp_low, clamp_high, bounded, detach, surrogate,
+        )
+    },
+}  # fmt: skip
 
 
 class BoundCell(NamedTuple):
@@ -119,4 +250,13 @@ def bound(equation: Callable) -> triton.JITFunction:
     return triton.jit(function)
 
 
-BOUND = {name: BoundCell(bound(cell.forward), bound(cell.backward)) for name, cell in CELLS.items()}
+class Bound(dict):
+    """Every cell, bound when it is first asked for."""
+
+    def __missing__(self, name: str) -> BoundCell:
+        cell = CELLS[name]
+        self[name] = BoundCell(bound(cell.forward), bound(cell.backward))
+        return self[name]
+
+
+BOUND = Bound()
