@@ -57,11 +57,12 @@ def pack(release: str, archive: Path = ARCHIVE, folder: Path = FOLDER) -> int:
 
 def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str | None:
     """Lay the kernels where they are looked for; return the release that compiled them, or None without any."""
+    if not archive.exists():
+        return None
     try:
-        if archive.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+        shutil.rmtree(folder, ignore_errors=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
         return (folder / "release").read_text()
     except (OSError, EOFError, tarfile.TarError, zlib.error):
         return None

@@ -61,6 +61,8 @@ def test_a_kernel_that_travelled_is_found_by_another_build_of_the_same_release(t
 @pytest.mark.parametrize("content", [None, b"", b"no archive at all", b"\\x1f\\x8b\\x08 cut off"])
 def test_without_an_archive_that_can_be_read_there_are_no_kernels(content, tmp_path):
     archive = tmp_path / "kernels.tar.gz"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "release").write_text("3.6.0")  # left over
     if content is not None:
         archive.write_bytes(content)
     assert gpu_cache.unpack(archive, tmp_path / "kernels") is None
