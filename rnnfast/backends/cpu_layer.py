@@ -43,7 +43,10 @@ class Pass(NamedTuple):
         new = partial(room, tensors[0]) if self.large else tensors[0].new_empty
         results = [new(*size) if dtype is None else new(*size, dtype=dtype) for size, dtype in self.results]
         scratch = new(self.scratch)
-        addresses = [*map(Tensor.data_ptr, tensors), *map(Tensor.data_ptr, results), *self.fixed]
+        given = [*map(Tensor.data_ptr, tensors)]
+        if 0 in given:
+            raise RuntimeError("rnnfast: a tensor that is wanted for backward has no memory: its storage has size 0")
+        addresses = [*given, *map(Tensor.data_ptr, results), *self.fixed]
         self.recipe.call(kernel, scratch.data_ptr(), addresses)
         return results
 
