@@ -230,7 +230,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.counts = (len(inputs) - 6, len(saved))
         ctx.save_for_backward(*inputs[4:], *states, *saved)
         traced = torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None
-        ctx.versions = None if traced else versions((*inputs[4:], *states, *saved))
+        ctx.versions = None if traced else versions([inputs[6] if t is None else t for t in inputs[4:]])
         ctx.save_for_forward(*inputs[4:], *states, *saved)
 
     @staticmethod

@@ -12,10 +12,10 @@ from torch import Tensor
 version_of = attrgetter("_version")
 
 
-def versions(tensors: Sequence[Tensor | None]) -> list[int] | None:
+def versions(tensors: Sequence[Tensor]) -> list[int] | None:
     """Return how often each tensor was changed in place; None where one does not count that."""
     try:
-        return [0 if tensor is None else version_of(tensor) for tensor in tensors]
+        return [*map(version_of, tensors)]
     except RuntimeError:  # what tensors made in inference mode answer; torch refuses to save them
         return None
 
@@ -23,8 +23,9 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int] | None:
 def unpack(ctx, known: Sequence[int] | None, repair: Callable[[list, list[int]], list | None]) -> Sequence:
     """Return the tensors that a Function saved.
 
-    known: their versions then. repair: takes the tensors and the numbers of those that were changed, and returns what
-    they were as far as that is of use, or None where that is lost: then torch's error is raised.
+    known: the versions that the first of them had then; the others were new. repair: takes the tensors and the numbers
+    of those that were changed, and returns what they were as far as that is of use, or None where that is lost: then
+    torch's error is raised.
     """
     try:
         return ctx.saved_tensors
@@ -33,7 +34,9 @@ def unpack(ctx, known: Sequence[int] | None, repair: Callable[[list, list[int]],
         if known is None or not hasattr(raw[0], "data"):  # torch 2.6 does not show them
             raise
         tensors = [each.data for each in raw]
-        changed = [n for n, now in enumerate(versions(tensors) or known) if now != known[n]]
+        # What comes behind those that are known was new then.
+        before = [*known, *(0 for _ in tensors[len(known) :])]
+        changed = [n for n, t in enumerate(tensors) if t is not None and version_of(t) != before[n]]
         repaired = repair(tensors, changed) if changed else None
         if repaired is None:
             raise

@@ -118,6 +118,13 @@ def expect(
         )
 
 
+def check_memory(tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where the memory of a tensor was given back (`untyped_storage().resize_(0)`)."""
+    for tensor in tensors:
+        if tensor.data_ptr() == 0 and tensor.numel() and not tensor._is_zerotensor():
+            raise RuntimeError(f"rnnfast: a tensor of shape {list(tensor.shape)} has no memory: its storage has size 0")
+
+
 def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) -> None:
     """Raise RuntimeError where what forward left, or a gradient, does not fit the layer."""
     lead = (*layer.x.shape[:-1], len(layer.reverse))
@@ -169,6 +176,7 @@ def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes,
     with as_given(x):
         described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
         check_layer(described)
+        check_memory((x, *hx, *weights))
         result = load(backend).forward(described, save=save, all_states=all_states)
     return [*result.states, *result.finals, *result.saved]
 
@@ -218,6 +226,7 @@ def layer_backward(
         check_layer(described)
         dstates, dfinals = as_stored(dstates), as_stored(dfinals)
         check_backward(described, backend, states, saved, dstates, dfinals)
+        check_memory((x, *hx, *weights, *states, *saved, *(g for g in (*dstates, *dfinals) if g is not None)))
         grads = load(backend).backward(
             described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
         )  # fmt: skip

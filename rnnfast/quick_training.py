@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch, autograd
-from rnnfast.backends.choice import load
+from rnnfast.backends import NoMemoryError
 from rnnfast.batching import takes_batched_gradients
 from rnnfast.changes import unpack, versions
 from rnnfast.stacking import through_layers
@@ -33,9 +33,8 @@ class QuickLayer(torch.autograd.Function):
         output, finals, kept = layer.forward(x, *tensors)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
-        saved = (x, *tensors, output, *kept)
-        ctx.save_for_backward(*saved)
-        ctx.versions = versions(saved)
+        ctx.save_for_backward(x, *tensors, output, *kept)
+        ctx.versions = versions((x, *tensors))
         return output, *finals
 
     @staticmethod
@@ -101,11 +100,12 @@ class Training:
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does, or None where a tensor has no memory."""
         options = self.options
-        if 0 in load("numba").addresses_of((x, *states, *weights)):
-            return None
         if options.batch_first:
             x = x.transpose(0, 1)
-        output, finals, _ = through_layers(options, x, states, weights, self.run)
+        try:
+            output, finals, _ = through_layers(options, x, states, weights, self.run)
+        except NoMemoryError:
+            return None
         if options.batch_first:
             output = output.transpose(0, 1)
         return output, finals if len(finals) > 1 else finals[0]

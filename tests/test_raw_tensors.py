@@ -96,6 +96,27 @@ def test_dead_wrappers_as_weights(grad_mode):
         torch.testing.assert_close(result, ours(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_memory_that_was_given_back(which, before, grad_mode):
+    ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    for _ in range(before):
+        ours(x)
+    (x if which == "input" else ours.weight_hh_l0).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory"):
+        ours(x)
+
+
+def test_memory_that_was_given_back_before_backward():
+    for calls in (1, 3):
+        ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+        for _ in range(calls):
+            output = ours(x)[0]
+        x.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="has no memory"):
+            output.sum().backward()
+
+
 def test_unsupported_at_every_call(monkeypatch, grad_mode):
     monkeypatch.setattr(cpu, "unsupported", lambda *args: "a reason")
     automatic.cache_clear()

@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:DeprecationWarning", "ignore:.*is deprecated:FutureWarning"
+)
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 FORMS = {
     "rnn_tanh": {"batch_first": True},

@@ -26,6 +26,10 @@ import torch
 from torch import Tensor
 
 
+class NoMemoryError(RuntimeError):
+    """A tensor has no memory to compute with: its storage was given back, or it never had one."""
+
+
 class Weights(NamedTuple):
     """The parameters of one direction, in torch's shapes and gate order."""
 

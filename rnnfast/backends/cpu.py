@@ -19,13 +19,12 @@ from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed, Result
 from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, run_backward, run_forward
 from rnnfast.backends.cpu_layer import PreparedLayer
 from rnnfast.backends.cpu_second import run_bend, run_push
-from rnnfast.backends.cpu_stack import Sizes, Stack, addresses_of
+from rnnfast.backends.cpu_stack import Sizes, Stack
 
 __all__ = [
     "PreparedLayer",
     "Sizes",
     "Stack",
-    "addresses_of",
     "backward",
     "bend",
     "broken",

@@ -18,9 +18,9 @@ from rnnfast_kernels.cpu.plan import zeros
 from rnnfast_kernels.cpu.recipe import Recipe
 from torch import Tensor
 
-from rnnfast.backends import Needs
+from rnnfast.backends import Needs, NoMemoryError
 from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, room
-from rnnfast.backends.cpu_stack import Sizes, shape
+from rnnfast.backends.cpu_stack import Sizes, addresses_of, shape
 
 Tensors = Sequence[Tensor]
 
@@ -43,7 +43,10 @@ class Pass(NamedTuple):
         new = partial(room, tensors[0]) if self.large else tensors[0].new_empty
         results = [new(*size) if dtype is None else new(*size, dtype=dtype) for size, dtype in self.results]
         scratch = new(self.scratch)
-        addresses = [*map(Tensor.data_ptr, tensors), *map(Tensor.data_ptr, results), *self.fixed]
+        given = addresses_of(tensors)
+        if 0 in given:
+            raise NoMemoryError("rnnfast: a tensor has no memory: its storage has size 0")
+        addresses = [*given, *map(Tensor.data_ptr, results), *self.fixed]
         self.recipe.call(kernel, scratch.data_ptr(), addresses)
         return results
 
