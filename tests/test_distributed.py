@@ -11,6 +11,8 @@ from closeness import assert_all_close
 from distributed_worker import LAYERS, model_and_batches
 from torch import nn
 
+# On CPUs fully_shard of torch 2.6 asks for streams that have no events.
+SHARDS = torch.__version__ >= "2.7"
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -41,6 +43,7 @@ def alone(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.skipif(not SHARDS, reason="this torch shards on GPUs alone")
 def test_two_processes_train_as_one(tmp_path):
     launch("tests/distributed_worker.py", str(tmp_path / "results"))
     results = torch.load(tmp_path / "results")
@@ -54,6 +57,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-@pytest.mark.parametrize("words", [(), ("--shard",)], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("words", [(), ("--shard",)][: 1 + SHARDS], ids=["replicated", "sharded"][: 1 + SHARDS])
 def test_the_example_runs_under_torchrun(words):
     assert "2 processes, loss" in launch("-m", "examples.distributed", "--batches", "2", *words)
