@@ -8,6 +8,7 @@ Functions take flat positional arguments: first the constants that describe the 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -107,6 +108,19 @@ def apply_here(function: type[torch.autograd.Function], *args) -> tuple[Tensor, 
     """Apply a Function at the current level of torch.func's transforms, where a dispatched kernel already stands."""
     with enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def enabled_below() -> AbstractContextManager:
+    """Let transforms below the current one differentiate what a Function's forward calls, though it is off for that.
+
+    torch's own rule for Functions under transforms does the same; `apply_here` goes around it.
+    """
+    if torch.compiler.is_dynamo_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
+    return stack
 
 
 def is_differentiated(tensors) -> bool:
@@ -224,7 +238,8 @@ class LayerFunction(torch.autograd.Function):
         count = len(CELLS[cell].states)
         hx, weights = tensors[:count], tensors[count:]
         constants = (cell, backend, reverse, True, all_states)
-        results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
+        with enabled_below():
+            results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
         return tuple(results)
 
     @staticmethod
@@ -309,11 +324,12 @@ class LayerBackward(torch.autograd.Function):
     def forward(cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count, *args):
         layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
         x, hx, weights, batch_sizes, resets = layer_args
-        results = call_below(
-            "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
-            cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-            states, saved, dstates, dfinals,
-        )  # fmt: skip
+        with enabled_below():
+            results = call_below(
+                "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
+                cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+                states, saved, dstates, dfinals,
+            )  # fmt: skip
         return tuple(results)
 
     @staticmethod
