@@ -155,6 +155,7 @@ def is_functionalize(transform) -> bool:
     return FUNCTIONALIZE is not MISSING and transform.key() == FUNCTIONALIZE
 
 
+set_forward_enabled = needed("torch.autograd.forward_ad._set_fwd_grad_enabled", "derivatives inside of a transform")
 get_unwrapped = needed("torch._C._functorch.get_unwrapped", "gradients inside of a transform")
 # For derivatives by forward mode below the transform; without these, they are taken at its level.
 current_transform = found("torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter", None)

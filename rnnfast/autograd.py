@@ -8,6 +8,7 @@ Functions take flat positional arguments: first the constants that describe the 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -90,6 +91,19 @@ def backward_kernel(
     if is_differentiated(tensors):
         return list(_torch.apply_here(LayerBackward, *constants, *tensors))
     return list(LayerBackward.forward(*constants, *tensors))
+
+
+def enabled_below() -> AbstractContextManager:
+    """Let transforms below the current one differentiate what a Function's forward calls, though it is off for that.
+
+    torch's own rule for Functions under transforms does the same; `_torch.apply_here` goes around it.
+    """
+    if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is None:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(_torch.set_forward_enabled(True))
+    return stack
 
 
 def is_differentiated(tensors) -> bool:
@@ -217,7 +231,8 @@ class LayerFunction(torch.autograd.Function):
         count = len(CELLS[cell].states)
         hx, weights = tensors[:count], tensors[count:]
         constants = (cell, backend, reverse, True, all_states)
-        results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
+        with enabled_below():
+            results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
         return tuple(results)
 
     @staticmethod
@@ -328,11 +343,12 @@ class LayerBackward(torch.autograd.Function):
     def forward(cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count, *args):
         layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
         x, hx, weights, batch_sizes, resets = layer_args
-        results = call_below(
-            "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
-            cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-            states, saved, dstates, dfinals,
-        )  # fmt: skip
+        with enabled_below():
+            results = call_below(
+                "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
+                cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
+                states, saved, dstates, dfinals,
+            )  # fmt: skip
         return tuple(results)
 
     @staticmethod

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
@@ -102,17 +102,25 @@ def test_gradients_of_samples_of_samples(samples):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("by", ["weights", "x"])
 @pytest.mark.parametrize("nested", [1, 2])
-def test_autograd_over_gradients_of_samples(nested):
-    """Below two maps a tensor does not say itself that it wants a gradient."""
+def test_autograd_over_gradients_of_samples(nested, by):
+    """Below a map a tensor does not say itself that it wants a gradient."""
     w, x, results = weights(gru), torch.randn(2, 2, 4, 2, **F64), []
     gradient = grad(partial(loss, w=w))
-    for function in (
-        vmap(vmap(gradient, (None, 0)), (None, 0)) if nested == 2 else lambda p, x: vmap(gradient, (None, 0))(p, x[0]),
-        lambda p, x: torch.stack([torch.stack([gradient(p, s) for s in row]) for row in (x if nested == 2 else x[:1])]),
-    ):
-        p = w[1].clone().requires_grad_()
-        results.append(torch.autograd.grad(function(p, x).sin().sum(), p)[0])
+
+    def mapped(p, x):
+        once = vmap(gradient, (None, 0))
+        return vmap(once, (None, 0))(p, x) if nested == 2 else once(p, x[0])
+
+    def plain(p, x):
+        found = torch.stack([torch.stack([gradient(p, sample) for sample in row]) for row in x])
+        return found if nested == 2 else found[0]
+
+    for function in (mapped, plain):
+        leaves = [each.clone().requires_grad_(name == by) for name, each in (("weights", w[1]), ("x", x))]
+        leaf = leaves[by == "x"]
+        results.append(torch.autograd.grad(function(*leaves).sin().sum(), leaf)[0])
     torch.testing.assert_close(*results)
 
 
@@ -216,6 +224,47 @@ def test_the_operator_refuses_nested_forward_mode():
     torch.testing.assert_close(once(x), jvp(lambda x: lstm(x, w)[0].unsqueeze(2), (x,), (x,))[1])
     with pytest.raises(RuntimeError, match="nested forward-mode"):
         jvp(once, (x,), (x,))
+
+
+def nested(function, v, dv):
+    """Return second derivatives by v, by nestings of transforms."""
+    yield jvp(grad(function), (v,), (dv,))[1]
+    yield grad(lambda v: grad(function)(v).sin().sum())(v)
+    yield grad(lambda v: jvp(function, (v,), (dv,))[1])(v)
+    yield vmap(grad(lambda v: grad(function)(v).sin().sum()))(torch.stack([v, dv]))
+    yield hessian(function)(v)
+
+
+@pytest.mark.parametrize("by", ["x", "weights"])
+def test_the_operator_under_nested_transforms(by):
+    """That is how compiled graphs meet them; the outer derivative lost what went through the inner one's results."""
+    w, x = weights(lstm), torch.randn(4, 2, 2, **F64)
+    v = x if by == "x" else w[1]
+
+    def by_operator(v):
+        given = (v, w) if by == "x" else (x, [w[0], v, *w[2:]])
+        return operator(*given)[0].sin().sum()
+
+    def by_layer(v):
+        given = (v, w) if by == "x" else (x, [w[0], v, *w[2:]])
+        return lstm(*given)[0].sin().sum()
+
+    dv = torch.randn_like(v)
+    for found, expected in zip(nested(by_operator, v, dv), nested(by_layer, v, dv), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cell", [gru, lstm])
+def test_nested_transforms_in_a_compiled_graph(cell):
+    w, x = weights(cell), torch.randn(4, 2, 2, **F64)
+
+    def derivatives(v):
+        return tuple(nested(lambda v: cell(x, [w[0], v, *w[2:]])[0].sin().sum(), v, v.cos()))
+
+    found = torch.compile(derivatives, backend="aot_eager", fullgraph=True)(w[1])
+    for a, b in zip(found, derivatives(w[1]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # autograd: what stands before a tensor
