@@ -14,7 +14,7 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import _torch, ops, recurrence
-from rnnfast.backends.choice import load
+from rnnfast.backends.choice import load, setting
 from rnnfast.backends.recurrence import Outcome, Recurrence, flat_weights, pack_weights
 
 LAYER_SCHEMA = (
@@ -46,7 +46,14 @@ def run(layer: Recurrence, backend: str, all_states: bool) -> Outcome:
     weights = flat_weights(layer.weights)
     biased = layer.weights[0].b_ih is not None
     tensors = (layer.x, layer.h, layer.extra, *weights, *layer.signals)
-    if backend == "reference" or needs_plain_loop(tensors):
+    if backend == "reference":
+        return recurrence.run(layer)
+    if needs_plain_loop(tensors):
+        if setting() == "numba":
+            raise RuntimeError(
+                "the 'numba' backend cannot run this: it has no kernels for forward mode and torch.func transforms of "
+                f"cells of other forms than torch's, such as {layer.cell}"
+            )
         return recurrence.run(layer)
     constants = (layer.cell, layer.reverse, biased)
     groups = (layer.x, layer.h, layer.extra, weights, layer.signals, layer.batch_sizes, layer.resets)

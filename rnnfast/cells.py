@@ -55,7 +55,7 @@ def janet(x, u, state):
     return torch.sigmoid(s) * state[0] + (1 - torch.sigmoid(s - 1)) * torch.tanh(x.g + u.g)
 
 
-@cell(gates="g c")
+@cell(gates="c g")
 def ugrnn(x, u, state):
     """Update gate RNN (Collins et al., 2017, section 2.1)."""
     g = torch.sigmoid(x.g + u.g)
@@ -67,6 +67,15 @@ def minimal_gated_unit(x, u, state):
     """MGU in the form that takes one product (Zhou et al., 2016, the gate after the product, as in torch's GRU)."""
     f = torch.sigmoid(x.f + u.f)
     return state[0] + f * (torch.tanh(x.n + f * u.n) - state[0])
+
+
+@cell(gates="h")
+def antisymmetric_rnn(x, u, state):
+    """Antisymmetric RNN, step 0.1, diffusion 0.1 (Chang et al., 2019, equation 10).
+
+    Its recurrent weights are W - W^T: register that as a parametrization of `weight_hh_l0`.
+    """
+    return state[0] + 0.1 * torch.tanh(x.h + u.h - 0.1 * state[0])
 
 
 @cell(gates="a", recurrent="", parameters="w")

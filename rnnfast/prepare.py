@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rnnfast.modules import GRU, LSTM, RNN, Recurrent
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 
 def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) -> None:
@@ -23,7 +24,8 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
         verbose: whether to print what is compiled, which takes seconds, and how long it took. (The logger "rnnfast"
             tells that at level INFO in any case.) Default False.
     """
-    found = [layer for module in modules for layer in module.modules() if isinstance(layer, Recurrent)]
+    kinds = Recurrent, OfDeclaredCell
+    found = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
     with log_on_screen() if verbose else nullcontext():
         for layer in found if modules else standard_layers():
             run_once(layer, training)
@@ -49,18 +51,20 @@ def standard_layers() -> list[Recurrent]:
         return [RNN(16, 16), RNN(16, 16, nonlinearity="relu"), LSTM(16, 16), GRU(16, 16)]
 
 
-def run_once(layer: Recurrent, training: bool) -> None:
+def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
-    mode = layer.training
+    mode, options = layer.training, {}
+    if isinstance(layer, OfDeclaredCell):
+        options = {"signals": {name: torch.zeros(1) for name in layer.cell.signals}}
     try:
         layer.training = False  # dropout would consume random numbers
         with torch.no_grad():
-            layer(x)
+            layer(x, **options)
         if training:
             with torch.enable_grad():
-                output = layer(x.requires_grad_())[0]
+                output = layer(x.requires_grad_(), **options)[0]
             inputs = [x, *(w for w in layer.weights() if w.requires_grad)]
             torch.autograd.grad(output.sum(), inputs)
     finally:

@@ -86,6 +86,32 @@ def test_kernels_compute_what_the_plain_loop_does(name):
     assert_all_close(found["reference"], found["numba"], 1e-10)
 
 
+OUTSIDE = {"peephole_lstm": "PeepholeLSTMCell", "janet": "JANETCell", "li_gru": "LiGRUCell", "ugrnn": "UGRNNCell"}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_equal_to_torchrecurrents(name):
+    """The same weights, the same output and gradients as another library's step in a loop."""
+    theirs = getattr(pytest.importorskip("torchrecurrent"), OUTSIDE[name])(3, 5, **F64)
+    ours = rnnfast.Recurrent(LIBRARY[name], 3, 5, **F64)
+    weights = [theirs.weight_ih, theirs.weight_hh, theirs.bias_ih, theirs.bias_hh]
+    with torch.no_grad():
+        for own, other in zip(ours.parameters(), weights, strict=False):
+            own.copy_(other.normal_())
+        vectors = theirs.weight_ph.chunk(3) if name == "peephole_lstm" else ()
+        for parameter, other in zip(LIBRARY[name].parameters, vectors, strict=True):
+            getattr(ours, f"{parameter}_l0").copy_(other)
+    x, state, steps = torch.randn(6, 2, 3, **F64), None, []
+    for step in x:
+        state = theirs(step, state)
+        steps.append(state[0] if isinstance(state, tuple) else state)
+    with rnnfast.use_backend("reference"):
+        output, _ = ours(x)
+    expected = torch.autograd.grad(torch.stack(steps).sin().sum(), weights)
+    got = torch.autograd.grad(output.sin().sum(), list(ours.parameters())[:4])
+    assert_all_close(dict(enumerate((torch.stack(steps), *expected))), dict(enumerate((output, *got))), 1e-10)
+
+
 # Without hardsigmoid: its gradient in torch is grad times a sixth that was rounded to float32.
 UNARY = (
     "sigmoid", "tanh", "relu", "exp", "sin", "cos", "abs", "softplus", "logsigmoid", "elu", "gelu", "silu",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rnnfast
-from examples import language_model, numpy_bptt, sequence_classifier, shapes
+from examples import language_model, numpy_bptt, own_cell, sequence_classifier, shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +57,24 @@ def test_language_models_stay_together(monkeypatch):
     assert runs["rnnfast"].losses == pytest.approx(runs["torch"].losses, rel=1e-4)
     assert runs["rnnfast"].losses[-1] < runs["rnnfast"].losses[0]
     assert len(language_model.write_text(runs["rnnfast"].model, corpus, length=20)) == len("The ") + 20
+
+
+def test_a_cell_of_ones_own_is_its_eager_step():
+    distances = own_cell.compare()
+    assert len(distances) == 8
+    assert max(distances.values()) < 1e-12
+
+
+@pytest.mark.long
+def test_a_cell_of_ones_own_learns_as_its_loop(monkeypatch, tmp_path):
+    monkeypatch.setattr(language_model, "STEPS", 24)
+    monkeypatch.setattr(own_cell, "PICTURE", tmp_path / "curves.png")
+    corpus = language_model.Corpus()
+    layers = {own_cell.LOOP: own_cell.Loop, own_cell.OURS: own_cell.Fused}
+    runs = language_model.train(layers, len(corpus.characters), corpus.batches(10))
+    assert runs[own_cell.OURS].losses == pytest.approx(runs[own_cell.LOOP].losses, rel=1e-4)
+    own_cell.draw(runs)
+    assert own_cell.PICTURE.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("example", ["sequence_classifier", "shapes", "numpy_bptt", "rollout"])

@@ -32,6 +32,7 @@ PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
     "layouts and the rest": (KERNELS, f"not ({LONG})"),
     "programs that wait for each other": (("gpu_cooperative", "race_detector"), ""),
+    "declared cells": (("declared_backends",), ""),
     "sequences": (("sequences", "autograd", "transforms", "numerics", "stream"), " or ".join(f"({k})" for k in LAYERS)),
 }
 

@@ -192,6 +192,8 @@ def test_transforms_take_the_plain_loop():
     inputs = torch.stack((x.detach(), x.detach() + 1))
     mapped = torch.func.vmap(loss)(inputs)
     assert_all_close({"loss": torch.stack([loss(each) for each in inputs])}, {"loss": mapped}, 1e-12)
+    with rnnfast.use_backend("numba"), pytest.raises(RuntimeError, match="no kernels for forward mode"):
+        torch.func.vmap(loss)(inputs)
     _, change = torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
     (grad,) = torch.autograd.grad(loss(x), x)
     assert_all_close({"change": grad.sum()}, {"change": change}, 1e-12)

@@ -98,6 +98,12 @@ def test_shapes_of_fake_tensors_are_those_of_results():
         torch.library.opcheck(torch.ops.rnnfast.cell_layer, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_warmup_runs_every_kernel():
+    layer = make()[0]
+    rnnfast.warmup(torch.nn.Sequential(layer))
+    assert all(weight.grad is None for weight in layer.parameters())
+
+
 def test_explain_names_what_runs():
     layer, x, _, _ = make()
     told = rnnfast.explain(layer, x)

@@ -5,14 +5,13 @@ import torch
 from closeness import TOLERANCES, assert_all_close, assert_close
 from layers import CELLS, as_tuple, pair, random_hx
 from rnnfast_kernels import cells as table
-from rnnfast_kernels import derive
 from rnnfast_kernels.bind import bind
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
-from rnnfast import linearised, reference, use_backend
+from rnnfast import reference, torch_functions, use_backend
 from rnnfast.backends import cpu
 
 F64 = {"dtype": torch.float64}
@@ -269,11 +268,11 @@ def test_forward_mode_over_reverse(cell, create_graph, backend):
 
 @pytest.mark.parametrize("cell", table.CELLS)
 def test_derived_equations(cell):
-    """What `derive` writes is what autograd finds, from values far outside of the usual range too."""
-    row, names = table.CELLS[cell], linearised.PULLBACKS | {"zeros_like": torch.zeros_like}
+    """What is derived from a step is what autograd finds, from values far outside of the usual range too."""
+    row, names = table.CELLS[cell], torch_functions.BACKWARD | {"zeros_like": torch.zeros_like}
     names["sigmoid_bend"] = lambda dot, dy, y: dot * dy * (1 - 2 * y)
     names["tanh_bend"] = lambda dot, dy, y: -2 * dot * dy * y
-    push, bend = (bind(function(row), names) for function in (derive.push, derive.bend))
+    push, bend = (bind(function, names) for function in (row.push, row.bend))
     backward = bind(row.backward, names)
     torch.manual_seed(0)
 
@@ -291,12 +290,3 @@ def test_derived_equations(cell):
     along = (some(states), some(row.saved), some(states), some(states))
     values, expected = jvp(backward, given, along)
     torch.testing.assert_close(bend(*given, *along), (values, expected))
-
-
-def test_a_cell_must_save_what_its_derivatives_want():
-    def forward(x, u, state):
-        return (x[0] * u[0],), ()
-
-    cell = table.Cell("product", forward, forward, 1, 0, ("h",), False)
-    with pytest.raises(ValueError, match="does not save"):
-        derive.push(cell)

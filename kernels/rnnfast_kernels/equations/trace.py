@@ -268,7 +268,6 @@ class Traced:
             for group, leaves in self.leaves.items()
         }
         groups["state"] = tuple(groups["state"])
-        previous = sys.getprofile()
 
         def keep_names(frame, event, argument):
             if event == "return" and frame.f_code is getattr(function, "__code__", None):
@@ -278,11 +277,15 @@ class Traced:
                     if isinstance(each, Symbol) and isinstance(each.value, Node)
                 }
 
-        sys.setprofile(keep_names)
+        # Names of local variables are for display; without them, where a profiler is at work.
+        watched = sys.getprofile() is None
+        if watched:
+            sys.setprofile(keep_names)
         try:
             result = call_step(function, groups)
         finally:
-            sys.setprofile(previous)
+            if watched:
+                sys.setprofile(None)
         return self.states_of(function.__name__, result, names["state"])
 
     def states_of(self, name: str, result: Any, states: tuple[str, ...]) -> tuple[Node, ...]:
