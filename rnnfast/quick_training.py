@@ -44,7 +44,10 @@ class QuickLayer(torch.autograd.Function):
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         layer = ctx.layer
-        saved = unpack(ctx, ctx.versions, partial(repair, layer, ctx.needs_input_grad[1]))
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:
+            saved = unpack(ctx, ctx.versions, partial(repair, layer, ctx.needs_input_grad[1]))
         if autograd.goes_on():
             return None, *by_operators(layer, saved, grads, autograd.asked_for(ctx)[1:])
         tracing = torch.compiler.is_dynamo_compiling()

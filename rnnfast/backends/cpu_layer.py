@@ -43,10 +43,11 @@ class Pass(NamedTuple):
         new = partial(room, tensors[0]) if self.large else tensors[0].new_empty
         results = [new(*size) if dtype is None else new(*size, dtype=dtype) for size, dtype in self.results]
         scratch = new(self.scratch)
-        given = addresses_of(tensors)
-        if 0 in given:
+        addresses = addresses_of(tensors)
+        if 0 in addresses:
             raise NoMemoryError("rnnfast: a tensor has no memory: its storage has size 0")
-        addresses = [*given, *map(Tensor.data_ptr, results), *self.fixed]
+        addresses += map(Tensor.data_ptr, results)
+        addresses += self.fixed
         self.recipe.call(kernel, scratch.data_ptr(), addresses)
         return results
 
