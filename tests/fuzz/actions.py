@@ -199,6 +199,9 @@ def convert(pair: Pair, random: Random) -> None:
     for module in pair.both:
         module.to(dtype)
         module.zero_grad()
+    with torch.no_grad():  # what rounding in the last dtype has made of weights is no matter in this one
+        for own, p in zip(pair.ours.parameters(), pair.theirs.parameters(), strict=True):
+            own.copy_(p)
     pair.graphs.clear()
 
 
