@@ -4,6 +4,7 @@ The step is traced once, at the declaration, which refuses what cannot become a 
 loop are derived from what was traced. A declared cell is known by its identity, its name and a digest of its equations.
 """
 
+import hashlib
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,9 @@ class Cell:
         # Loops take the state that the product reads first.
         self.order = tuple(sorted(range(len(self.states)), key=lambda n: self.states[n] != read))
         self.kernel = self.reordered()
-        self.identity = f"{re.sub(r'[^0-9A-Za-z_]', '_', function.__name__)}-{self.kernel.digest}"
+        # Cells whose states the user orders differently may be the same to the loops.
+        digest = hashlib.sha256(f"{self.kernel.digest} {self.order}".encode()).hexdigest()[:12]
+        self.identity = f"{re.sub(r'[^0-9A-Za-z_]', '_', function.__name__)}-{digest}"
         self.kernel.name = self.identity
 
     def reordered(self) -> equations.Cell:

@@ -63,6 +63,10 @@ class Recurrent(nn.Module):
         super().__init__()
         if not isinstance(cell, Cell):
             raise TypeError(f"Recurrent: expected a cell declared by rnnfast.cell, got {type(cell).__name__}")
+        if not cell.gates:
+            raise ValueError(
+                f"Recurrent: the cell {cell.__name__} has no gates, so its layers would not read their input"
+            )
         for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")

@@ -143,6 +143,26 @@ def test_identity_is_the_name_and_the_equations():
     assert copy.deepcopy(other) is other
 
 
+def test_the_order_of_states_belongs_to_the_identity():
+    def declare(states, step):
+        step.__name__ = "ordered"
+        return rnnfast.cell(gates="a", states=states, output="h")(step)
+
+    one = declare("h c", lambda x, u, state: (torch.tanh(x.a + u.a), state[1] + state[0]))
+    other = declare("c h", lambda x, u, state: (state[0] + state[1], torch.tanh(x.a + u.a)))
+    assert one.order == (0, 1)
+    assert other.order == (1, 0)
+    assert one.identity != other.identity
+    layers = [rnnfast.Recurrent(cell, 2, 3) for cell in (one, other)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(4, 2, 2)
+    with rnnfast.use_backend("reference"):
+        (a, (h, c)), (b, (c2, h2)) = (layer(x) for layer in layers)
+    assert torch.equal(a, b)
+    assert torch.equal(h, h2)
+    assert torch.allclose(c, c2)
+
+
 def test_a_cell_that_is_not_declared_is_named():
     with pytest.raises(RuntimeError, match=f"the cell peephole-0123 is not declared.*{peephole.identity}"):
         found("peephole-0123")

@@ -227,6 +227,12 @@ def test_initial_values_of_parameters():
         rnnfast.Recurrent(lambda x: x, 3, 4)
 
 
+def test_a_layer_reads_its_input():
+    idle = rnnfast.cell(gates="", signals="s")(lambda state, s: state[0] * s.s)
+    with pytest.raises(ValueError, match="has no gates"):
+        rnnfast.Recurrent(idle, 3, 4)
+
+
 def test_backends_by_name():
     layer, x, hx, signals = make()
     for name, lacks in (("torch", "torch.nn lacks the cell"), ("triton", "no kernels for cells of this form")):

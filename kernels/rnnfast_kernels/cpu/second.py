@@ -3,7 +3,7 @@
 A layer's tensors change by given amounts. `layer_push` runs from the first step to the last and finds the changes of
 the states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_bend` runs back
 through time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
-(Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both comes from `derive`.
+(Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both is derived (see `equations`).
 
 Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field
 `around` is the first. The change of a product has two terms, `at`'s panels by the changes and `job`'s by the values;
