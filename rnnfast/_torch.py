@@ -51,9 +51,12 @@ def always(*args) -> bool:
 
 # Whether something stands between a call and the memory of its tensors. If it cannot be told, something does.
 is_wrapper: Callable[[Tensor], bool] = found("torch._C._functorch.is_functorch_wrapped_tensor", always)
+# Whether a tensor is known to be of zeros without memory.
+is_known_zero: Callable[[Tensor], bool] = found("torch.Tensor._is_zerotensor", lambda _: False)
 is_zero_tensor: Callable[[Tensor], bool] = found("torch.Tensor._is_zerotensor", always)
 is_profiled: Callable[[], bool] = found("torch._C._autograd._profiler_enabled", always)
 is_traced: Callable[[], bool] = found("torch._C._is_tracing", torch.jit.is_tracing)
+dispatch_modes: Callable[[], Any] = found("torch.utils._python_dispatch._get_current_dispatch_mode_stack", tuple)
 count_dispatch_modes: Callable[[], int] = found("torch._C._len_torch_dispatch_stack", always)
 innermost_transform: Callable[[], Any] = found("torch._C._functorch.peek_interpreter_stack", always)
 has_transforms: Callable[[], bool] = found("torch._C._are_functorch_transforms_active", always)

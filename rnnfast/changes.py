@@ -30,8 +30,8 @@ def unpack(ctx, known: Sequence[int] | None, repair: Callable[[list, list[int]],
     try:
         return ctx.saved_tensors
     except RuntimeError:
-        raw = ctx._raw_saved_tensors  # raises if they are freed
-        if known is None or not hasattr(raw[0], "data"):  # torch 2.6 does not show them
+        raw = getattr(ctx, "_raw_saved_tensors", None)  # raises if they are freed
+        if known is None or not raw or not hasattr(raw[0], "data"):  # torch 2.6 does not show them
             raise
         tensors = [each.data for each in raw]
         # What comes behind those that are known was new then.

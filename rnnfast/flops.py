@@ -7,9 +7,8 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from rnnfast import ops
+from rnnfast import _torch, ops
 
 
 def known_sizes(batch_sizes: Tensor | None) -> Tensor | None:
@@ -55,7 +54,7 @@ def register() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    counters = [getattr(mode, "counter", mode) for mode in _get_current_dispatch_mode_stack()]
+    counters = [getattr(mode, "counter", mode) for mode in _torch.dispatch_modes()]
     for registry in (module.flop_registry, *(getattr(each, "flop_registry", {}) for each in counters)):
         for operator, formula in FORMULAS.items():
             registry.setdefault(operator, formula)

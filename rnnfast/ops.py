@@ -141,9 +141,9 @@ def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) 
 
 def as_stored(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Return gradients whose memory holds what they mean: torch's dispatcher overlooks lists of optional tensors."""
-    if not any(g is not None and (g.is_neg() or g._is_zerotensor()) for g in gradients):
+    if not any(g is not None and (g.is_neg() or _torch.is_known_zero(g)) for g in gradients):
         return gradients
-    return [g if g is None else torch.zeros_like(g) if g._is_zerotensor() else g.resolve_neg() for g in gradients]
+    return [g if g is None else torch.zeros_like(g) if _torch.is_known_zero(g) else g.resolve_neg() for g in gradients]
 
 
 def as_given(x: Tensor) -> AbstractContextManager:
