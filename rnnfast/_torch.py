@@ -147,6 +147,22 @@ def is_jvp(transform) -> bool:
     return transform.key() == JVP
 
 
+# A torch that does not name this transform is taken to be without it.
+FUNCTIONALIZE = found("torch._C._functorch.TransformType.Functionalize")
+
+
+def is_functionalized() -> bool:
+    """Say whether `torch.func.functionalize` is around a call: it takes operators, and no Functions."""
+    if innermost_transform() is None:
+        return False
+    return any(each.key() == FUNCTIONALIZE for each in list_transforms() or ())
+
+
+# The modes around a call that see every operator; none where they cannot be listed.
+dispatch_modes: Callable[[], list] = found("torch.utils._python_dispatch._get_current_dispatch_mode_stack", list)
+# Has derivatives by forward mode taken, or not, within a block.
+set_forward_grad = needed("torch.autograd.forward_ad._set_fwd_grad_enabled", "forward mode over a backward pass")
+
 get_unwrapped = needed("torch._C._functorch.get_unwrapped", "gradients inside of a transform")
 # For derivatives by forward mode below the transform; without these, they are taken at its level.
 current_transform = found("torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter", None)
