@@ -55,8 +55,9 @@ is_wrapper: Callable[[Tensor], bool] = found("torch._C._functorch.is_functorch_w
 is_known_zero: Callable[[Tensor], bool] = found("torch.Tensor._is_zerotensor", lambda _: False)
 is_zero_tensor: Callable[[Tensor], bool] = found("torch.Tensor._is_zerotensor", always)
 is_profiled: Callable[[], bool] = found("torch._C._autograd._profiler_enabled", always)
-is_traced: Callable[[], bool] = found("torch._C._is_tracing", torch.jit.is_tracing)
-dispatch_modes: Callable[[], Any] = found("torch.utils._python_dispatch._get_current_dispatch_mode_stack", tuple)
+is_traced: Callable[[], bool] = found("torch._C._is_tracing", always)
+# Whether torch.jit.trace is at work.
+is_jit_traced: Callable[[], bool] = found("torch._C._is_tracing", torch.jit.is_tracing)
 count_dispatch_modes: Callable[[], int] = found("torch._C._len_torch_dispatch_stack", always)
 innermost_transform: Callable[[], Any] = found("torch._C._functorch.peek_interpreter_stack", always)
 has_transforms: Callable[[], bool] = found("torch._C._are_functorch_transforms_active", always)
@@ -150,15 +151,22 @@ def is_jvp(transform) -> bool:
     return transform.key() == JVP
 
 
+# A torch that does not name this transform is taken to be without it.
 FUNCTIONALIZE = found("torch._C._functorch.TransformType.Functionalize")
 
 
-def is_functionalize(transform) -> bool:
-    """Say whether a transform is `torch.func.functionalize`; a torch that lacks the name has none."""
-    return FUNCTIONALIZE is not MISSING and transform.key() == FUNCTIONALIZE
+def is_functionalized() -> bool:
+    """Say whether `torch.func.functionalize` is around a call: it takes operators, and no Functions."""
+    if innermost_transform() is None:
+        return False
+    return any(each.key() == FUNCTIONALIZE for each in list_transforms() or ())
 
 
-set_forward_enabled = needed("torch.autograd.forward_ad._set_fwd_grad_enabled", "derivatives inside of a transform")
+# The modes around a call that see every operator; none where they cannot be listed.
+dispatch_modes: Callable[[], list] = found("torch.utils._python_dispatch._get_current_dispatch_mode_stack", list)
+# Has derivatives by forward mode taken, or not, within a block.
+set_forward_grad = needed("torch.autograd.forward_ad._set_fwd_grad_enabled", "forward mode over a backward pass")
+
 get_unwrapped = needed("torch._C._functorch.get_unwrapped", "gradients inside of a transform")
 # For derivatives by forward mode below the transform; without these, they are taken at its level.
 current_transform = found("torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter", None)

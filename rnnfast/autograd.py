@@ -53,7 +53,7 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
         results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
     elif _torch.forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
-    elif is_functionalized():
+    elif _torch.is_functionalized():
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
     else:
         results = _torch.apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
@@ -102,7 +102,7 @@ def enabled_below() -> AbstractContextManager:
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(torch.enable_grad())
-    stack.enter_context(_torch.set_forward_enabled(True))
+    stack.enter_context(_torch.set_forward_grad(True))
     return stack
 
 
@@ -114,13 +114,6 @@ def is_differentiated(tensors) -> bool:
         if _torch.innermost_transform() is not None and any(map(batching.requires_grad_below, tensors)):
             return True
     return _torch.in_dual_level() or _torch.forward_nesting() > 0
-
-
-def is_functionalized() -> bool:
-    """Say whether `torch.func.functionalize` is around a call: it takes operators, and no Functions."""
-    return _torch.innermost_transform() is not None and any(
-        map(_torch.is_functionalize, _torch.list_transforms() or ())
-    )
 
 
 def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
@@ -195,7 +188,7 @@ def backward_function() -> Callable[..., tuple[Tensor, ...]]:
     """
     if not goes_on():
         return LayerBackward.forward
-    return by_operator if is_functionalized() else partial(_torch.apply, LayerBackward)
+    return by_operator if _torch.is_functionalized() else partial(_torch.apply, LayerBackward)
 
 
 def by_operator(*args) -> tuple[Tensor, ...]:

@@ -75,12 +75,10 @@ def needs_plain_loop(tensors: Sequence[Tensor]) -> bool:
     return _torch.innermost_transform() is not None or _torch.in_dual_level()
 
 
+@_torch.constant_in_graphs
 def version_of(cell: str) -> str:
     """Return what tells the graphs of this version from those of any other."""
     return ops.version()
-
-
-version_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def make(cell, reverse, biased, x, h, extra, weights, signals, batch_sizes, resets) -> Recurrence:

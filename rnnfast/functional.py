@@ -136,7 +136,7 @@ def no_views(options: Options, batched: bool, output: Tensor, finals: Tensor | S
 
 def is_traced() -> bool:
     """Say whether torch.jit.trace is at work."""
-    return not torch.compiler.is_dynamo_compiling() and _torch.is_traced()
+    return not torch.compiler.is_dynamo_compiling() and _torch.is_jit_traced()
 
 
 def traced(options, input, weights, hx, lengths, resets, all_states):

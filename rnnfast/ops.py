@@ -121,7 +121,7 @@ def expect(
 def check_memory(tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError where the memory of a tensor was given back (`untyped_storage().resize_(0)`)."""
     for tensor in tensors:
-        if tensor.data_ptr() == 0 and tensor.numel() and not tensor._is_zerotensor():
+        if tensor.data_ptr() == 0 and tensor.numel() and not _torch.is_known_zero(tensor):
             raise RuntimeError(f"rnnfast: a tensor of shape {list(tensor.shape)} has no memory: its storage has size 0")
 
 

@@ -237,6 +237,7 @@ def backend_for(cell: Cell, x: Tensor) -> str:
     return choose(cell.identity, x.device, x.dtype).backend
 
 
+@_torch.constant_in_graphs
 def choose(identity: str, device: torch.device, dtype: torch.dtype) -> choice.Choice:
     """Choose between the Numba kernels and the plain loop.
 
@@ -267,9 +268,6 @@ def kernels_problem(identity: str, device: torch.device, dtype: torch.dtype) -> 
         return f"the numba backend cannot be imported ({type(error).__name__}: {error})"
     problem = module.unsupported(identity, device, dtype)
     return choice.load("numba").obtain(identity, dtype) if problem is None else problem
-
-
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def named_states(cell: Cell, hx) -> dict[str, Tensor]:

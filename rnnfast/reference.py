@@ -89,7 +89,7 @@ def row_spans(layer: Layer) -> list[slice]:
     """Say where the rows of each step stand: in `x` itself when packed, else in `x[t]`."""
     if layer.batch_sizes is None:
         return [slice(None)] * step_count(layer)
-    sizes = layer.batch_sizes.tolist()
+    sizes = [int(n) for n in layer.batch_sizes]
     if layer.x.dim() == 3:
         return [slice(0, size) for size in sizes]
     return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]

@@ -165,6 +165,13 @@ def test_names_of_weights_without_those_that_torch_keeps():
         assert layer._flat_weights_names == kept
 
 
+def test_functionalize_is_seen():
+    seen = []
+    for transform in (torch.func.functionalize, torch.func.vmap):
+        transform(lambda x: seen.append(_torch.is_functionalized()) or x)(torch.zeros(2))
+    assert [*seen, _torch.is_functionalized()] == [True, False, False]
+
+
 def test_autocast_is_seen_without_the_private_name(without):
     without("torch._C._is_any_autocast_enabled")
     layer, x = rnnfast.LSTM(3, 4), torch.randn(3, 2, 3)
