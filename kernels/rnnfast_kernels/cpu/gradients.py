@@ -13,7 +13,7 @@ from rnnfast_kernels.cpu.job import Record
 PRODUCT = Record(
     "rows", "depth", "units", "parts",
     "left", "left_row", "left_part", "panels", "panels_part", "out", "out_row",
-    "tile", "places", "operands", "goals", "chunk", "add",
+    "tile", "row_pointers", "operands", "out_pointers", "chunk", "add",
 )  # fmt: skip
 
 # out[columns, units] = sum over valid rows of left[row, columns] x right[row, units], for the columns first to last;
@@ -23,7 +23,7 @@ OUTER = Record(
     "layer", "right", "group", "groups",
     "left", "left_row", "columns", "first", "last", "units", "right_base", "right_row",
     "out", "bias", "second_bias", "block",
-    "tile", "places", "left_places", "right_places", "panels", "strip", "add",
+    "tile", "row_pointers", "left_pointers", "right_pointers", "panels", "strip", "add",
 )  # fmt: skip
 
 # Values of `right`: the layer's input, the h that entered a step, or rows at `right_base`.
@@ -35,14 +35,14 @@ def rows_product(address):
     job = product_at(address)
     for first in range(0, job.rows, job.chunk):
         count = min(job.chunk, job.rows - first)
-        fill_places(job.goals, job.out + first * job.out_row, job.out_row, count)
+        fill_pointers(job.out_pointers, job.out + first * job.out_row, job.out_row, count)
         for part in range(job.parts):
             left = job.left + part * job.left_part + first * job.left_row
-            fill_places(job.places, left, job.left_row, count)
+            fill_pointers(job.row_pointers, left, job.left_row, count)
             panels = job.panels + part * job.panels_part
-            places = as_operands(count, job.places, job.depth, job.operands)
+            row_pointers = as_operands(count, job.row_pointers, job.depth, job.operands)
             adds = part + job.add > 0
-            project_plain(count, places, ITEM, panels, job.depth, job.units, job.goals, 0, job.tile, adds)
+            project_plain(count, row_pointers, ITEM, panels, job.depth, job.units, job.out_pointers, 0, job.tile, adds)
 
 
 def right_address(job, layer, order, step, row):
@@ -58,16 +58,16 @@ def pack_strip(job, column, depth):
     total = zeros()
     lanes = job.columns - column
     for k in range(0, depth, TERMS):
-        store(job.strip + k // TERMS * VECTOR, load_line(job.left_places, k, depth, column, lanes), LANES)
+        store(job.strip + k // TERMS * VECTOR, load_line(job.left_pointers, k, depth, column, lanes), LANES)
     for k in range(depth):
-        total = total + load(load_int(job.left_places + 8 * k) + column * ITEM, lanes)
+        total = total + load(load_int(job.left_pointers + 8 * k) + column * ITEM, lanes)
     return total
 
 
 def add_block(job, depth, accumulate):
     """Add the terms of `depth` rows."""
     blocks = (job.units + LANES - 1) // LANES
-    pack_rows(job.right_places, depth, job.units, job.panels, 0, blocks)
+    pack_rows(job.right_pointers, depth, job.units, job.panels, 0, blocks)
     for column in range(job.first, job.last, LANES):
         lanes = min(LANES, job.columns - column)
         total = pack_strip(job, column, depth)
@@ -77,11 +77,13 @@ def add_block(job, depth, accumulate):
             store(spot, total, lanes)
             if job.second_bias:
                 store(job.second_bias + column * ITEM, total, lanes)
-        fill_places(job.places, job.strip, ITEM, lanes)
+        fill_pointers(job.row_pointers, job.strip, ITEM, lanes)
         out_row = job.units * ITEM
-        goals = job.places + 8 * lanes
-        fill_places(goals, job.out + column * out_row, out_row, lanes)
-        project_plain(lanes, job.places, VECTOR, job.panels, depth, job.units, goals, 0, job.tile, accumulate)
+        out_pointers = job.row_pointers + 8 * lanes
+        fill_pointers(out_pointers, job.out + column * out_row, out_row, lanes)
+        project_plain(
+            lanes, job.row_pointers, VECTOR, job.panels, depth, job.units, out_pointers, 0, job.tile, accumulate
+        )
 
 
 def outer_product(address):
@@ -93,8 +95,8 @@ def outer_product(address):
         step = step_at(layer, order)
         index = first_index(layer, step)
         for row in range(job.group, live_rows(layer, step), job.groups):
-            store_int(job.left_places + 8 * depth, job.left + (index + row) * job.left_row)
-            store_int(job.right_places + 8 * depth, right_address(job, layer, order, step, row))
+            store_int(job.left_pointers + 8 * depth, job.left + (index + row) * job.left_row)
+            store_int(job.right_pointers + 8 * depth, right_address(job, layer, order, step, row))
             depth += 1
             if depth == job.block:
                 add_block(job, depth, accumulate)

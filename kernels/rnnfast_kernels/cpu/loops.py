@@ -27,7 +27,7 @@ LAYER = Record(
     "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row", "du_row",
     # Scratch of this job; `zeros` is a row of zeros.
-    "tile", "places", "operands", "goals", "h_work", "extra_work", "full_work", "zeros",
+    "tile", "row_pointers", "operands", "out_pointers", "h_work", "extra_work", "full_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
     # whose records follow one another from `parts` on. They share the slice's work space. `claimed` is the address of a
     # count of the phases of this part that a thread has taken, `finished` that of the phases of all parts that are done
@@ -131,19 +131,19 @@ def project_inputs(job, first, last):
     for order in range(first, last):
         step = step_at(job, order)
         live = live_rows(job, step)
-        fill_places(job.places + 8 * count, x_address(job, step), job.x_row, live)
-        fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
+        fill_pointers(job.row_pointers + 8 * count, x_address(job, step), job.x_row, live)
+        fill_pointers(job.out_pointers + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
-    places = given_operands(count, job.places, job.inputs, job.operands)
+    row_pointers = given_operands(count, job.row_pointers, job.inputs, job.operands)
     if job.raw:
         project_raw(
-            count, places, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
-            job.goals, job.gate_step, job.tile,
+            count, row_pointers, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+            job.out_pointers, job.gate_step, job.tile,
         )  # fmt: skip
         return
     project_gate_blocks(
-        count, places, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
-        job.goals, job.gate_step, job.tile, False,
+        count, row_pointers, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+        job.out_pointers, job.gate_step, job.tile, False,
     )  # fmt: skip
 
 
@@ -182,8 +182,8 @@ def clear_padding(job, step, live):
 
 def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     """One step for all live rows: tile by tile the recurrent product, followed at once by the cell."""
-    fill_places(job.places, h_now, h_stride, live)
-    places = as_operands(live, job.places, job.width, job.operands)
+    fill_pointers(job.row_pointers, h_now, h_stride, live)
+    row_pointers = as_operands(live, job.row_pointers, job.width, job.operands)
     index = first_index(job, step)
     cell_out = job.full_work if job.w_hr else h_next
     cell_stride = extra_stride if job.w_hr else h_stride
@@ -195,9 +195,9 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
         while first < live:
             count = recurrent_rows(live - first)
             if job.raw:
-                multiply_block(count, places, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
+                multiply_block(count, row_pointers, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
             elif RECURRENT > 0:
-                multiply(blocks * RECURRENT, count, places + 8 * first, ITEM, panel, lines(job.width), job.tile)
+                multiply(blocks * RECURRENT, count, row_pointers + 8 * first, ITEM, panel, lines(job.width), job.tile)
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES
@@ -228,10 +228,10 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
 
 def project_output(job, step, live, h_next, h_stride, full_stride):
     """h = W_hr times what the cell put out."""
-    fill_places(job.places, job.full_work, full_stride, live)
-    fill_places(job.goals, h_next, h_stride, live)
-    places = as_operands(live, job.places, job.hidden, job.operands)
-    project_plain(live, places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
+    fill_pointers(job.row_pointers, job.full_work, full_stride, live)
+    fill_pointers(job.out_pointers, h_next, h_stride, live)
+    row_pointers = as_operands(live, job.row_pointers, job.hidden, job.operands)
+    project_plain(live, row_pointers, ITEM, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False)
     h = job.h + first_index(job, step) * job.h_row
     for row in range(live):
         give_row(h_next + row * h_stride, h + row * job.h_row, job.width)
@@ -406,7 +406,7 @@ def backward_phase(address, phase):
             end_gradients(job, h_stride, extra_stride)
         return
     if phase == 1:
-        fill_places(job.goals, job.h_work, h_stride, job.rows)
+        fill_pointers(job.out_pointers, job.h_work, h_stride, job.rows)
     else:
         through_recurrent(job, order + 1, h_stride, extra_stride)
     if order >= 0:
@@ -422,9 +422,9 @@ def through_cell(job, order, h_stride, extra_stride):
         clear_gradients(job, step, live)
     add_gradients(job, step, live, h_stride, extra_stride)
     if job.w_hr:
-        fill_places(job.places, job.full_work, extra_stride, live)
-        rows = as_operands(live, job.goals, job.width, job.operands)
-        project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.places, 0, job.tile, False)
+        fill_pointers(job.row_pointers, job.full_work, extra_stride, live)
+        rows = as_operands(live, job.out_pointers, job.width, job.operands)
+        project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
         for row in range(live):
             goal = job.dh_total + (index + row) * job.dh_total_row
             copy_row(job.h_work + row * h_stride, goal, job.width)
@@ -437,12 +437,12 @@ def through_recurrent(job, order, h_stride, extra_stride):
     step = step_at(job, order)
     live = live_rows(job, step)
     if RECURRENT > 0:
-        fill_places(job.places, job.du_gates + first_index(job, step) * job.du_row, job.du_row, live)
+        fill_pointers(job.row_pointers, job.du_gates + first_index(job, step) * job.du_row, job.du_row, live)
         depth = RECURRENT * job.hidden
-        places = as_operands(live, job.places, depth, job.operands)
+        row_pointers = as_operands(live, job.row_pointers, depth, job.operands)
         project_plain_blocks(
-            live, places, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
-            job.goals, 0, job.tile, job.w_hr == 0,
+            live, row_pointers, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+            job.out_pointers, 0, job.tile, job.w_hr == 0,
         )  # fmt: skip
     for row in range(live):
         if is_reset(job, step, row):

@@ -205,8 +205,8 @@ def signal_loader(target: Target, size: int):
 
         def lower(context, builder, sig, args):
             start, *indices = args
-            places = (builder.add(start, INT64(8 * len(SIGNAL.names) * n)) for n in range(size))
-            loaded = [load(builder, place, *indices) for place in places]
+            row_pointers = (builder.add(start, INT64(8 * len(SIGNAL.names) * n)) for n in range(size))
+            loaded = [load(builder, place, *indices) for place in row_pointers]
             return context.make_tuple(builder, sig.return_type, loaded)
 
         kind = types.UniTuple(vec, size) if size else types.Tuple(())

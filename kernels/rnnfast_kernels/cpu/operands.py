@@ -80,14 +80,14 @@ def copies_start(rows, room):
     return room + (8 * rows + VECTOR - 1) // VECTOR * VECTOR
 
 
-def as_operands(rows, places, depth, room):
-    """Where the addresses of rows in the form of operands are: `places`, or in `room` with copies of its rows."""
+def as_operands(rows, row_pointers, depth, room):
+    """Where the addresses of rows in the form of operands are: `row_pointers`, or in `room` with copies of its rows."""
     if TERMS == 1:
-        return places
+        return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR
     copies = copies_start(rows, room)
     for row in range(rows):
-        source = load_int(places + 8 * row)
+        source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
         for k in range(0, depth, 2 * LANES):
             first = load(source + k * ITEM, depth - k)
@@ -97,14 +97,14 @@ def as_operands(rows, places, depth, room):
     return room
 
 
-def given_operands(rows, places, depth, room):
+def given_operands(rows, row_pointers, depth, room):
     """The same for rows of given tensors."""
     if GIVEN * TERMS == ITEM and depth % TERMS == 0:
-        return places
+        return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR
     copies = copies_start(rows, room)
     for row in range(rows):
-        source = load_int(places + 8 * row)
+        source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
         for k in range(0, depth, TERMS * LANES):
             store(goal + k // TERMS * ITEM, load_given_terms(source + k * GIVEN, depth - k), LANES)
@@ -112,22 +112,22 @@ def given_operands(rows, places, depth, room):
     return room
 
 
-def load_line(places, k, depth, unit, count):
-    """The terms from number k on of several sums: elements from `unit` on of rows whose addresses are at `places`."""
-    first = load(load_int(places + 8 * k) + unit * ITEM, count)
+def load_line(row_pointers, k, depth, unit, count):
+    """The terms from number k on of several sums: elements from `unit` on of rows whose addresses are at `row_pointers`."""
+    first = load(load_int(row_pointers + 8 * k) + unit * ITEM, count)
     if TERMS == 1:
         return first
-    second = load(load_int(places + 8 * (k + 1)) + unit * ITEM, count) if k + 1 < depth else zeros()
+    second = load(load_int(row_pointers + 8 * (k + 1)) + unit * ITEM, count) if k + 1 < depth else zeros()
     return round_in_turn(first, second)
 
 
-def load_given_line(places, k, depth, unit, count):
+def load_given_line(row_pointers, k, depth, unit, count):
     """The same for rows of given tensors."""
-    first = load_int(places + 8 * k) + unit * GIVEN
+    first = load_int(row_pointers + 8 * k) + unit * GIVEN
     if TERMS == 1:
         return load_given(first, count)
     if k + 1 < depth:
-        return load_given_pairs(first, load_int(places + 8 * (k + 1)) + unit * GIVEN, count)
+        return load_given_pairs(first, load_int(row_pointers + 8 * (k + 1)) + unit * GIVEN, count)
     return round_in_turn(load_given(first, count), zeros())
 
 

@@ -184,7 +184,7 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
             panels=panels,
             first=first,
             last=last,
-            places=recipe.buffer(8 * depth) if kind == products.PLAIN_ROWS else 0,
+            row_pointers=recipe.buffer(8 * depth) if kind == products.PLAIN_ROWS else 0,
         )
         for first, last in pairwise(cuts)
     ]
@@ -294,8 +294,8 @@ def loop_jobs(
     def job(first: int, last: int, **part: "int | Ref") -> Ref:
         private = {
             "tile": recipe.buffer(shape.target.tile_bytes(shape.row.gates)),
-            "places": recipe.buffer(8 * rows * chunk),
-            "goals": recipe.buffer(8 * rows * chunk),
+            "row_pointers": recipe.buffer(8 * rows * chunk),
+            "out_pointers": recipe.buffer(8 * rows * chunk),
             "operands": operands(recipe, shape.target, rows * chunk, depth),
         }
         return recipe.record(loops.LAYER, **fields, **private, first_block=first, last_block=last, **part)

@@ -10,7 +10,7 @@ So one `multiply` yields all gates of its units, and a cell can follow at once. 
 from rnnfast_kernels.cpu.job import Record
 
 # Packing of one weight, or of some of its blocks: that of all gates, of those with a recurrent part, or a plain matrix.
-PACK = Record("kind", "weight", "weight_row", "bias", "units", "depth", "panels", "first", "last", "places")
+PACK = Record("kind", "weight", "weight_row", "bias", "units", "depth", "panels", "first", "last", "row_pointers")
 GATE_COLUMNS, PLAIN_COLUMNS, PLAIN_ROWS, RECURRENT_COLUMNS = 0, 1, 2, 3
 
 
@@ -59,8 +59,8 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
         block += blocks
 
 
-def pack_rows(places, depth, units, panels, first_block, last_block):
-    """Pack the given matrix [depth, units] whose rows are at the addresses `places`."""
+def pack_rows(row_pointers, depth, units, panels, first_block, last_block):
+    """Pack the given matrix [depth, units] whose rows are at the addresses `row_pointers`."""
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
@@ -71,17 +71,21 @@ def pack_rows(places, depth, units, panels, first_block, last_block):
             for i in range(blocks):
                 unit = (block + i) * LANES
                 goal = strip_address(panel, i, depth) + (1 + k // TERMS) * strip_line(blocks, i)
-                store(goal, load_given_line(places, k, depth, unit, units - unit), LANES)
+                store(goal, load_given_line(row_pointers, k, depth, unit, units - unit), LANES)
         block += blocks
 
 
-def project(rows, places, step, panels, depth, units, goals, gate_step, tile, accumulate):
+def project(rows, row_pointers, step, panels, depth, units, out_pointers, gate_step, tile, accumulate):
     """Multiply rows, in the form of operands, by panels; write, or add, each result [G, units] at its row's goal."""
     last_block = (units + LANES - 1) // LANES
-    project_blocks(rows, places, step, panels, depth, units, 0, last_block, goals, gate_step, tile, accumulate)
+    project_blocks(
+        rows, row_pointers, step, panels, depth, units, 0, last_block, out_pointers, gate_step, tile, accumulate
+    )
 
 
-def project_blocks(rows, places, step, panels, depth, units, block, last_block, goals, gate_step, tile, accumulate):
+def project_blocks(
+    rows, row_pointers, step, panels, depth, units, block, last_block, out_pointers, gate_step, tile, accumulate
+):
     """Do that for some blocks of the units. They begin and end where panels do."""
     while block < last_block:
         blocks = panel_blocks(last_block - block)
@@ -89,10 +93,10 @@ def project_blocks(rows, places, step, panels, depth, units, block, last_block, 
         first = 0
         while first < rows:
             count = tile_rows(rows - first)
-            multiply(blocks * GATES, count, places + 8 * first, step, panel, lines(depth), tile)
+            multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), tile)
             source = tile
             for row in range(first, first + count):
-                goal = load_int(goals + 8 * row)
+                goal = load_int(out_pointers + 8 * row)
                 for vector in range(blocks * GATES):
                     unit = (block + vector // GATES) * LANES
                     spot = goal + (vector % GATES) * gate_step + unit * ITEM
@@ -105,26 +109,26 @@ def project_blocks(rows, places, step, panels, depth, units, block, last_block, 
         block += blocks
 
 
-def project_raw(rows, places, weight, bias, depth, units, block, last_block, goals, gate_step, tile):
+def project_raw(rows, row_pointers, weight, bias, depth, units, block, last_block, out_pointers, gate_step, tile):
     """Multiply a few rows by some blocks of a weight [G*units, depth] that is not packed, as `project_blocks` does."""
     while block < last_block:
         unit = block * LANES
-        multiply_block(rows, places, weight, bias, depth, units, unit, tile)
+        multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile)
         for row in range(rows):
-            goal = load_int(goals + 8 * row) + unit * ITEM
+            goal = load_int(out_pointers + 8 * row) + unit * ITEM
             for gate in range(GATES):
                 store(goal + gate * gate_step, load(tile + (row * GATES + gate) * VECTOR, LANES), units - unit)
         block += 1
 
 
-def multiply_block(rows, places, weight, bias, depth, units, unit, tile):
+def multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile):
     """The tile of one block of a weight that is not packed."""
     for gate in range(GATES):
         first = gate * units + unit
         bias_spot = bias + first * GIVEN if bias else 0
         goal = tile + gate * VECTOR
         spot = weight + first * depth * GIVEN
-        multiply_raw(rows, places, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
+        multiply_raw(rows, row_pointers, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
 
 
 def copy_row(source, goal, units):
@@ -161,10 +165,10 @@ def clear_given_row(goal, units):
         store_given(goal + unit * GIVEN, zeros(), units - unit)
 
 
-def fill_places(places, start, step, count):
+def fill_pointers(row_pointers, start, step, count):
     """Write `count` addresses, `step` bytes apart."""
     for i in range(count):
-        store_int(places + 8 * i, start + i * step)
+        store_int(row_pointers + 8 * i, start + i * step)
 
 
 def pack(address):
@@ -177,11 +181,11 @@ def pack(address):
     elif job.kind == PLAIN_COLUMNS:
         pack_plain_columns(job.weight, job.bias, job.units, job.depth, job.panels, job.first, job.last)
     else:
-        fill_places(job.places, job.weight, job.weight_row, job.depth)
-        pack_rows(job.places, job.depth, job.units, job.panels, job.first, job.last)
+        fill_pointers(job.row_pointers, job.weight, job.weight_row, job.depth)
+        pack_rows(job.row_pointers, job.depth, job.units, job.panels, job.first, job.last)
 
 
-ROWS = (copy_row, take_row, give_row, add_given_row, clear_row, clear_given_row, fill_places)
+ROWS = (copy_row, take_row, give_row, add_given_row, clear_row, clear_given_row, fill_pointers)
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
 PLAIN = (pack_columns, pack_rows, project_blocks, project)
 GATED = (pack_columns, project_blocks, multiply_block, project_raw)

@@ -20,8 +20,8 @@ def gather_inputs(job, source, first, last):
     for order in range(first, last):
         step = step_at(job, order)
         live = live_rows(job, step)
-        fill_places(job.places + 8 * count, x_address(source, step), source.x_row, live)
-        fill_places(job.goals + 8 * count, gates_address(job, order, step), job.gates_row, live)
+        fill_pointers(job.row_pointers + 8 * count, x_address(source, step), source.x_row, live)
+        fill_pointers(job.out_pointers + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
     return count
 
@@ -32,30 +32,52 @@ def push_inputs(job, at, first, last):
     if job.x:
         count = gather_inputs(job, job, first, last)
         project_gate_blocks(
-            count, job.places, ITEM, at.w_ih, job.inputs, job.hidden, 0, blocks,
-            job.goals, job.gate_step, job.tile, False,
+            count, job.row_pointers, ITEM, at.w_ih, job.inputs, job.hidden, 0, blocks,
+            job.out_pointers, job.gate_step, job.tile, False,
         )  # fmt: skip
     if job.w_ih:
         count = gather_inputs(job, at, first, last)
         project_gate_blocks(
-            count, job.places, ITEM, job.w_ih, job.inputs, job.hidden, 0, blocks,
-            job.goals, job.gate_step, job.tile, job.x != 0,
+            count, job.row_pointers, ITEM, job.w_ih, job.inputs, job.hidden, 0, blocks,
+            job.out_pointers, job.gate_step, job.tile, job.x != 0,
         )  # fmt: skip
 
 
 def push_recurrent(job, at, order, step, live, h_now, h_stride):
     """Change of the recurrent part of the gates of one step."""
     blocks = (job.hidden + LANES - 1) // LANES
-    fill_places(job.places, h_now, h_stride, live)
-    fill_places(job.goals, job.u_work, job.u_row, live)
+    fill_pointers(job.row_pointers, h_now, h_stride, live)
+    fill_pointers(job.out_pointers, job.u_work, job.u_row, live)
     project_gate_blocks(
-        live, job.places, ITEM, at.w_hh, job.width, job.hidden, 0, blocks, job.goals, job.gate_step, job.tile, False
+        live,
+        job.row_pointers,
+        ITEM,
+        at.w_hh,
+        job.width,
+        job.hidden,
+        0,
+        blocks,
+        job.out_pointers,
+        job.gate_step,
+        job.tile,
+        False,
     )
     if job.w_hh:
         for row in range(live):
-            store_int(job.places + 8 * row, entering_states(at, order, step, row)[0])
+            store_int(job.row_pointers + 8 * row, entering_states(at, order, step, row)[0])
         project_gate_blocks(
-            live, job.places, ITEM, job.w_hh, job.width, job.hidden, 0, blocks, job.goals, job.gate_step, job.tile, True
+            live,
+            job.row_pointers,
+            ITEM,
+            job.w_hh,
+            job.width,
+            job.hidden,
+            0,
+            blocks,
+            job.out_pointers,
+            job.gate_step,
+            job.tile,
+            True,
         )
 
 
@@ -92,12 +114,16 @@ def push_output(job, at, step, live, h_next, h_stride):
     """Change of h, from that of what the cell put out where a projection follows."""
     h = job.h + first_index(job, step) * job.h_row
     if at.w_hr:
-        fill_places(job.goals, h_next, h_stride, live)
-        fill_places(job.places, job.full_work, padded_row(job.hidden), live)
-        project_plain(live, job.places, ITEM, at.w_hr, job.hidden, job.width, job.goals, 0, job.tile, False)
+        fill_pointers(job.out_pointers, h_next, h_stride, live)
+        fill_pointers(job.row_pointers, job.full_work, padded_row(job.hidden), live)
+        project_plain(
+            live, job.row_pointers, ITEM, at.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False
+        )
         if job.w_hr:
-            fill_places(job.places, at.full + first_index(at, step) * at.full_row, at.full_row, live)
-            project_plain(live, job.places, ITEM, job.w_hr, job.hidden, job.width, job.goals, 0, job.tile, True)
+            fill_pointers(job.row_pointers, at.full + first_index(at, step) * at.full_row, at.full_row, live)
+            project_plain(
+                live, job.row_pointers, ITEM, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, True
+            )
     for row in range(live):
         copy_row(h_next + row * h_stride, h + row * job.h_row, job.width)
 
@@ -179,21 +205,23 @@ def bend_cell(job, at, order, step, row):
         keep_gradients(job, projected, step, row, unit, found_dot[0], found_dot[1], found_dot[2])
 
 
-def both_places(places, start, step, start_dot, step_dot, count):
+def both_places(row_pointers, start, step, start_dot, step_dot, count):
     """Write the addresses of `count` rows, then those of their changes."""
-    fill_places(places, start, step, count)
-    fill_places(places + 8 * count, start_dot, step_dot, count)
+    fill_pointers(row_pointers, start, step, count)
+    fill_pointers(row_pointers + 8 * count, start_dot, step_dot, count)
 
 
 def bend_projection(job, at, step, live):
     """Gradient by what the cell put out, from that by the projected h; and its change."""
     index, h_stride, stride = first_index(job, step), padded_row(job.width), padded_row(job.hidden)
-    both_places(job.places, at.h_work, h_stride, job.h_work, h_stride, live)
-    both_places(job.goals, at.full_work, stride, job.full_work, stride, live)
-    project_plain(2 * live, job.places, ITEM, at.w_hr, job.width, job.hidden, job.goals, 0, job.tile, False)
+    both_places(job.row_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
+    both_places(job.out_pointers, at.full_work, stride, job.full_work, stride, live)
+    project_plain(
+        2 * live, job.row_pointers, ITEM, at.w_hr, job.width, job.hidden, job.out_pointers, 0, job.tile, False
+    )
     if job.w_hr:
-        goals = job.goals + 8 * live
-        project_plain(live, job.places, ITEM, job.w_hr, job.width, job.hidden, goals, 0, job.tile, True)
+        out_pointers = job.out_pointers + 8 * live
+        project_plain(live, job.row_pointers, ITEM, job.w_hr, job.width, job.hidden, out_pointers, 0, job.tile, True)
     for row in range(live):
         goal = (index + row) * job.dh_total_row
         copy_row(at.h_work + row * h_stride, at.dh_total + goal, job.width)
@@ -203,12 +231,14 @@ def bend_projection(job, at, step, live):
 def bend_recurrent(job, at, step, live):
     """Send the gradient by the gates back to the h that entered the step, and its change."""
     start, row, h_stride = first_index(job, step) * job.dgates_row, job.dgates_row, padded_row(job.width)
-    both_places(job.places, at.du_gates + start, row, job.du_gates + start, row, live)
-    both_places(job.goals, at.h_work, h_stride, job.h_work, h_stride, live)
+    both_places(job.row_pointers, at.du_gates + start, row, job.du_gates + start, row, live)
+    both_places(job.out_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
     depth, direct = GATES * job.hidden, at.w_hr == 0
-    project_plain(2 * live, job.places, ITEM, at.w_hh, depth, job.width, job.goals, 0, job.tile, direct)
+    project_plain(2 * live, job.row_pointers, ITEM, at.w_hh, depth, job.width, job.out_pointers, 0, job.tile, direct)
     if job.w_hh:
-        project_plain(live, job.places, ITEM, job.w_hh, depth, job.width, job.goals + 8 * live, 0, job.tile, True)
+        project_plain(
+            live, job.row_pointers, ITEM, job.w_hh, depth, job.width, job.out_pointers + 8 * live, 0, job.tile, True
+        )
 
 
 def layer_bend(address):

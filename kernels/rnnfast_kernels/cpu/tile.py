@@ -4,10 +4,10 @@ A panel is the right operand's [depth, N vectors] part, with one row of initial 
 that it is read in order: as strips of `target.strip(N)` vectors, one after another, the last of which may be narrower.
 `multiplier(target, ...)` gives the function
 
-    multiply(N, rows, places, step, panel, depth, out)
+    multiply(N, rows, row_pointers, step, panel, depth, out)
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
-`places` is the address of `rows` int64 addresses, one for each row of the left operand; its elements are `step` bytes
+`row_pointers` is the address of `rows` int64 addresses, one for each row of the left operand; its elements are `step` bytes
 apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An element of an
 operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
 
@@ -47,9 +47,9 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
     """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
     function = external(module, tile_name(target, rows, vectors), 6)
-    places, step, panel, depth, out, out_step = function.args
+    row_pointers, step, panel, depth, out, out_step = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
+    left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
     strip = target.strip(vectors)
     strip_bytes = builder.mul(builder.add(depth, INT64(1)), INT64(target.vector * strip))
     strips = [builder.add(panel, builder.mul(strip_bytes, INT64(n))) for n in range(-(-vectors // strip))]
@@ -125,9 +125,9 @@ def multiplier(target: Target, gates: int):
     most_rows = target.rows(gates)
 
     @intrinsic
-    def multiply(typing, vectors, rows, places, step, panel, depth, out):
+    def multiply(typing, vectors, rows, row_pointers, step, panel, depth, out):
         def lower(context, builder, sig, args):
-            width, count, places, step, panel, depth, out = args
+            width, count, row_pointers, step, panel, depth, out = args
             end = builder.append_basic_block("multiplied")
             choice = builder.switch(builder.add(builder.mul(width, INT64(most_rows + 1)), count), end)
             for vectors, rows, each in tiles(target, gates):
@@ -139,7 +139,7 @@ def multiplier(target: Target, gates: int):
                         tile = external(builder.module, tile_name(target, rows, min(each, vectors - first)), 6)
                         before = builder.mul(builder.add(depth, INT64(1)), INT64(first * target.vector))
                         goal = builder.add(out, INT64(first * target.vector))
-                        builder.call(tile, [places, step, builder.add(panel, before), depth, goal, out_step])
+                        builder.call(tile, [row_pointers, step, builder.add(panel, before), depth, goal, out_step])
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -218,12 +218,12 @@ def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
     """The product of `rows` with some units of a weight as it is, a square of it transposed at a time."""
     vec = Vec(target.dtype, target.lanes)
     function = external(module, raw_name(target, rows), 7)
-    places, weight, units, depth, bias, out, out_step = function.args
+    row_pointers, weight, units, depth, bias, out, out_step = function.args
     lanes, terms = vec.lanes, target.terms
     entry = function.append_basic_block("entry")
     head, body, rest, tail, done = (function.append_basic_block(s) for s in ("head", "body", "rest", "tail", "done"))
     builder = ir.IRBuilder(entry)
-    left = [builder.load(pointer(builder, builder.add(places, INT64(8 * row)), INT64)) for row in range(rows)]
+    left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
     # Units past the last are those of the last again; nobody reads their sums.
     last = builder.sub(units, INT64(1))
     unit_row = builder.mul(depth, INT64(target.given_item))
@@ -294,7 +294,7 @@ def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
 def raw_multiplier(target: Target):
     """`multiply_raw`, for up to `MOST_RAW_ROWS` rows.
 
-        multiply_raw(rows, places, weight, units, depth, bias, out, out_step)
+        multiply_raw(rows, row_pointers, weight, units, depth, bias, out, out_step)
             out[m] = bias + sum over k of left[m, k] * weight[:, k]
 
     `weight` and `bias` are the addresses of the first of `units` <= lanes units; a bias of 0 is absent. The sums are
@@ -302,7 +302,7 @@ def raw_multiplier(target: Target):
     """
 
     @intrinsic
-    def multiply_raw(typing, rows, places, weight, units, depth, bias, out, out_step):
+    def multiply_raw(typing, rows, row_pointers, weight, units, depth, bias, out, out_step):
         def lower(context, builder, sig, args):
             count, *operands = args
             end = builder.append_basic_block("multiplied")
