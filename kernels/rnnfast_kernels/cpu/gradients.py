@@ -42,7 +42,9 @@ def rows_product(address):
             panels = job.panels + part * job.panels_part
             row_pointers = as_operands(count, job.row_pointers, job.depth, job.operands)
             adds = part + job.add > 0
-            project_plain(count, row_pointers, ITEM, panels, job.depth, job.units, job.out_pointers, 0, job.tile, adds)
+            project_plain(
+                count, row_pointers, ACC_BYTES, panels, job.depth, job.units, job.out_pointers, 0, job.tile, adds
+            )
 
 
 def right_address(job, layer, order, step, row):
@@ -60,7 +62,7 @@ def pack_strip(job, column, depth):
     for k in range(0, depth, TERMS):
         store(job.strip + k // TERMS * VECTOR, load_line(job.left_pointers, k, depth, column, lanes), LANES)
     for k in range(depth):
-        total = total + load(load_int(job.left_pointers + 8 * k) + column * ITEM, lanes)
+        total = total + load(load_int(job.left_pointers + 8 * k) + column * ACC_BYTES, lanes)
     return total
 
 
@@ -72,13 +74,13 @@ def add_block(job, depth, accumulate):
         lanes = min(LANES, job.columns - column)
         total = pack_strip(job, column, depth)
         if job.bias:
-            spot = job.bias + column * ITEM
+            spot = job.bias + column * ACC_BYTES
             total = total + load(spot, lanes) if accumulate else total
             store(spot, total, lanes)
             if job.second_bias:
-                store(job.second_bias + column * ITEM, total, lanes)
-        fill_pointers(job.row_pointers, job.strip, ITEM, lanes)
-        out_row = job.units * ITEM
+                store(job.second_bias + column * ACC_BYTES, total, lanes)
+        fill_pointers(job.row_pointers, job.strip, ACC_BYTES, lanes)
+        out_row = job.units * ACC_BYTES
         out_pointers = job.row_pointers + 8 * lanes
         fill_pointers(out_pointers, job.out + column * out_row, out_row, lanes)
         project_plain(

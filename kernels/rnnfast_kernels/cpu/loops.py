@@ -134,7 +134,7 @@ def project_inputs(job, first, last):
         fill_pointers(job.row_pointers + 8 * count, x_address(job, step), job.x_row, live)
         fill_pointers(job.out_pointers + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
-    row_pointers = given_operands(count, job.row_pointers, job.inputs, job.operands)
+    row_pointers = io_operands(count, job.row_pointers, job.inputs, job.operands)
     if job.raw:
         project_raw(
             count, row_pointers, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
@@ -142,7 +142,7 @@ def project_inputs(job, first, last):
         )  # fmt: skip
         return
     project_gate_blocks(
-        count, row_pointers, ITEM, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+        count, row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
         job.out_pointers, job.gate_step, job.tile, False,
     )  # fmt: skip
 
@@ -153,13 +153,13 @@ def start_states(job, h_stride, extra_stride):
     for row in range(job.rows):
         h_first = job.h_first + row * job.h_first_row
         h_now = job.h_work + row * h_stride
-        take_row(h_first, h_now, job.width)
-        take_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
+        read_row(h_first, h_now, job.width)
+        read_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
         if row >= live:
-            give_row(h_now, job.h_final + row * job.width * GIVEN, job.width)
+            write_row(h_now, job.h_final + row * job.width * IO_BYTES, job.width)
         for state in range(EXTRA):
             source = job.extra_first + state * job.extra_first_step + row * job.extra_first_row
-            take_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+            read_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
 
 
 def apply_resets(job, step, live, h_now, h_stride, extra_stride):
@@ -174,10 +174,10 @@ def clear_padding(job, step, live):
     """Zero the results of the rows that a step of the padded layout does not have."""
     for row in range(live, job.rows):
         index = first_index(job, step) + row
-        clear_given_row(job.h + index * job.h_row, job.width)
+        clear_io_row(job.h + index * job.h_row, job.width)
         if job.extra:
             for state in range(EXTRA):
-                clear_given_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
+                clear_io_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
 
 
 def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
@@ -197,29 +197,31 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
             if job.raw:
                 multiply_block(count, row_pointers, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
             elif RECURRENT > 0:
-                multiply(blocks * RECURRENT, count, row_pointers + 8 * first, ITEM, panel, lines(job.width), job.tile)
+                multiply(
+                    blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), job.tile
+                )
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES
                     lanes = job.hidden - unit
-                    place = unit * ITEM
+                    place = unit * ACC_BYTES
                     u = load_recurrent(job.tile + ((row - first) * blocks + i) * RECURRENT * VECTOR, VECTOR, LANES)
                     x = load_gates(gates + row * job.gates_row + place, job.gate_step, lanes)
                     h = load(h_now + row * h_stride + place, LANES)
                     extra = job.extra_work + row * extra_stride + place
                     state = (h,) + load_extra(extra, job.rows * extra_stride, LANES)  # noqa: RUF005
-                    p = load_parameters(job.parameters + unit * GIVEN, job.hidden * GIVEN, lanes)
+                    p = load_parameters(job.parameters + unit * IO_BYTES, job.hidden * IO_BYTES, lanes)
                     s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
                     new_state, kept = cell_forward(x, u, state, p, s)
                     store(cell_out + row * cell_stride + place, new_state[0], LANES)
                     store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
-                        store_given(job.h + (index + row) * job.h_row + unit * GIVEN, new_state[0], lanes)
+                        store_io(job.h + (index + row) * job.h_row + unit * IO_BYTES, new_state[0], lanes)
                     elif job.full:
-                        store_given(job.full + (index + row) * job.full_row + unit * GIVEN, new_state[0], lanes)
+                        store_io(job.full + (index + row) * job.full_row + unit * IO_BYTES, new_state[0], lanes)
                     if job.extra:
-                        spot = job.extra + (index + row) * job.extra_row + unit * GIVEN
-                        store_given_tuple(spot, job.extra_step, new_state[1:], lanes)
+                        spot = job.extra + (index + row) * job.extra_row + unit * IO_BYTES
+                        store_io_tuple(spot, job.extra_step, new_state[1:], lanes)
                     if job.keep:
                         store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
             first += count
@@ -231,10 +233,10 @@ def project_output(job, step, live, h_next, h_stride, full_stride):
     fill_pointers(job.row_pointers, job.full_work, full_stride, live)
     fill_pointers(job.out_pointers, h_next, h_stride, live)
     row_pointers = as_operands(live, job.row_pointers, job.hidden, job.operands)
-    project_plain(live, row_pointers, ITEM, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False)
+    project_plain(live, row_pointers, ACC_BYTES, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False)
     h = job.h + first_index(job, step) * job.h_row
     for row in range(live):
-        give_row(h_next + row * h_stride, h + row * job.h_row, job.width)
+        write_row(h_next + row * h_stride, h + row * job.h_row, job.width)
 
 
 def forward_phase(address, phase):
@@ -252,10 +254,10 @@ def forward_phase(address, phase):
     live = live_rows(job, step_at(job, order)) if order < job.steps else 0
     if job.first_block == 0 and order > 0:
         for row in range(live, live_rows(job, step_at(job, order - 1))):
-            give_row(h_now + row * h_stride, job.h_final + row * job.width * GIVEN, job.width)
+            write_row(h_now + row * h_stride, job.h_final + row * job.width * IO_BYTES, job.width)
     if order == job.steps:
         if job.first_block == 0:
-            give_extra_finals(job, extra_stride)
+            write_extra_finals(job, extra_stride)
         return
     step = step_at(job, order)
     if order % job.chunk == 0:
@@ -269,11 +271,11 @@ def forward_phase(address, phase):
         project_output(job, step, live, h_next, h_stride, extra_stride)
 
 
-def give_extra_finals(job, extra_stride):
+def write_extra_finals(job, extra_stride):
     for state in range(EXTRA):
         for row in range(job.rows):
-            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * GIVEN
-            give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * IO_BYTES
+            write_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def layer_forward(address):
@@ -285,21 +287,21 @@ def start_gradients(job, h_stride, extra_stride):
     """The gradient by a row's final state is where its recurrence back in time starts."""
     for row in range(job.rows):
         goal = job.h_work + row * h_stride
-        source = job.dh_final + row * job.width * GIVEN if job.dh_final else job.zeros
-        take_row(source, goal, job.width)
+        source = job.dh_final + row * job.width * IO_BYTES if job.dh_final else job.zeros
+        read_row(source, goal, job.width)
         for state in range(EXTRA):
             goal = job.extra_work + (state * job.rows + row) * extra_stride
-            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * GIVEN
-            take_row(source if job.dextra_final else job.zeros, goal, job.hidden)
+            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * IO_BYTES
+            read_row(source if job.dextra_final else job.zeros, goal, job.hidden)
 
 
 def end_gradients(job, h_stride, extra_stride):
     """What has come back to the first step is the gradient by the initial state."""
     for row in range(job.rows):
-        give_row(job.h_work + row * h_stride, job.dh_first + row * job.width * GIVEN, job.width)
+        write_row(job.h_work + row * h_stride, job.dh_first + row * job.width * IO_BYTES, job.width)
         for state in range(EXTRA):
-            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * GIVEN
-            give_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * IO_BYTES
+            write_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def last_unit(job, units):
@@ -320,12 +322,12 @@ def add_gradients(job, step, live, h_stride, extra_stride):
     for row in range(live):
         if job.dh:
             source = job.dh + (index + row) * job.dh_row
-            add_given_row(source + start * GIVEN, job.h_work + row * h_stride + start * ITEM, h_units)
+            add_io_row(source + start * IO_BYTES, job.h_work + row * h_stride + start * ACC_BYTES, h_units)
         if job.dextra:
             for state in range(EXTRA):
                 source = job.dextra + state * job.dextra_step + (index + row) * job.dextra_row
                 goal = job.extra_work + (state * job.rows + row) * extra_stride
-                add_given_row(source + start * GIVEN, goal + start * ITEM, units)
+                add_io_row(source + start * IO_BYTES, goal + start * ACC_BYTES, units)
 
 
 def entering_states(job, order, step, row):
@@ -354,16 +356,16 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
     dextra = job.extra_work + row * extra_stride
     gates = job.gates + index * job.gates_row
     dgates = index * job.dgates_row
-    gate_step = job.hidden * ITEM
+    gate_step = job.hidden * ACC_BYTES
     for unit in range(job.first_block * LANES, last_unit(job, job.hidden), LANES):
-        place, given, lanes = unit * ITEM, unit * GIVEN, job.hidden - unit
+        place, given, lanes = unit * ACC_BYTES, unit * IO_BYTES, job.hidden - unit
         dstate = (load(dh_in + place, LANES),) + load_extra(dextra + place, job.rows * extra_stride, LANES)  # noqa: RUF005
         kept = load_kept(gates + place, gate_step, lanes)
-        extra = load_given_extra(extra_before + given, before_step, lanes)
-        state = (load_given(h_before + given, lanes),) + extra  # noqa: RUF005
-        extra = load_given_extra(extra_after + given, job.extra_step, lanes)
-        new_state = (load_given(h_after + given, lanes),) + extra  # noqa: RUF005
-        p = load_parameters(job.parameters + given, job.hidden * GIVEN, lanes)
+        extra = load_io_extra(extra_before + given, before_step, lanes)
+        state = (load_io(h_before + given, lanes),) + extra  # noqa: RUF005
+        extra = load_io_extra(extra_after + given, job.extra_step, lanes)
+        new_state = (load_io(h_after + given, lanes),) + extra  # noqa: RUF005
+        p = load_parameters(job.parameters + given, job.hidden * IO_BYTES, lanes)
         s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
         dx, du, direct, dp, ds = cell_backward(dstate, kept, state, new_state, p, s)
         store_tuple(job.dx_gates + dgates + place, gate_step, dx, lanes)
@@ -424,7 +426,7 @@ def through_cell(job, order, h_stride, extra_stride):
     if job.w_hr:
         fill_pointers(job.row_pointers, job.full_work, extra_stride, live)
         rows = as_operands(live, job.out_pointers, job.width, job.operands)
-        project_plain(live, rows, ITEM, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
+        project_plain(live, rows, ACC_BYTES, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
         for row in range(live):
             goal = job.dh_total + (index + row) * job.dh_total_row
             copy_row(job.h_work + row * h_stride, goal, job.width)
@@ -441,7 +443,7 @@ def through_recurrent(job, order, h_stride, extra_stride):
         depth = RECURRENT * job.hidden
         row_pointers = as_operands(live, job.row_pointers, depth, job.operands)
         project_plain_blocks(
-            live, row_pointers, ITEM, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
+            live, row_pointers, ACC_BYTES, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
             job.out_pointers, 0, job.tile, job.w_hr == 0,
         )  # fmt: skip
     for row in range(live):

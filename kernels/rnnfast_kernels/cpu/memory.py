@@ -84,19 +84,19 @@ def store_first(builder: ir.IRBuilder, vec: Vec, address: ir.Value, value: ir.Va
             )
 
 
-def load_given(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
+def load_io(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
     """Load the first `count` lanes from a given tensor; the others are 0."""
-    if target.given == target.dtype:
+    if target.io == target.dtype:
         return load_first(builder, Vec(target.dtype, target.lanes), address, count)
-    return halves.widened(builder, target.given, load_first(builder, Vec("int16", target.lanes), address, count))
+    return halves.widened(builder, target.io, load_first(builder, Vec("int16", target.lanes), address, count))
 
 
-def store_given(target: Target, builder: ir.IRBuilder, address: ir.Value, value: ir.Value, count: ir.Value) -> None:
+def store_io(target: Target, builder: ir.IRBuilder, address: ir.Value, value: ir.Value, count: ir.Value) -> None:
     """Store the first `count` lanes in a given tensor."""
-    if target.given == target.dtype:
+    if target.io == target.dtype:
         store_first(builder, Vec(target.dtype, target.lanes), address, value, count)
     else:
-        bits = halves.narrowed(builder, target.given, value)
+        bits = halves.narrowed(builder, target.io, value)
         store_first(builder, Vec("int16", target.lanes), address, bits, count)
 
 
@@ -191,12 +191,12 @@ def signal_loader(target: Target, size: int):
             # The lanes of one unit, or of all.
             with builder.if_else(builder.icmp_signed("==", by_unit, INT64(0))) as (then, otherwise):
                 with then:
-                    first = load_given(target, builder, address, INT64(1))
+                    first = load_io(target, builder, address, INT64(1))
                     lanes = ir.Constant(ir.VectorType(INT32, vec.lanes), [0] * vec.lanes)
                     same = builder.shuffle_vector(first, first, lanes)
                     same_block = builder.block
                 with otherwise:
-                    each = load_given(target, builder, address, count)
+                    each = load_io(target, builder, address, count)
                     each_block = builder.block
             value = builder.phi(vec.llvm)
             value.add_incoming(same, same_block)
@@ -242,7 +242,7 @@ def operations(target: Target) -> dict:
     def store(builder, *args):
         store_first(builder, vec, *args)
 
-    take, give = functools.partial(load_given, target), functools.partial(store_given, target)
+    take, give = functools.partial(load_io, target), functools.partial(store_io, target)
 
     @intrinsic
     def zeros(typing):
@@ -254,12 +254,12 @@ def operations(target: Target) -> dict:
     return {
         "load": loader(vec, load),
         "store": storer(vec, store),
-        "load_given": loader(vec, take),
-        "store_given": storer(vec, give),
+        "load_io": loader(vec, take),
+        "store_io": storer(vec, give),
         "tuple_loader": functools.partial(tuple_loader, vec, load),
-        "given_tuple_loader": functools.partial(tuple_loader, vec, take),
+        "io_tuple_loader": functools.partial(tuple_loader, vec, take),
         "store_tuple": tuple_storer(store),
-        "store_given_tuple": tuple_storer(give),
+        "store_io_tuple": tuple_storer(give),
         "zeros": zeros,
         "zeros_like": zeros_like,
         "load_int": load_int,

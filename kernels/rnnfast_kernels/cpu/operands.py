@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from rnnfast_kernels.cpu import halves
-from rnnfast_kernels.cpu.memory import load_first, load_given, loader
+from rnnfast_kernels.cpu.memory import load_first, load_io, loader
 from rnnfast_kernels.cpu.target import Target
 from rnnfast_kernels.cpu.vector import Vec, declared, suffix
 
@@ -29,10 +29,10 @@ def fused_multiply_add(builder: ir.IRBuilder, target: Target, a: ir.Value, b: ir
     return builder.call(fused, [a, b, total])
 
 
-def load_given_terms(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
+def load_io_terms(target: Target, builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
     """Load a vector of terms that follow one another in a given tensor, the first `count`; the others are 0."""
     if target.terms == 1:
-        return load_given(target, builder, address, count)
+        return load_io(target, builder, address, count)
     bits = load_first(builder, Vec("int16", 2 * target.lanes), address, count)
     return builder.bitcast(bits, Vec(target.dtype, target.lanes).llvm)
 
@@ -42,7 +42,7 @@ def operations(target: Target) -> dict:
     vec = Vec(target.dtype, target.lanes)
 
     @intrinsic
-    def load_given_pairs(typing, first, second, count):
+    def load_io_pairs(typing, first, second, count):
         """Pairs of one element at either address."""
 
         def lower(context, builder, sig, args):
@@ -64,8 +64,8 @@ def operations(target: Target) -> dict:
 
     return {
         "TERMS": target.terms,
-        "load_given_terms": loader(vec, functools.partial(load_given_terms, target)),
-        "load_given_pairs": load_given_pairs,
+        "load_io_terms": loader(vec, functools.partial(load_io_terms, target)),
+        "load_io_pairs": load_io_pairs,
         "round_neighbours": of_two(halves.pairs),
         "round_in_turn": of_two(halves.pairs_in_turn),
     }
@@ -90,16 +90,16 @@ def as_operands(rows, row_pointers, depth, room):
         source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
         for k in range(0, depth, 2 * LANES):
-            first = load(source + k * ITEM, depth - k)
-            second = load(source + (k + LANES) * ITEM, depth - k - LANES)
-            store(goal + k // 2 * ITEM, round_neighbours(first, second), LANES)
+            first = load(source + k * ACC_BYTES, depth - k)
+            second = load(source + (k + LANES) * ACC_BYTES, depth - k - LANES)
+            store(goal + k // 2 * ACC_BYTES, round_neighbours(first, second), LANES)
         store_int(room + 8 * row, goal)
     return room
 
 
-def given_operands(rows, row_pointers, depth, room):
+def io_operands(rows, row_pointers, depth, room):
     """The same for rows of given tensors."""
-    if GIVEN * TERMS == ITEM and depth % TERMS == 0:
+    if IO_BYTES * TERMS == ACC_BYTES and depth % TERMS == 0:
         return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR
     copies = copies_start(rows, room)
@@ -107,29 +107,29 @@ def given_operands(rows, row_pointers, depth, room):
         source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
         for k in range(0, depth, TERMS * LANES):
-            store(goal + k // TERMS * ITEM, load_given_terms(source + k * GIVEN, depth - k), LANES)
+            store(goal + k // TERMS * ACC_BYTES, load_io_terms(source + k * IO_BYTES, depth - k), LANES)
         store_int(room + 8 * row, goal)
     return room
 
 
 def load_line(row_pointers, k, depth, unit, count):
     """The terms from number k on of several sums: elements from `unit` on of rows whose addresses are at `row_pointers`."""
-    first = load(load_int(row_pointers + 8 * k) + unit * ITEM, count)
+    first = load(load_int(row_pointers + 8 * k) + unit * ACC_BYTES, count)
     if TERMS == 1:
         return first
-    second = load(load_int(row_pointers + 8 * (k + 1)) + unit * ITEM, count) if k + 1 < depth else zeros()
+    second = load(load_int(row_pointers + 8 * (k + 1)) + unit * ACC_BYTES, count) if k + 1 < depth else zeros()
     return round_in_turn(first, second)
 
 
-def load_given_line(row_pointers, k, depth, unit, count):
+def load_io_line(row_pointers, k, depth, unit, count):
     """The same for rows of given tensors."""
-    first = load_int(row_pointers + 8 * k) + unit * GIVEN
+    first = load_int(row_pointers + 8 * k) + unit * IO_BYTES
     if TERMS == 1:
-        return load_given(first, count)
+        return load_io(first, count)
     if k + 1 < depth:
-        return load_given_pairs(first, load_int(row_pointers + 8 * (k + 1)) + unit * GIVEN, count)
-    return round_in_turn(load_given(first, count), zeros())
+        return load_io_pairs(first, load_int(row_pointers + 8 * (k + 1)) + unit * IO_BYTES, count)
+    return round_in_turn(load_io(first, count), zeros())
 
 
-LINES = (lines, load_line, load_given_line)
-ROWS = (copies_start, as_operands, given_operands)
+LINES = (lines, load_line, load_io_line)
+ROWS = (copies_start, as_operands, io_operands)

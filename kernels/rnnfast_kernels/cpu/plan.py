@@ -68,14 +68,14 @@ class Shape:
         return target(self.dtype)
 
     @property
-    def item(self) -> int:
+    def acc_bytes(self) -> int:
         """Bytes of an element of scratch memory."""
-        return self.target.item
+        return self.target.acc_bytes
 
     @property
-    def given(self) -> int:
+    def io_bytes(self) -> int:
         """Bytes of an element of the layer's tensors."""
-        return self.target.given_item
+        return self.target.io_bytes
 
     @property
     def directions(self) -> int:
@@ -152,19 +152,19 @@ def at_least_zeros(size: int) -> int:
 
 def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
     """Memory of a matrix [depth, columns], packed."""
-    return chosen.padded(columns) * (1 + chosen.lines(depth)) * chosen.item
+    return chosen.padded(columns) * (1 + chosen.lines(depth)) * chosen.acc_bytes
 
 
 def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int:
     """Scratch for rows of so many terms in the form of operands, where there are any of another form."""
-    if chosen.given == chosen.dtype:
+    if chosen.io == chosen.dtype:
         return 0
-    return recipe.buffer(8 * rows + chosen.vector + rows * chosen.padded(chosen.lines(depth)) * chosen.item)
+    return recipe.buffer(8 * rows + chosen.vector + rows * chosen.padded(chosen.lines(depth)) * chosen.acc_bytes)
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:
     """Steps whose input products are computed together."""
-    row_bytes = shape.row.gates * shape.target.padded(shape.hidden) * shape.item
+    row_bytes = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
     rows = max(1, rows)
     return max(1, min(shape.steps, max(CHUNK_BYTES // (rows * row_bytes), CHUNK_ROWS // rows)))
 
@@ -175,7 +175,7 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
     panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
     parts = threads_for(units * depth * gates * 8, shape.threads)
     cuts = panel_cuts(-(-units // shape.target.lanes), widest_panel(gates), parts)
-    fields = {"kind": kind, "weight": weight, "weight_row": units * shape.given, "bias": bias, "units": units}
+    fields = {"kind": kind, "weight": weight, "weight_row": units * shape.io_bytes, "bias": bias, "units": units}
     records = [
         recipe.record(
             products.PACK,
@@ -201,7 +201,7 @@ def pack_all(recipe: Recipe, shape: Shape, weights: Sequence[tuple]) -> list[Ref
 
 def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[str, int | Ref]:
     """Fields of a `LAYER` record that say which rows and steps a job has, and where its inputs are."""
-    item = shape.given
+    item = shape.io_bytes
     offset = direction * shape.batch + first
     return {
         "steps": shape.steps,
@@ -232,7 +232,7 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
 
 def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str, int | Ref]:
     """Fields for what the forward loop leaves for every step; `kept` names those that there are beside h."""
-    item, hidden = shape.given, shape.hidden * shape.given
+    item, hidden = shape.io_bytes, shape.hidden * shape.io_bytes
     fields = {
         "h": Ref("h", direction * shape.width * item),
         "h_row": shape.directions * shape.width * item,
@@ -246,7 +246,7 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
     if "full" in kept:
         fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
     if "gates" in kept:
-        hidden = shape.hidden * shape.item
+        hidden = shape.hidden * shape.acc_bytes
         row = shape.row.kept * hidden
         fields |= {
             "gates": Ref("gates", direction * row),
@@ -274,8 +274,8 @@ def signal_fields(recipe: Recipe, shape: Shape) -> dict[str, int | Ref]:
 
 def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:
     """Scratch of a time loop for the states, or their gradients, between two steps."""
-    hidden = shape.target.padded(shape.hidden) * shape.item
-    width = shape.target.padded(shape.width) * shape.item
+    hidden = shape.target.padded(shape.hidden) * shape.acc_bytes
+    width = shape.target.padded(shape.width) * shape.acc_bytes
     return {
         "h_work": recipe.buffer(2 * rows * width + hidden),
         "extra_work": recipe.buffer(shape.extra * rows * hidden),
@@ -315,7 +315,7 @@ def loop_jobs(
 
 def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str]) -> dict[str, Ref]:
     """Places of a slice's rows in tensors [D, B, P or H], which are named by `names`, h's first."""
-    offset = (direction * shape.batch + first) * shape.given
+    offset = (direction * shape.batch + first) * shape.io_bytes
     widths = (shape.width, shape.hidden)
     return {name: Ref(name, offset * width) for name, width in zip(names, widths, strict=False)}
 

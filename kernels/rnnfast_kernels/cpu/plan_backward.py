@@ -96,7 +96,7 @@ class GradientWork(NamedTuple):
 
 def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
     """Reserve it."""
-    row = shape.rows * shape.directions * shape.item
+    row = shape.rows * shape.directions * shape.acc_bytes
     dx_gates = recipe.buffer(row * shape.gate_columns)
     du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.recurrent_columns)
     dh_total = recipe.buffer(row * shape.width) if shape.projected else 0
@@ -105,10 +105,12 @@ def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
 
 def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
     """Fields for the gradients of what has a row for every step."""
-    width, hidden = shape.width * shape.given, shape.hidden * shape.given
-    gates, total = shape.gate_columns * shape.item, shape.width * shape.item
-    recurrent = shape.recurrent_columns * shape.item
-    parameters, signals = (len(each) * shape.hidden * shape.item for each in (shape.row.parameters, shape.row.signals))
+    width, hidden = shape.width * shape.io_bytes, shape.hidden * shape.io_bytes
+    gates, total = shape.gate_columns * shape.acc_bytes, shape.width * shape.acc_bytes
+    recurrent = shape.recurrent_columns * shape.acc_bytes
+    parameters, signals = (
+        len(each) * shape.hidden * shape.acc_bytes for each in (shape.row.parameters, shape.row.signals)
+    )
     fields = {
         "dx_gates": work.dx_gates.at(direction * gates),
         "du_gates": work.du_gates.at(direction * recurrent),
@@ -119,7 +121,7 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
         "dh_row": shape.directions * width,
         "dextra_row": shape.directions * hidden,
         "dh_total_row": shape.directions * total,
-        "zeros": zeros(max(shape.width, shape.hidden) * shape.item + shape.target.vector),
+        "zeros": zeros(max(shape.width, shape.hidden) * shape.acc_bytes + shape.target.vector),
     }
     if "dh" in given:
         fields["dh"] = Ref("dh", direction * width)
@@ -135,7 +137,7 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
 
 def input_gradient(recipe: Recipe, shape: Shape, work: GradientWork, add: bool = False) -> None:
     """dx = the sum over the directions that share an input of dx_gates W_ih. add: to what dx is already."""
-    depth, item = shape.gate_columns, shape.item
+    depth, item = shape.gate_columns, shape.acc_bytes
     weights = [(products.PLAIN_ROWS, Ref(f"w_ih{d}"), shape.inputs, depth) for d in range(shape.directions)]
     panels = pack_all(recipe, shape, weights)
     chunk = max(PRODUCT_ROWS, min(1024, PRODUCT_BYTES // (depth * item)))
@@ -180,7 +182,7 @@ def weight_gradients(
     add: bool = False,
 ) -> None:
     """Sums of outer products over all rows, group by group. inputs: also those of x. add: to what there is already."""
-    columns, recurrent, item = shape.gate_columns, shape.recurrent_columns, shape.item
+    columns, recurrent, item = shape.gate_columns, shape.recurrent_columns, shape.acc_bytes
     jobs = []
     for d, layer in enumerate(whole):
         dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * recurrent * item)
@@ -218,7 +220,7 @@ def outer(
     biases: Sequence[str],
 ) -> list[Ref]:
     """The jobs of one weight's gradient."""
-    chosen, item = shape.target, shape.item
+    chosen, item = shape.target, shape.acc_bytes
     blocks = -(-columns // chosen.lanes)
     parts = threads_for(shape.rows * columns * units, shape.threads)
     block = min(OUTER_BLOCK, max(1, shape.rows))
@@ -249,8 +251,8 @@ def outer(
             }
             if right == gradients.OTHERS:
                 fields |= {
-                    "right_base": Ref("full", direction * units * shape.given),
-                    "right_row": shape.directions * units * shape.given,
+                    "right_base": Ref("full", direction * units * shape.io_bytes),
+                    "right_row": shape.directions * units * shape.io_bytes,
                 }
             jobs.append(recipe.record(gradients.OUTER, **fields))
     return jobs

@@ -41,11 +41,11 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
     recipe = Recipe(shapes[0].threads, names)
     x = Ref("x")
     for n, shape in enumerate(shapes):
-        rows = shape.directions * shape.batch * shape.given
+        rows = shape.directions * shape.batch * shape.io_bytes
         h = (
             Ref("h")
             if n == len(shapes) - 1
-            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.given)
+            else recipe.buffer(shape.rows * shape.directions * shape.width * shape.io_bytes)
         )
         bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
         for name, width in (("h", shape.width), ("extra", shape.hidden)):
@@ -107,6 +107,6 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
 
 def gate_work(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
     """Scratch for the gates of a chunk of steps, where they are not kept."""
-    gate = shape.target.padded(shape.hidden) * shape.item
+    gate = shape.target.padded(shape.hidden) * shape.acc_bytes
     row = shape.row.gates * gate
     return {"gates": recipe.buffer(rows * chunk * row), "gates_row": row, "gate_step": gate}

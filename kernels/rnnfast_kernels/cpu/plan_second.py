@@ -107,8 +107,8 @@ def blocks(shape: Shape) -> int:
 
 def input_fields(shape: Shape, direction: int, moves_x: bool) -> dict[str, int | Ref]:
     """Fields for the change of x, which is contiguous, or absent."""
-    row = shape.directions // shape.sharing * shape.inputs * shape.item
-    offset = direction // shape.sharing * shape.inputs * shape.item
+    row = shape.directions // shape.sharing * shape.inputs * shape.acc_bytes
+    offset = direction // shape.sharing * shape.inputs * shape.acc_bytes
     return {"x": Ref("x", offset) if moves_x else 0, "x_row": row, "x_step": shape.batch * row}
 
 
@@ -125,12 +125,12 @@ def write_push(
         for first, last in pairwise(shape.cuts):
             rows, chunk = last - first, chunk_steps(shape, last - first)
             where = slice_fields(shape, d, first, last) | state_fields(shape, d, kept)
-            where |= {"zeros": zeros(shape.target.padded(max(shape.width, shape.hidden)) * shape.item)}
+            where |= {"zeros": zeros(shape.target.padded(max(shape.width, shape.hidden)) * shape.acc_bytes)}
             fields = where | dot_panels[d] | input_fields(shape, d, moves_x) | state_work(recipe, shape, rows)
             fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
-            u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.item
+            u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
             fields |= {"u_work": recipe.buffer(rows * u_row), "u_row": u_row, "chunk": chunk}
             fields |= {"around": recipe.record(loops.LAYER, **where | panels[d])}
             with recipe.renamed(names):

@@ -51,11 +51,11 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
             count = units - unit
             row = (vector % GATES) * units + unit
             goal = strip_address(panel, vector, depth)
-            store(goal, load_given(bias + row * GIVEN, count) if bias else zeros(), LANES)
+            store(goal, load_io(bias + row * IO_BYTES, count) if bias else zeros(), LANES)
             for k in range(0, depth, LANES * TERMS):
-                source = weight + (row * depth + k) * GIVEN
+                source = weight + (row * depth + k) * IO_BYTES
                 spot = goal + line * (1 + k // TERMS)
-                transpose_square(source, depth * GIVEN, count, min(LANES * TERMS, depth - k), spot, line)
+                transpose_square(source, depth * IO_BYTES, count, min(LANES * TERMS, depth - k), spot, line)
         block += blocks
 
 
@@ -71,7 +71,7 @@ def pack_rows(row_pointers, depth, units, panels, first_block, last_block):
             for i in range(blocks):
                 unit = (block + i) * LANES
                 goal = strip_address(panel, i, depth) + (1 + k // TERMS) * strip_line(blocks, i)
-                store(goal, load_given_line(row_pointers, k, depth, unit, units - unit), LANES)
+                store(goal, load_io_line(row_pointers, k, depth, unit, units - unit), LANES)
         block += blocks
 
 
@@ -99,7 +99,7 @@ def project_blocks(
                 goal = load_int(out_pointers + 8 * row)
                 for vector in range(blocks * GATES):
                     unit = (block + vector // GATES) * LANES
-                    spot = goal + (vector % GATES) * gate_step + unit * ITEM
+                    spot = goal + (vector % GATES) * gate_step + unit * ACC_BYTES
                     value = load(source, LANES)
                     if accumulate:
                         value = value + load(spot, units - unit)
@@ -115,7 +115,7 @@ def project_raw(rows, row_pointers, weight, bias, depth, units, block, last_bloc
         unit = block * LANES
         multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile)
         for row in range(rows):
-            goal = load_int(out_pointers + 8 * row) + unit * ITEM
+            goal = load_int(out_pointers + 8 * row) + unit * ACC_BYTES
             for gate in range(GATES):
                 store(goal + gate * gate_step, load(tile + (row * GATES + gate) * VECTOR, LANES), units - unit)
         block += 1
@@ -125,44 +125,44 @@ def multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile):
     """The tile of one block of a weight that is not packed."""
     for gate in range(GATES):
         first = gate * units + unit
-        bias_spot = bias + first * GIVEN if bias else 0
+        bias_spot = bias + first * IO_BYTES if bias else 0
         goal = tile + gate * VECTOR
-        spot = weight + first * depth * GIVEN
+        spot = weight + first * depth * IO_BYTES
         multiply_raw(rows, row_pointers, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
 
 
 def copy_row(source, goal, units):
     for unit in range(0, units, LANES):
-        store(goal + unit * ITEM, load(source + unit * ITEM, units - unit), units - unit)
+        store(goal + unit * ACC_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
 
 
-def take_row(source, goal, units):
+def read_row(source, goal, units):
     """Copy from a given tensor."""
     for unit in range(0, units, LANES):
-        store(goal + unit * ITEM, load_given(source + unit * GIVEN, units - unit), units - unit)
+        store(goal + unit * ACC_BYTES, load_io(source + unit * IO_BYTES, units - unit), units - unit)
 
 
-def give_row(source, goal, units):
+def write_row(source, goal, units):
     """Copy to a given tensor."""
     for unit in range(0, units, LANES):
-        store_given(goal + unit * GIVEN, load(source + unit * ITEM, units - unit), units - unit)
+        store_io(goal + unit * IO_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
 
 
-def add_given_row(source, goal, units):
+def add_io_row(source, goal, units):
     """Add from a given tensor."""
     for unit in range(0, units, LANES):
-        spot = goal + unit * ITEM
-        store(spot, load(spot, units - unit) + load_given(source + unit * GIVEN, units - unit), units - unit)
+        spot = goal + unit * ACC_BYTES
+        store(spot, load(spot, units - unit) + load_io(source + unit * IO_BYTES, units - unit), units - unit)
 
 
 def clear_row(goal, units):
     for unit in range(0, units, LANES):
-        store(goal + unit * ITEM, zeros(), units - unit)
+        store(goal + unit * ACC_BYTES, zeros(), units - unit)
 
 
-def clear_given_row(goal, units):
+def clear_io_row(goal, units):
     for unit in range(0, units, LANES):
-        store_given(goal + unit * GIVEN, zeros(), units - unit)
+        store_io(goal + unit * IO_BYTES, zeros(), units - unit)
 
 
 def fill_pointers(row_pointers, start, step, count):
@@ -185,7 +185,7 @@ def pack(address):
         pack_rows(job.row_pointers, job.depth, job.units, job.panels, job.first, job.last)
 
 
-ROWS = (copy_row, take_row, give_row, add_given_row, clear_row, clear_given_row, fill_pointers)
+ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
 PLAIN = (pack_columns, pack_rows, project_blocks, project)
 GATED = (pack_columns, project_blocks, multiply_block, project_raw)

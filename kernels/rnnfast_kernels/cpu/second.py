@@ -32,13 +32,13 @@ def push_inputs(job, at, first, last):
     if job.x:
         count = gather_inputs(job, job, first, last)
         project_gate_blocks(
-            count, job.row_pointers, ITEM, at.w_ih, job.inputs, job.hidden, 0, blocks,
+            count, job.row_pointers, ACC_BYTES, at.w_ih, job.inputs, job.hidden, 0, blocks,
             job.out_pointers, job.gate_step, job.tile, False,
         )  # fmt: skip
     if job.w_ih:
         count = gather_inputs(job, at, first, last)
         project_gate_blocks(
-            count, job.row_pointers, ITEM, job.w_ih, job.inputs, job.hidden, 0, blocks,
+            count, job.row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, 0, blocks,
             job.out_pointers, job.gate_step, job.tile, job.x != 0,
         )  # fmt: skip
 
@@ -51,7 +51,7 @@ def push_recurrent(job, at, order, step, live, h_now, h_stride):
     project_gate_blocks(
         live,
         job.row_pointers,
-        ITEM,
+        ACC_BYTES,
         at.w_hh,
         job.width,
         job.hidden,
@@ -68,7 +68,7 @@ def push_recurrent(job, at, order, step, live, h_now, h_stride):
         project_gate_blocks(
             live,
             job.row_pointers,
-            ITEM,
+            ACC_BYTES,
             job.w_hh,
             job.width,
             job.hidden,
@@ -93,11 +93,11 @@ def push_cell(job, at, order, step, row, h_now, h_goal):
     extra = job.extra_work + row * padded_row(job.hidden)
     extra_step = job.rows * padded_row(job.hidden)
     for unit in range(0, job.hidden, LANES):
-        place, lanes = unit * ITEM, job.hidden - unit
+        place, lanes = unit * ACC_BYTES, job.hidden - unit
         x_dot = load_gates(gates + place, job.gate_step, lanes)
         u_dot = load_gates(u + place, job.gate_step, lanes)
         state_dot = (load(h_now + place, LANES),) + load_extra(extra + place, extra_step, LANES)  # noqa: RUF005
-        saved = load_kept(kept + place, job.hidden * ITEM, lanes)
+        saved = load_kept(kept + place, job.hidden * ACC_BYTES, lanes)
         state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
         new_state = (load(h_after + place, lanes),) + load_extra(extra_after + place, at.extra_step, lanes)  # noqa: RUF005
         new_state_dot, saved_dot = cell_push(x_dot, u_dot, state_dot, saved, state, new_state)
@@ -117,12 +117,12 @@ def push_output(job, at, step, live, h_next, h_stride):
         fill_pointers(job.out_pointers, h_next, h_stride, live)
         fill_pointers(job.row_pointers, job.full_work, padded_row(job.hidden), live)
         project_plain(
-            live, job.row_pointers, ITEM, at.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False
+            live, job.row_pointers, ACC_BYTES, at.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False
         )
         if job.w_hr:
             fill_pointers(job.row_pointers, at.full + first_index(at, step) * at.full_row, at.full_row, live)
             project_plain(
-                live, job.row_pointers, ITEM, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, True
+                live, job.row_pointers, ACC_BYTES, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, True
             )
     for row in range(live):
         copy_row(h_next + row * h_stride, h + row * job.h_row, job.width)
@@ -156,18 +156,18 @@ def layer_push(address):
         push_output(job, at, step, live, h_next, h_stride)
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
         for row in range(staying, live):
-            copy_row(h_next + row * h_stride, job.h_final + row * job.width * ITEM, job.width)
+            copy_row(h_next + row * h_stride, job.h_final + row * job.width * ACC_BYTES, job.width)
         h_now, h_next = h_next, h_now
     for state in range(EXTRA):
         for row in range(job.rows):
-            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ITEM
+            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ACC_BYTES
             copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
 
 
 def cell_operands(job, projected, order, step, row, unit):
     """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their changes."""
     index = first_index(job, step) + row
-    place, lanes = unit * ITEM, job.hidden - unit
+    place, lanes = unit * ACC_BYTES, job.hidden - unit
     h_before, extra_before, before_step = entering_states(job, order, step, row)
     h_after, dh = job.h + index * job.h_row, job.h_work + row * padded_row(job.width)
     if projected:
@@ -175,7 +175,7 @@ def cell_operands(job, projected, order, step, row, unit):
     dextra = job.extra_work + row * padded_row(job.hidden) + place
     extra_after = job.extra + index * job.extra_row + place
     dstate = (load(dh + place, LANES),) + load_extra(dextra, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
-    saved = load_kept(job.gates + index * job.gates_row + place, job.hidden * ITEM, lanes)
+    saved = load_kept(job.gates + index * job.gates_row + place, job.hidden * ACC_BYTES, lanes)
     state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
     new_state = (load(h_after + place, lanes),) + load_extra(extra_after, job.extra_step, lanes)  # noqa: RUF005
     return dstate, saved, state, new_state
@@ -183,11 +183,11 @@ def cell_operands(job, projected, order, step, row, unit):
 
 def keep_gradients(job, projected, step, row, unit, dx, du, direct):
     """Keep the gradient by the gates and, in place, by the states that entered the step; or its change."""
-    place, lanes = unit * ITEM, job.hidden - unit
+    place, lanes = unit * ACC_BYTES, job.hidden - unit
     dgates = (first_index(job, step) + row) * job.dgates_row + place
-    store_tuple(job.dx_gates + dgates, job.hidden * ITEM, dx, lanes)
+    store_tuple(job.dx_gates + dgates, job.hidden * ACC_BYTES, dx, lanes)
     if job.du_gates != job.dx_gates:
-        store_tuple(job.du_gates + dgates, job.hidden * ITEM, du, lanes)
+        store_tuple(job.du_gates + dgates, job.hidden * ACC_BYTES, du, lanes)
     dextra = job.extra_work + row * padded_row(job.hidden) + place
     store_tuple(dextra, job.rows * padded_row(job.hidden), direct[1:], LANES)
     if not projected:
@@ -217,11 +217,13 @@ def bend_projection(job, at, step, live):
     both_places(job.row_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
     both_places(job.out_pointers, at.full_work, stride, job.full_work, stride, live)
     project_plain(
-        2 * live, job.row_pointers, ITEM, at.w_hr, job.width, job.hidden, job.out_pointers, 0, job.tile, False
+        2 * live, job.row_pointers, ACC_BYTES, at.w_hr, job.width, job.hidden, job.out_pointers, 0, job.tile, False
     )
     if job.w_hr:
         out_pointers = job.out_pointers + 8 * live
-        project_plain(live, job.row_pointers, ITEM, job.w_hr, job.width, job.hidden, out_pointers, 0, job.tile, True)
+        project_plain(
+            live, job.row_pointers, ACC_BYTES, job.w_hr, job.width, job.hidden, out_pointers, 0, job.tile, True
+        )
     for row in range(live):
         goal = (index + row) * job.dh_total_row
         copy_row(at.h_work + row * h_stride, at.dh_total + goal, job.width)
@@ -234,10 +236,21 @@ def bend_recurrent(job, at, step, live):
     both_places(job.row_pointers, at.du_gates + start, row, job.du_gates + start, row, live)
     both_places(job.out_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
     depth, direct = GATES * job.hidden, at.w_hr == 0
-    project_plain(2 * live, job.row_pointers, ITEM, at.w_hh, depth, job.width, job.out_pointers, 0, job.tile, direct)
+    project_plain(
+        2 * live, job.row_pointers, ACC_BYTES, at.w_hh, depth, job.width, job.out_pointers, 0, job.tile, direct
+    )
     if job.w_hh:
         project_plain(
-            live, job.row_pointers, ITEM, job.w_hh, depth, job.width, job.out_pointers + 8 * live, 0, job.tile, True
+            live,
+            job.row_pointers,
+            ACC_BYTES,
+            job.w_hh,
+            depth,
+            job.width,
+            job.out_pointers + 8 * live,
+            0,
+            job.tile,
+            True,
         )
 
 

@@ -56,31 +56,31 @@ def processor() -> Processor:
 class Target:
     """One way to compute on one processor.
 
-    given: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
+    io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
     a vector register. registers: how many of those there are. terms: of a sum that one instruction adds; if two, they
     are products of bfloat16 numbers.
     """
 
-    given: str
+    io: str
     dtype: str
     lanes: int
     registers: int
     terms: int = 1
 
     @property
-    def item(self) -> int:
+    def acc_bytes(self) -> int:
         """Bytes of an element that kernels keep for themselves."""
         return ITEM_BYTES[self.dtype]
 
     @property
-    def given_item(self) -> int:
+    def io_bytes(self) -> int:
         """Bytes of an element of the layer's tensors."""
-        return ITEM_BYTES[self.given]
+        return ITEM_BYTES[self.io]
 
     @property
     def vector(self) -> int:
         """Bytes of a vector."""
-        return self.lanes * self.item
+        return self.lanes * self.acc_bytes
 
     def padded(self, count: int) -> int:
         """Elements of a row of `count`, rounded up to whole vectors."""

@@ -22,8 +22,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import load_all, load_given, pointer, store_all
-from rnnfast_kernels.cpu.operands import fused_multiply_add, load_given_terms
+from rnnfast_kernels.cpu.memory import load_all, load_io, pointer, store_all
+from rnnfast_kernels.cpu.operands import fused_multiply_add, load_io_terms
 from rnnfast_kernels.cpu.target import MOST_RAW_ROWS, Target
 from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, splat
 
@@ -36,7 +36,7 @@ def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
 
 
 def kind_of(target: Target) -> str:
-    return f"{target.given}_{target.dtype}x{target.lanes}x{target.terms}"
+    return f"{target.io}_{target.dtype}x{target.lanes}x{target.terms}"
 
 
 def tile_name(target: Target, rows: int, vectors: int) -> str:
@@ -188,7 +188,7 @@ def transpose_function(module: ir.Module, target: Target) -> ir.Function:
     for row in range(vec.lanes):
         count = builder.select(builder.icmp_signed("<", INT64(row), rows), columns, INT64(0))
         spot = builder.add(source, builder.mul(source_step, INT64(row)))
-        loaded.append(load_given_terms(target, builder, spot, count))
+        loaded.append(load_io_terms(target, builder, spot, count))
     for k, column in enumerate(transposed(builder, vec, loaded)):
         with builder.if_then(builder.icmp_signed("<", INT64(k * target.terms), columns)):
             store_all(builder, vec, builder.add(out, builder.mul(out_step, INT64(k))), column)
@@ -226,13 +226,13 @@ def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
     left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
     # Units past the last are those of the last again; nobody reads their sums.
     last = builder.sub(units, INT64(1))
-    unit_row = builder.mul(depth, INT64(target.given_item))
+    unit_row = builder.mul(depth, INT64(target.io_bytes))
     unit_rows = [
         builder.mul(unit_row, builder.select(builder.icmp_signed("<", INT64(n), last), INT64(n), last))
         for n in range(lanes)
     ]
     known = builder.select(builder.icmp_signed("!=", bias, INT64(0)), units, INT64(0))
-    initial = load_given(target, builder, bias, known)
+    initial = load_io(target, builder, bias, known)
     left_over = builder.srem(depth, INT64(lanes * terms))
     whole = builder.sub(depth, left_over)
     before = builder.block
@@ -240,9 +240,9 @@ def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
 
     def add_square(k: ir.Value, sums: list[ir.Value], count: ir.Value) -> list[ir.Value]:
         """Add the `count` terms from k on; a square has no more than `lanes * terms`."""
-        start = builder.mul(k, INT64(target.given_item))
+        start = builder.mul(k, INT64(target.io_bytes))
         spots = [builder.add(builder.add(weight, start), row) for row in unit_rows]
-        loaded = [load_given_terms(target, builder, spot, count) for spot in spots]
+        loaded = [load_io_terms(target, builder, spot, count) for spot in spots]
         line = builder.mul(builder.sdiv(k, INT64(terms)), INT64(vec.item))
         for j, column in enumerate(transposed(builder, vec, loaded)):
             here, place = None, INT64(j)
