@@ -13,7 +13,7 @@ from rnnfast_kernels.cpu import plan, plan_backward, plan_forward, pool
 from rnnfast_kernels.cpu.compiled import kernel
 from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.recipe import Recipe
-from rnnfast_kernels.cpu.target import MOST_RAW_ROWS
+from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS
 from torch import Tensor
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
@@ -77,7 +77,7 @@ def shape_of(
         threads=threads,
         cuts=cuts if cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
         workers=workers,
-        raw=rows <= MOST_RAW_ROWS and not projected and not repeated,
+        unpacked=rows <= MOST_UNPACKED_ROWS and not projected and not repeated,
     )
 
 

@@ -13,8 +13,8 @@ LAYER = Record(
     # The slice of rows, and the steps: `sizes` the batch sizes, `starts` the index of each step's first row if packed.
     "steps", "batch", "first_row", "rows", "reverse", "sizes", "starts", "resets",
     "inputs", "hidden", "width",
-    # Input, and the panels of the weights; if `raw`, the weights as they are, and their biases.
-    "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr", "raw", "b_ih", "b_hh",
+    # Input, and the panels of the weights; if `unpacked`, the weights as they are, and their biases.
+    "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr", "unpacked", "b_ih", "b_hh",
     # Initial and final states.
     "h_first", "h_first_row", "extra_first", "extra_first_row", "extra_first_step",
     "h_final", "extra_final", "extra_final_step",
@@ -135,8 +135,8 @@ def project_inputs(job, first, last):
         fill_pointers(job.out_pointers + 8 * count, gates_address(job, order, step), job.gates_row, live)
         count += live
     row_pointers = io_operands(count, job.row_pointers, job.inputs, job.operands)
-    if job.raw:
-        project_raw(
+    if job.unpacked:
+        project_unpacked(
             count, row_pointers, job.w_ih, job.b_ih, job.inputs, job.hidden, job.first_block, job.last_block,
             job.out_pointers, job.gate_step, job.tile,
         )  # fmt: skip
@@ -189,12 +189,12 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     cell_stride = extra_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
-        blocks = 1 if job.raw else recurrent_blocks(job.last_block - block)
+        blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
         panel = job.w_hh + block * (1 + lines(job.width)) * RECURRENT * VECTOR
         first = 0
         while first < live:
             count = recurrent_rows(live - first)
-            if job.raw:
+            if job.unpacked:
                 multiply_block(count, row_pointers, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
             elif RECURRENT > 0:
                 multiply(

@@ -69,7 +69,7 @@ def layer_name(weight: str, direction: int, layer: int) -> str:
 def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
     """Fields for every direction's weights as they are."""
     names = WEIGHTS[:4] if biased else WEIGHTS[:2]
-    return [{"raw": 1} | {name: Ref(f"{name}{d}") for name in names} for d in range(shape.directions)]
+    return [{"unpacked": 1} | {name: Ref(f"{name}{d}") for name in names} for d in range(shape.directions)]
 
 
 def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
@@ -90,7 +90,7 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
 
 def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
     """Add a layer's forward pass."""
-    weights = pass_weights(shape, biased) if shape.raw else pack_forward(recipe, shape, biased)
+    weights = pass_weights(shape, biased) if shape.unpacked else pack_forward(recipe, shape, biased)
     depth = max(shape.inputs, shape.width, shape.hidden)
     jobs, signals = [], signal_fields(recipe, shape)
     for d in range(shape.directions):

@@ -109,7 +109,7 @@ def project_blocks(
         block += blocks
 
 
-def project_raw(rows, row_pointers, weight, bias, depth, units, block, last_block, out_pointers, gate_step, tile):
+def project_unpacked(rows, row_pointers, weight, bias, depth, units, block, last_block, out_pointers, gate_step, tile):
     """Multiply a few rows by some blocks of a weight [G*units, depth] that is not packed, as `project_blocks` does."""
     while block < last_block:
         unit = block * LANES
@@ -128,7 +128,7 @@ def multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile):
         bias_spot = bias + first * IO_BYTES if bias else 0
         goal = tile + gate * VECTOR
         spot = weight + first * depth * IO_BYTES
-        multiply_raw(rows, row_pointers, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
+        multiply_unpacked(rows, row_pointers, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
 
 
 def copy_row(source, goal, units):
@@ -188,4 +188,4 @@ def pack(address):
 ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
 PLAIN = (pack_columns, pack_rows, project_blocks, project)
-GATED = (pack_columns, project_blocks, multiply_block, project_raw)
+GATED = (pack_columns, project_blocks, multiply_block, project_unpacked)

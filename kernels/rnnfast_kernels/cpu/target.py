@@ -9,7 +9,7 @@ from llvmlite import binding
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 # Rows that a product with a weight as it is takes at once. More are worth packing the weight for.
-MOST_RAW_ROWS = 3
+MOST_UNPACKED_ROWS = 3
 
 
 @dataclass(frozen=True)

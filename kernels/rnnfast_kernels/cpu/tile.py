@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from rnnfast_kernels.cpu.memory import load_all, load_io, pointer, store_all
 from rnnfast_kernels.cpu.operands import fused_multiply_add, load_io_terms
-from rnnfast_kernels.cpu.target import MOST_RAW_ROWS, Target
+from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
 from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, splat
 
 
@@ -210,14 +210,14 @@ def transposer(target: Target):
     return transpose_square
 
 
-def raw_name(target: Target, rows: int) -> str:
-    return f"rnnfast_raw_{kind_of(target)}_{rows}"
+def unpacked_name(target: Target, rows: int) -> str:
+    return f"rnnfast_unpacked_{kind_of(target)}_{rows}"
 
 
-def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
+def unpacked_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
     """The product of `rows` with some units of a weight as it is, a square of it transposed at a time."""
     vec = Vec(target.dtype, target.lanes)
-    function = external(module, raw_name(target, rows), 7)
+    function = external(module, unpacked_name(target, rows), 7)
     row_pointers, weight, units, depth, bias, out, out_step = function.args
     lanes, terms = vec.lanes, target.terms
     entry = function.append_basic_block("entry")
@@ -291,10 +291,10 @@ def raw_function(module: ir.Module, target: Target, rows: int) -> ir.Function:
     return function
 
 
-def raw_multiplier(target: Target):
-    """`multiply_raw`, for up to `MOST_RAW_ROWS` rows.
+def unpacked_multiplier(target: Target):
+    """`multiply_unpacked`, for up to `MOST_UNPACKED_ROWS` rows.
 
-        multiply_raw(rows, row_pointers, weight, units, depth, bias, out, out_step)
+        multiply_unpacked(rows, row_pointers, weight, units, depth, bias, out, out_step)
             out[m] = bias + sum over k of left[m, k] * weight[:, k]
 
     `weight` and `bias` are the addresses of the first of `units` <= lanes units; a bias of 0 is absent. The sums are
@@ -302,23 +302,23 @@ def raw_multiplier(target: Target):
     """
 
     @intrinsic
-    def multiply_raw(typing, rows, row_pointers, weight, units, depth, bias, out, out_step):
+    def multiply_unpacked(typing, rows, row_pointers, weight, units, depth, bias, out, out_step):
         def lower(context, builder, sig, args):
             count, *operands = args
             end = builder.append_basic_block("multiplied")
             choice = builder.switch(count, end)
-            for rows in range(1, MOST_RAW_ROWS + 1):
-                block = builder.append_basic_block(f"raw_{rows}")
+            for rows in range(1, MOST_UNPACKED_ROWS + 1):
+                block = builder.append_basic_block(f"unpacked_{rows}")
                 choice.add_case(INT64(rows), block)
                 with builder.goto_block(block):
-                    builder.call(external(builder.module, raw_name(target, rows), 7), operands)
+                    builder.call(external(builder.module, unpacked_name(target, rows), 7), operands)
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), lower
 
-    return multiply_raw
+    return multiply_unpacked
 
 
 def library(target: Target, gates: set[int]) -> ir.Module:
@@ -333,6 +333,6 @@ def library(target: Target, gates: set[int]) -> ir.Module:
         shapes |= {(rows, each), (rows, (vectors - 1) % each + 1)}
     for rows, vectors in sorted(shapes):
         tile_function(module, target, rows, vectors)
-    for rows in range(1, MOST_RAW_ROWS + 1):
-        raw_function(module, target, rows)
+    for rows in range(1, MOST_UNPACKED_ROWS + 1):
+        unpacked_function(module, target, rows)
     return module
