@@ -3,7 +3,7 @@
 What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order, what of it there is:
 
     gates  [*L, D, kept * H]    what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
-    full   [*L, D, H]           the cell's output before its projection (with `proj_size`)
+    unprojected [*L, D, H]           the cell's output before its projection (with `proj_size`)
 """
 
 import functools

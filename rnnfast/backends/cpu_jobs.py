@@ -171,13 +171,13 @@ def run_forward(layer: Layer, *, save: bool, keep_extra: bool) -> Result:
     if save and call.cell.saved:
         kept["gates"] = make(*call.lead, call.cell.kept * shape.hidden, dtype=wider)
     if save and call.projected:
-        kept["full"] = make(*call.lead, shape.hidden)
+        kept["unprojected"] = make(*call.lead, shape.hidden)
     h = room(x, *call.lead, shape.width)
     finals = tuple(torch.empty_like(initial) for initial in call.hx)
     outputs = {"h": h, **kept, **dict(zip(("h_final", "extra_final"), finals, strict=False))}
     call.run(plan_forward.forward(shape, call.biased, tuple(kept)), outputs)
     states = (h, kept.get("extra", x.new_empty(0))) if shape.extra else (h,)
-    return Result(states, finals, tuple(kept[name] for name in ("gates", "full") if name in kept))
+    return Result(states, finals, tuple(kept[name] for name in ("gates", "unprojected") if name in kept))
 
 
 def run_backward(
@@ -192,7 +192,7 @@ def run_backward(
     call = Call(layer)
     shape, x = call.shape, call.x
     kept = dict(zip(("extra",) if shape.extra else (), states[1:], strict=True))
-    kept |= zip(("gates",) * bool(call.cell.saved) + ("full",) * call.projected, saved, strict=True)
+    kept |= zip(("gates",) * bool(call.cell.saved) + ("unprojected",) * call.projected, saved, strict=True)
     given = dict(zip(("dh", "dextra"), dstates, strict=False)) | dict(
         zip(("dh_final", "dextra_final"), dfinals, strict=False)
     )

@@ -70,7 +70,7 @@ class PreparedLayer:
         widths = {
             "extra": sizes.hidden * (len(self.states) - 1),
             "gates": sizes.hidden * CELLS[sizes.cell].kept,
-            "full": sizes.hidden * ("w_hr" in sizes.fields),
+            "unprojected": sizes.hidden * ("w_hr" in sizes.fields),
         }
         self.kept = tuple(name for name, width in widths.items() if width)
         self.saved = ("x", *self.initial, *self.weights, "h", *self.kept)

@@ -28,7 +28,7 @@ class SecondCall(Call):
         super().__init__(layer)
         shape, x = self.shape, self.x
         left = dict(zip(("h", "extra") if shape.extra else ("h",), states, strict=True))
-        left |= zip(("gates",) * bool(self.cell.saved) + ("full",) * self.projected, saved, strict=True)
+        left |= zip(("gates",) * bool(self.cell.saved) + ("unprojected",) * self.projected, saved, strict=True)
         self.tensors |= {name: tensor.contiguous() for name, tensor in left.items()}
         self.kept = tuple(left)[1:]
         given = list(chain.from_iterable(changes.weights))

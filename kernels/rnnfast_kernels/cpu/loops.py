@@ -21,13 +21,13 @@ LAYER = Record(
     # States after every step: h is [rows, width], each extra state [rows, hidden].
     "h", "h_row", "extra", "extra_row", "extra_step",
     # Gates, then what is saved, [rows, Cell.kept or G, hidden]; for all steps if `keep`, else for a chunk of steps.
-    "gates", "gates_row", "gate_step", "keep", "chunk", "full", "full_row",
+    "gates", "gates_row", "gate_step", "keep", "chunk", "unprojected", "unprojected_row",
     # Gradients.
     "dh", "dh_row", "dextra", "dextra_row", "dextra_step",
     "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row", "du_row",
     # Scratch of this job; `zeros` is a row of zeros.
-    "tile", "row_pointers", "operands", "out_pointers", "h_work", "extra_work", "full_work", "zeros",
+    "tile", "row_pointers", "operands", "out_pointers", "h_work", "extra_work", "unprojected_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
     # whose records follow one another from `parts` on. They share the slice's work space. `claimed` is the address of a
     # count of the phases of this part that a thread has taken, `finished` that of the phases of all parts that are done
@@ -185,7 +185,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     fill_pointers(job.row_pointers, h_now, h_stride, live)
     row_pointers = as_operands(live, job.row_pointers, job.width, job.operands)
     index = first_index(job, step)
-    cell_out = job.full_work if job.w_hr else h_next
+    cell_out = job.unprojected_work if job.w_hr else h_next
     cell_stride = extra_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
@@ -217,8 +217,10 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
                     store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
                         store_io(job.h + (index + row) * job.h_row + unit * IO_BYTES, new_state[0], lanes)
-                    elif job.full:
-                        store_io(job.full + (index + row) * job.full_row + unit * IO_BYTES, new_state[0], lanes)
+                    elif job.unprojected:
+                        store_io(
+                            job.unprojected + (index + row) * job.unprojected_row + unit * IO_BYTES, new_state[0], lanes
+                        )
                     if job.extra:
                         spot = job.extra + (index + row) * job.extra_row + unit * IO_BYTES
                         store_io_tuple(spot, job.extra_step, new_state[1:], lanes)
@@ -228,9 +230,9 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
         block += blocks
 
 
-def project_output(job, step, live, h_next, h_stride, full_stride):
+def project_output(job, step, live, h_next, h_stride, unprojected_stride):
     """h = W_hr times what the cell put out."""
-    fill_pointers(job.row_pointers, job.full_work, full_stride, live)
+    fill_pointers(job.row_pointers, job.unprojected_work, unprojected_stride, live)
     fill_pointers(job.out_pointers, h_next, h_stride, live)
     row_pointers = as_operands(live, job.row_pointers, job.hidden, job.operands)
     project_plain(live, row_pointers, ACC_BYTES, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False)
@@ -350,8 +352,8 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
     dh_in = job.h_work + row * h_stride
     if job.w_hr:
         h_before = job.zeros
-        h_after = job.full + index * job.full_row
-        dh_in = job.full_work + row * extra_stride
+        h_after = job.unprojected + index * job.unprojected_row
+        dh_in = job.unprojected_work + row * extra_stride
     extra_after = job.extra + index * job.extra_row
     dextra = job.extra_work + row * extra_stride
     gates = job.gates + index * job.gates_row
@@ -424,7 +426,7 @@ def through_cell(job, order, h_stride, extra_stride):
         clear_gradients(job, step, live)
     add_gradients(job, step, live, h_stride, extra_stride)
     if job.w_hr:
-        fill_pointers(job.row_pointers, job.full_work, extra_stride, live)
+        fill_pointers(job.row_pointers, job.unprojected_work, extra_stride, live)
         rows = as_operands(live, job.out_pointers, job.width, job.operands)
         project_plain(live, rows, ACC_BYTES, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
         for row in range(live):

@@ -243,8 +243,8 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
             "extra_row": shape.directions * hidden,
             "extra_step": shape.rows * shape.directions * hidden,
         }
-    if "full" in kept:
-        fields |= {"full": Ref("full", direction * hidden), "full_row": shape.directions * hidden}
+    if "unprojected" in kept:
+        fields |= {"unprojected": Ref("unprojected", direction * hidden), "unprojected_row": shape.directions * hidden}
     if "gates" in kept:
         hidden = shape.hidden * shape.acc_bytes
         row = shape.row.kept * hidden
@@ -279,7 +279,7 @@ def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:
     return {
         "h_work": recipe.buffer(2 * rows * width + hidden),
         "extra_work": recipe.buffer(shape.extra * rows * hidden),
-        "full_work": recipe.buffer(rows * hidden) if shape.projected else 0,
+        "unprojected_work": recipe.buffer(rows * hidden) if shape.projected else 0,
     }
 
 

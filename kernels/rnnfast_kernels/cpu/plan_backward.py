@@ -251,7 +251,7 @@ def outer(
             }
             if right == gradients.OTHERS:
                 fields |= {
-                    "right_base": Ref("full", direction * units * shape.io_bytes),
+                    "right_base": Ref("unprojected", direction * units * shape.io_bytes),
                     "right_row": shape.directions * units * shape.io_bytes,
                 }
             jobs.append(recipe.record(gradients.OUTER, **fields))

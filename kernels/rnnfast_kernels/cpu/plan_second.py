@@ -31,7 +31,7 @@ from rnnfast_kernels.cpu.plan_backward import (
 from rnnfast_kernels.cpu.plan_forward import gate_work, pack_forward
 from rnnfast_kernels.cpu.recipe import Recipe, Ref
 
-CHANGING = ("x", "h", "extra", "gates", "full", "h_first", "extra_first", "h_final", "extra_final")
+CHANGING = ("x", "h", "extra", "gates", "unprojected", "h_first", "extra_first", "h_final", "extra_final")
 
 
 @functools.lru_cache(maxsize=1024)

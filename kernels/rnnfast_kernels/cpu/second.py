@@ -87,7 +87,7 @@ def push_cell(job, at, order, step, row, h_now, h_goal):
     h_before, extra_before, before_step = entering_states(at, order, step, row)
     h_after, extra_after = at.h + index * at.h_row, at.extra + index * at.extra_row
     if at.w_hr:
-        h_before, h_after = at.zeros, at.full + index * at.full_row
+        h_before, h_after = at.zeros, at.unprojected + index * at.unprojected_row
     kept, u = at.gates + index * at.gates_row, job.u_work + row * job.u_row
     gates = gates_address(job, order, step) + row * job.gates_row
     extra = job.extra_work + row * padded_row(job.hidden)
@@ -103,8 +103,8 @@ def push_cell(job, at, order, step, row, h_now, h_goal):
         new_state_dot, saved_dot = cell_push(x_dot, u_dot, state_dot, saved, state, new_state)
         store(h_goal + place, new_state_dot[0], LANES)
         store_tuple(extra + place, extra_step, new_state_dot[1:], LANES)
-        if job.full:
-            store(job.full + index * job.full_row + place, new_state_dot[0], lanes)
+        if job.unprojected:
+            store(job.unprojected + index * job.unprojected_row + place, new_state_dot[0], lanes)
         store_tuple(job.extra + index * job.extra_row + place, job.extra_step, new_state_dot[1:], lanes)
         if job.keep:
             store_tuple(gates + place, job.gate_step, saved_dot, lanes)
@@ -115,12 +115,14 @@ def push_output(job, at, step, live, h_next, h_stride):
     h = job.h + first_index(job, step) * job.h_row
     if at.w_hr:
         fill_pointers(job.out_pointers, h_next, h_stride, live)
-        fill_pointers(job.row_pointers, job.full_work, padded_row(job.hidden), live)
+        fill_pointers(job.row_pointers, job.unprojected_work, padded_row(job.hidden), live)
         project_plain(
             live, job.row_pointers, ACC_BYTES, at.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, False
         )
         if job.w_hr:
-            fill_pointers(job.row_pointers, at.full + first_index(at, step) * at.full_row, at.full_row, live)
+            fill_pointers(
+                job.row_pointers, at.unprojected + first_index(at, step) * at.unprojected_row, at.unprojected_row, live
+            )
             project_plain(
                 live, job.row_pointers, ACC_BYTES, job.w_hr, job.hidden, job.width, job.out_pointers, 0, job.tile, True
             )
@@ -151,7 +153,7 @@ def layer_push(address):
             apply_resets(job, step, live, h_now, h_stride, extra_stride)
         push_recurrent(job, at, order, step, live, h_now, h_stride)
         for row in range(live):
-            goal = job.full_work + row * extra_stride if at.w_hr else h_next + row * h_stride
+            goal = job.unprojected_work + row * extra_stride if at.w_hr else h_next + row * h_stride
             push_cell(job, at, order, step, row, h_now + row * h_stride, goal)
         push_output(job, at, step, live, h_next, h_stride)
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
@@ -171,7 +173,11 @@ def cell_operands(job, projected, order, step, row, unit):
     h_before, extra_before, before_step = entering_states(job, order, step, row)
     h_after, dh = job.h + index * job.h_row, job.h_work + row * padded_row(job.width)
     if projected:
-        h_before, h_after, dh = job.zeros, job.full + index * job.full_row, job.full_work + row * padded_row(job.hidden)
+        h_before, h_after, dh = (
+            job.zeros,
+            job.unprojected + index * job.unprojected_row,
+            job.unprojected_work + row * padded_row(job.hidden),
+        )
     dextra = job.extra_work + row * padded_row(job.hidden) + place
     extra_after = job.extra + index * job.extra_row + place
     dstate = (load(dh + place, LANES),) + load_extra(dextra, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
@@ -215,7 +221,7 @@ def bend_projection(job, at, step, live):
     """Gradient by what the cell put out, from that by the projected h; and its change."""
     index, h_stride, stride = first_index(job, step), padded_row(job.width), padded_row(job.hidden)
     both_places(job.row_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
-    both_places(job.out_pointers, at.full_work, stride, job.full_work, stride, live)
+    both_places(job.out_pointers, at.unprojected_work, stride, job.unprojected_work, stride, live)
     project_plain(
         2 * live, job.row_pointers, ACC_BYTES, at.w_hr, job.width, job.hidden, job.out_pointers, 0, job.tile, False
     )
