@@ -27,7 +27,7 @@ SERIAL_WORK = 1 << 20
 # Multiplications of one step that make a worker worth its part in a meeting of all, and the rows from which on slices
 # of the batch are the better way to share.
 STEP_WORK = 1 << 15
-MEETING_ROWS = 4
+BARRIER_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def panel_cuts(blocks: int, widest: int, parts: int) -> tuple[int, ...]:
 
 def workers_for(rows: int, work: int, step_work: int, directions: int, threads: int) -> int:
     """Threads that share the hidden units of one direction, where the batch has too few rows to share them."""
-    if rows >= MEETING_ROWS * threads:
+    if rows >= BARRIER_ROWS * threads:
         return 1
     return max(1, min(threads_for(work, threads) // directions, step_work // STEP_WORK))
 
@@ -322,5 +322,5 @@ def final_fields(shape: Shape, direction: int, first: int, names: Sequence[str])
 
 def loop_phase(recipe: Recipe, task: int, jobs: Sequence[list[list[Ref]]]) -> None:
     """Add the phase of a time loop."""
-    together, spare = (list(itertools.chain.from_iterable(parts)) for parts in zip(*jobs, strict=True))
-    recipe.phase(task, together, shared=True, spare=spare)
+    together, serial = (list(itertools.chain.from_iterable(parts)) for parts in zip(*jobs, strict=True))
+    recipe.phase(task, together, shared=True, serial=serial)

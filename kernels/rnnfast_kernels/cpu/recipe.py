@@ -100,18 +100,18 @@ class Recipe:
         return Ref(RECORDS, 8 * (len(self.values) - apart))
 
     def phase(
-        self, task: int, jobs: Sequence[Ref], *, shared: bool, prepares: bool = False, spare: Sequence[Ref] = ()
+        self, task: int, jobs: Sequence[Ref], *, shared: bool, prepares: bool = False, serial: Sequence[Ref] = ()
     ) -> None:
         """Have a task done for every job, by a team if `shared`.
 
-        prepares: its results hold while the weights do. spare: jobs that do the same work one after another; where they
+        prepares: its results hold while the weights do. serial: jobs that do the same work one after another; where they
         are given, the others wait for one another, and so run only where each has a thread.
         """
         if jobs:
             shared = shared and len(jobs) > 1 and self.threads > 1
-            fields = {"task": task, "shared": int(shared), "count": len(jobs), "spare": len(spare)}
-            fields |= {"team_size": Ref("omp_get_num_threads")} if spare else {}
-            place = self.record(PHASE, *jobs, *spare, **fields)
+            fields = {"task": task, "shared": int(shared), "count": len(jobs), "serial": len(serial)}
+            fields |= {"team_size": Ref("omp_get_num_threads")} if serial else {}
+            place = self.record(PHASE, *jobs, *serial, **fields)
             self.phases.append(Phase(place, shared, prepares))
 
     def finish(self) -> "Recipe":

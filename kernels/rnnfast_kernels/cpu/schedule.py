@@ -97,7 +97,7 @@ def define_start(function: ir.Function, run: ir.Function) -> None:
 def define_share(function: ir.Function, job: ir.Function) -> None:
     phase = function.args[0]
     builder = ir.IRBuilder(function.append_basic_block())
-    task, _, _, count, spare, team_size = fields(builder, phase, PHASE)
+    task, _, _, count, serial, team_size = fields(builder, phase, PHASE)
     ask, start, head, body, done = (
         builder.append_basic_block(label) for label in ("ask", "start", "head", "body", "done")
     )
@@ -112,8 +112,8 @@ def define_share(function: ir.Function, job: ir.Function) -> None:
     few = builder.phi(BOOL)
     few.add_incoming(BOOL(1), entry)
     few.add_incoming(lacking, ask)
-    replaced = builder.and_(few, builder.icmp_signed("!=", spare, INT64(0)))
-    jobs = builder.select(replaced, spare, count)
+    replaced = builder.and_(few, builder.icmp_signed("!=", serial, INT64(0)))
+    jobs = builder.select(replaced, serial, count)
     skipped = builder.select(replaced, count, INT64(0))
     builder.branch(head)
     builder.position_at_end(head)
