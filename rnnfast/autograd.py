@@ -50,7 +50,7 @@ def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor
             return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
         results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
     elif not is_differentiated(tensors):
-        results = call_below("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
+        results = below_autograd("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
     elif _torch.forward_nesting() > 1:
         return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
     elif _torch.is_functionalized():
@@ -67,7 +67,7 @@ def layer_kernel(
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
     if not is_differentiated((x, *hx, *weights)):
         constants = (cell, backend, reverse, save, all_states)
-        return call_below("layer", (x, *hx, *weights), *constants, x, hx, weights, batch_sizes, resets, version)
+        return below_autograd("layer", (x, *hx, *weights), *constants, x, hx, weights, batch_sizes, resets, version)
     if _torch.forward_nesting() > 1:
         raise RuntimeError(
             "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
@@ -116,7 +116,7 @@ def is_differentiated(tensors) -> bool:
     return _torch.in_dual_level() or _torch.forward_nesting() > 0
 
 
-def call_below(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
+def below_autograd(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
     """Call an operator below autograd: through torch's dispatcher, unless nothing would happen there."""
     if torch.compiler.is_dynamo_compiling():
         return getattr(torch.ops.rnnfast, name)(*args)
@@ -164,7 +164,7 @@ def are_as_stored(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def is_last(tensors: Sequence[Tensor | None]) -> bool:
+def no_more_derivatives(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether nobody can differentiate or trace what is now computed from these, so that it may be opaque."""
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -175,7 +175,7 @@ def is_last(tensors: Sequence[Tensor | None]) -> bool:
     return is_concrete(present) and not pushing
 
 
-def goes_on() -> bool:
+def create_graph() -> bool:
     """Say whether what a backward pass computes may be differentiated again."""
     return torch.is_grad_enabled() or _torch.in_dual_level()
 
@@ -186,7 +186,7 @@ def backward_function() -> Callable[..., tuple[Tensor, ...]]:
     The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it and
     cannot follow one there.
     """
-    if not goes_on():
+    if not create_graph():
         return LayerBackward.forward
     return by_operator if _torch.is_functionalized() else partial(_torch.apply, LayerBackward)
 
@@ -198,7 +198,7 @@ def by_operator(*args) -> tuple[Tensor, ...]:
     return tuple(torch.ops.rnnfast.layer_backward(*args[:7], x, hx, weights, *options, *others))
 
 
-def asked_for(ctx) -> tuple[bool, ...]:
+def needed_by_engine(ctx) -> tuple[bool, ...]:
     """Take from `ctx.needs_input_grad` what the backward pass under way has no use for.
 
     That is worth much to `torch.autograd.grad(y, x, create_graph=True)`, which wants no gradients of the weights.
@@ -225,7 +225,9 @@ class LayerFunction(torch.autograd.Function):
         hx, weights = tensors[:count], tensors[count:]
         constants = (cell, backend, reverse, True, all_states)
         with enabled_below():
-            results = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
+            results = below_autograd(
+                "layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version()
+            )
         return tuple(results)
 
     @staticmethod
@@ -247,7 +249,7 @@ class LayerFunction(torch.autograd.Function):
         count = ctx.spec.states
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        needs = (asked_for(ctx) if goes_on() else ctx.needs_input_grad)[6:]
+        needs = (needed_by_engine(ctx) if create_graph() else ctx.needs_input_grad)[6:]
         flags = group_needs(needs, count)
         if torch.compiler.is_dynamo_compiling():
             saved = ctx.saved_tensors
@@ -287,12 +289,12 @@ def repair(spec: Spec, tensor_count: int, need_x: bool, saved: list, changed: Se
         unused = {2, 3} if each > 3 else set()
         unused |= set() if need_x else {0}
         places = [n - first + len(weights) for n in changed]
-        return saved if not goes_on() and all(n >= 0 and n % each in unused for n in places) else None
+        return saved if not create_graph() and all(n >= 0 and n % each in unused for n in places) else None
     if changed[0] < first:
         return None
     constants = (spec.cell, spec.backend, spec.reverse, True, spec.all_states)
     with torch.no_grad():
-        found = call_below("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
+        found = below_autograd("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
     return [*saved[:first], *found[:count], *found[2 * count :]]
 
 
@@ -305,7 +307,7 @@ def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:
     layer, changes = ops.make_layer(cell, reverse, x, hx, weights, *options), tensors[-tensor_count:]
     along = make_changes(cell, reverse, changes)
     kernels = load(backend)
-    if is_last(tensors) and differentiates_twice(backend, cell, x.dtype):
+    if no_more_derivatives(tensors) and differentiates_twice(backend, cell, x.dtype):
         with torch.no_grad():
             return kernels.push(layer, states, saved, along)
     return second_order.push_forward(layer, states, along)
@@ -337,7 +339,7 @@ class LayerBackward(torch.autograd.Function):
         layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
         x, hx, weights, batch_sizes, resets = layer_args
         with enabled_below():
-            results = call_below(
+            results = below_autograd(
                 "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
                 cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
                 states, saved, dstates, dfinals,
@@ -354,7 +356,7 @@ class LayerBackward(torch.autograd.Function):
     @staticmethod
     @batching.takes_batched_gradients
     def backward(ctx, *grads):
-        needs = asked_for(ctx)[9:]
+        needs = needed_by_engine(ctx)[9:]
         _, _, _, need_x, need_hx, need_weights, _, tensor_count, _ = ctx.constants
         count = len(CELLS[ctx.constants[0]].states)
         given = (need_x, *(need_hx,) * count, *(need_weights,) * (tensor_count - 1 - count))
@@ -411,7 +413,7 @@ def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | 
     kernels = load(backend)
     if groups > 1:
         raise RuntimeError("rnnfast: gradients in groups have no derivative")
-    if is_last((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
+    if no_more_derivatives((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
         with torch.no_grad():
             found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
         return flatten(layer, found), pushed

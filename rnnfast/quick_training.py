@@ -48,8 +48,8 @@ class QuickLayer(torch.autograd.Function):
             saved = ctx.saved_tensors
         except RuntimeError:
             saved = unpack(ctx, ctx.versions, partial(repair, layer, ctx.needs_input_grad[1]))
-        if autograd.goes_on():
-            return None, *by_operators(layer, saved, grads, autograd.asked_for(ctx)[1:])
+        if autograd.create_graph():
+            return None, *by_operators(layer, saved, grads, autograd.needed_by_engine(ctx)[1:])
         tracing = torch.compiler.is_dynamo_compiling()
         if tracing or not autograd.is_plain(given, saved) or not layer.fits(saved):
             return None, *by_operators(layer, saved, grads, ctx.needs_input_grad[1:])
@@ -62,7 +62,7 @@ def repair(layer, need_x: bool, saved: list, changed: Sequence[int]) -> list | N
     if changed[-1] < first:
         names = [layer.saved[n] for n in changed]
         unused = ("b_ih", "b_hh") if need_x else ("b_ih", "b_hh", "w_ih")
-        return saved if not autograd.goes_on() and all(name.startswith(unused) for name in names) else None
+        return saved if not autograd.create_graph() and all(name.startswith(unused) for name in names) else None
     if changed[0] < first or not layer.fits(saved):
         return None
     with torch.no_grad():
