@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def map_all(source, goal, count):
     for start in range(0, count, LANES):
-        store(goal + start * ITEM, mapped(load(source + start * ITEM, count - start)), count - start)
+        store(goal + start * ACC_BYTES, mapped(load(source + start * ACC_BYTES, count - start)), count - start)
 
 
 def run(name: str, dtype: str, x: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,10 @@ def test_errs_by_few_units_in_the_last_place(name, dtype):
 def test_extrema_of_ties_and_nan(name):
     def map_pairs(first, second, goal, count):
         for start in range(0, count, LANES):
-            found = chosen(load(first + start * ITEM, count - start), load(second + start * ITEM, count - start))
-            store(goal + start * ITEM, found, count - start)
+            found = chosen(
+                load(first + start * ACC_BYTES, count - start), load(second + start * ACC_BYTES, count - start)
+            )
+            store(goal + start * ACC_BYTES, found, count - start)
 
     namespace = vectors(target("float32"), "test of functions float32")
     kernel = njit(bind(map_pairs, {**namespace, "chosen": namespace[name]}), error_model="numpy")

@@ -45,8 +45,8 @@ class Record:
 # program at the address `program` is run, if that is not 0. The bases follow.
 CALL = Record("values", "which", "count", "records", "program")
 # A phase of a call: the task, whether a team shares it, the next job, and how many there are; the jobs' addresses
-# follow. With `serial`, all jobs must run at the same time; `team_size` is the address of omp_get_num_threads, and where
-# that says that the team is too small, the `serial` jobs that follow the others do their work instead.
+# follow. With `serial`, all jobs must run at the same time; `team_size` is the address of omp_get_num_threads, and
+# where that says that the team is too small, the `serial` jobs that follow the others do their work instead.
 PHASE = Record("task", "shared", "next", "count", "serial", "team_size")
 # A program: the address of GOMP_parallel or 0, threads of the team, and how many phases; the phases' addresses follow.
 PROGRAM = Record("team", "threads", "count")

@@ -113,7 +113,7 @@ def io_operands(rows, row_pointers, depth, room):
 
 
 def load_line(row_pointers, k, depth, unit, count):
-    """The terms from number k on of several sums: elements from `unit` on of rows whose addresses are at `row_pointers`."""
+    """The terms from number k on of several sums: elements from `unit` on of the rows at `row_pointers`."""
     first = load(load_int(row_pointers + 8 * k) + unit * ACC_BYTES, count)
     if TERMS == 1:
         return first

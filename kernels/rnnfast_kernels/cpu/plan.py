@@ -36,8 +36,8 @@ class Shape:
 
     rows: of all steps together. sharing: successive directions that read the same input; where that is not all of them,
     their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads
-    that share a slice's hidden units. unpacked: whether the forward pass uses its weights too seldom to be worth packing
-    them. x_row, x_step: strides in bytes.
+    that share a slice's hidden units. unpacked: whether the forward pass uses its weights too seldom to be worth
+    packing them. x_row, x_step: strides in bytes.
     """
 
     cell: str

@@ -104,8 +104,8 @@ class Recipe:
     ) -> None:
         """Have a task done for every job, by a team if `shared`.
 
-        prepares: its results hold while the weights do. serial: jobs that do the same work one after another; where they
-        are given, the others wait for one another, and so run only where each has a thread.
+        prepares: its results hold while the weights do. serial: jobs that do the same work one after another; where
+        they are given, the others wait for one another, and so run only where each has a thread.
         """
         if jobs:
             shared = shared and len(jobs) > 1 and self.threads > 1
