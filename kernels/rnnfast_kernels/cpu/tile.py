@@ -8,8 +8,8 @@ that it is read in order: as strips of `target.strip(N)` vectors, one after anot
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
 `row_pointers` is the address of `rows` int64 addresses, one for each row of the left operand. Elements of a row are
-`step` bytes apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An element of an
-operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
+`step` bytes apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An
+element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
