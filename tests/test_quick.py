@@ -122,3 +122,17 @@ def test_kinds_are_forgotten_when_there_are_too_many(monkeypatch):
             module(torch.randn(steps, 1, 5))
             assert len(quick.ready) <= 4
             assert len(quick.once) <= 4
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("cell", [rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU])
+def test_every_base_of_a_prepared_call_gets_an_address(cell, given):
+    layer, x = cell(3, 4, num_layers=2), torch.randn(2, 1, 3)
+    states = 2 if cell is rnnfast.LSTM else 1
+    hx = tuple(torch.zeros(2, 1, 4) for _ in range(states)) if given else None
+    quick.ready.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x, hx[0] if given and states == 1 else hx)
+    (prepared,) = quick.ready.values()
+    assert len(prepared.stack.recipe.named) == 2 + states * (1 + given) + len(layer.weights())

@@ -48,11 +48,11 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
             else recipe.buffer(shape.rows * shape.directions * shape.width * shape.io_bytes)
         )
         bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
-        for name, width in (("h", shape.width), ("extra", shape.hidden)):
+        for name, width, is_there in (("h", shape.width, True), ("extra", shape.hidden, shape.extra > 0)):
             bases[f"{name}_final"] = Ref(f"{name}_final", n * rows * width)
-            bases[f"{name}_first"] = (
-                Ref(NOWHERE, zeros(rows * width)) if zero else Ref(f"{name}_first", n * rows * width)
-            )
+            bases[f"{name}_first"] = Ref(f"{name}_first", n * rows * width)
+            if zero or not is_there:
+                bases[f"{name}_first"] = Ref(NOWHERE, zeros(rows * width) if zero else 0)
         for name, d in itertools.product(WEIGHTS, range(shape.directions)):
             bases[f"{name}{d}"] = Ref(layer_name(name, d, n))
         with recipe.renamed(bases):
