@@ -8,12 +8,19 @@ from cpu_layers import run_python
 
 from rnnfast.backends import cpu
 
-OTHER_PROCESSORS = ("avx2", "sse")
-
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+@pytest.mark.parametrize(
+    ("processor", "cell"),
+    [
+        ("avx2", "rnn_tanh"),
+        ("avx2", "lstm"),
+        ("avx2", "gru"),
+        ("sse", "rnn_tanh"),
+        pytest.param("sse", "lstm", marks=pytest.mark.long),
+        pytest.param("sse", "gru", marks=pytest.mark.long),
+    ],
+)
 def test_other_vector_lengths(processor, cell):
     code = f"""
         import torch
@@ -26,8 +33,15 @@ def test_other_vector_lengths(processor, cell):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+@pytest.mark.parametrize(
+    ("processor", "dtype"),
+    [
+        ("avx2", "bfloat16"),
+        ("sse", "float16"),
+        pytest.param("avx2", "float16", marks=pytest.mark.long),
+        pytest.param("sse", "bfloat16", marks=pytest.mark.long),
+    ],
+)
 def test_half_precision_without_products_of_it(processor, dtype):
     code = f"""
         import torch

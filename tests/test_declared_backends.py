@@ -21,7 +21,8 @@ def many_functions(x, u, state):
     return torch.tanh(a) * torch.clamp(b, -1, 1) + torch.expm1(-c * c), torch.tanh(c)
 
 
-CELLS = [many_functions]
+# On the CPU it takes a minute to compile.
+CELLS = [pytest.param(many_functions, marks=pytest.mark.long) if backends_under_test() == ["numba"] else many_functions]
 if backends_under_test() == ["triton"]:
     CELLS += [cells.janet, cells.minimal_gated_unit, cells.slstm]
 

@@ -75,6 +75,7 @@ def test_the_command_names_its_targets():
     assert all(target in result.stdout for target in aot.TARGETS)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_representative_set_compiles():
     """Every cell and precision, forward and backward, rows of one length and of several, for one target."""

@@ -105,6 +105,7 @@ class Amplifier(nn.Module):
         return self.head(self.lstm(samples.unsqueeze(-1), hx)[0]).squeeze(-1)
 
 
+@pytest.mark.long
 def test_amplifier_over_16000_samples(backend):
     samples = torch.sin(torch.linspace(0, 500, 16_000)).expand(2, -1) * torch.tensor([[0.3], [0.9]])
     compare(Amplifier(), lambda model: {"signal": model(samples)}, layers=1)
