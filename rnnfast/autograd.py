@@ -1,96 +1,101 @@
 """One autograd Function for every cell, and one more for its second derivative.
 
-`LayerFunction` runs the operators of `rnnfast.ops`. Its backward is itself a Function, whose own backward and
+`LayerFunction` runs the operators of `rnnfast.operators`. Its backward is itself a Function, whose own backward and
 forward-mode derivatives are those of `rnnfast.second_order`.
 
-Functions take flat positional arguments: first the constants that describe the layer, then its tensors
-(x, the initial states, the weights), in the order of the operators.
+Functions take constants that describe the layer, then its tensors as `rnnfast.spec.flatten` lists them.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import _torch, batching, flops, onnx_export, ops, reference, second_order
-from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed
-from rnnfast.backends.choice import differentiates_twice, load
+from rnnfast import _torch, flops, onnx_export, operators, reference, second_order
+from rnnfast.backends.choice import differentiates_twice, load, setting
 from rnnfast.changes import unpack, versions
+from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, restore
+from rnnfast.vmap import map_backward, map_layer, requires_grad_below, takes_batched_gradients
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Spec(NamedTuple):
-    """The constants of a layer: the first arguments of both Functions."""
+    """The constants of a layer."""
 
-    cell: str
     backend: str
-    reverse: tuple[bool, ...]
+    form: Form
     all_states: bool
 
-    @property
-    def states(self) -> int:
-        """Return the number of state tensors, S."""
-        return len(CELLS[self.cell].states)
 
-
-def layer(spec: Spec, x, hx, weights, batch_sizes, resets) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def layer(layer: Layer, backend: str, all_states: bool) -> tuple[States, States]:
     """Run one layer under autograd and return its states and final states.
 
-    States beyond the first are usable only with `spec.all_states`.
+    States beyond the first are usable only with `all_states`.
     """
-    tensors = (x, *hx, *weights)
-    constants = (spec.cell, spec.backend, spec.reverse, False, spec.all_states)
-    if torch.compiler.is_compiling():
-        if ops.in_onnx_export():
-            return onnx_export.layer(spec.cell, spec.reverse, spec.all_states, x, hx, weights, batch_sizes, resets)
-        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
-    elif not is_differentiated(tensors):
-        results = below_autograd("layer", tensors, *constants, x, hx, weights, batch_sizes, resets)
+    form, tensors = flatten(layer)
+    compiling = torch.compiler.is_compiling()
+    if compiling and operators.in_onnx_export():
+        return onnx_export.layer(layer, all_states)
+    if compiling:
+        results = torch.ops.rnnfast.layer(backend, *form, False, all_states, tensors, operators.version())
+    elif not is_differentiated(tensors) and (layer.row.standard or _torch.innermost_transform() is None):
+        results = below_autograd("layer", tensors, backend, *form, False, all_states, tensors)
+    elif not layer.row.standard and (_torch.innermost_transform() is not None or _torch.in_dual_level()):
+        return by_plain_loop(layer)
     elif _torch.forward_nesting() > 1:
-        return reference.run(ops.make_layer(spec.cell, spec.reverse, x, hx, weights, batch_sizes, resets))
+        return reference.run(layer)
     elif _torch.is_functionalized():
-        results = torch.ops.rnnfast.layer(*constants, x, hx, weights, batch_sizes, resets, ops.version())
+        results = torch.ops.rnnfast.layer(backend, *form, False, all_states, tensors, operators.version())
     else:
-        results = _torch.apply(LayerFunction, *spec, batch_sizes, resets, *tensors)
-    count = len(hx)
-    return tuple(results[:count]), tuple(results[count : 2 * count])
+        results = _torch.apply(LayerFunction, Spec(backend, form, all_states), *tensors)
+    return tuple(results[: form.states]), tuple(results[form.states : 2 * form.states])
 
 
-def layer_kernel(
-    cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
-) -> list[Tensor]:
+def by_plain_loop(layer: Layer) -> tuple[States, States]:
+    """Run a layer that transforms and forward mode take apart, of a cell of which kernels know the gradient alone.
+
+    Raises:
+        RuntimeError: kernels were asked for by name.
+    """
+    if setting() == "numba":
+        raise RuntimeError(
+            "the 'numba' backend cannot run this: it has no kernels for forward mode and torch.func transforms of "
+            f"cells of other forms than torch's, such as {layer.cell}"
+        )
+    return reference.run(layer)
+
+
+def layer_kernel(backend, cell, reverse, present, save, all_states, tensors, version="") -> list[Tensor]:
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
-    if not is_differentiated((x, *hx, *weights)):
-        constants = (cell, backend, reverse, save, all_states)
-        return below_autograd("layer", (x, *hx, *weights), *constants, x, hx, weights, batch_sizes, resets, version)
+    form = Form(cell, tuple(reverse), tuple(present))
+    if not is_differentiated(tensors):
+        return below_autograd("layer", tensors, backend, *form, save, all_states, tensors, version)
     if _torch.forward_nesting() > 1:
         raise RuntimeError(
             "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
             "call them outside of torch.compile, or nest jacfwd over jacrev as torch.func.hessian does"
         )
-    results = _torch.apply_here(LayerFunction, cell, backend, reverse, True, batch_sizes, resets, x, *hx, *weights)
-    count = len(hx)
+    results = _torch.apply_here(LayerFunction, Spec(backend, form, True), *tensors)
+    count = form.states
     hidden = () if save or all_states else results[1:count]
     shown = results if save else results[: 2 * count]
-    return [x.new_empty(0) if 1 <= n <= len(hidden) else result for n, result in enumerate(shown)]
+    return [tensors[0].new_empty(0) if 1 <= n <= len(hidden) else result for n, result in enumerate(shown)]
 
 
-def backward_kernel(
-    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-    states, saved, dstates, dfinals,
-) -> list[Tensor]:  # fmt: skip
+def backward_kernel(backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients) -> list[Tensor]:
     """What autograd does on meeting the operator `layer_backward` itself."""
-    counts = (1 + len(hx) + len(weights), len(saved))
-    constants = (cell, backend, reverse, need_x, need_hx, need_weights, groups, *counts)
-    tensors = (batch_sizes, resets, x, *hx, *weights, *states, *saved, *dstates, *dfinals)
-    if is_differentiated(tensors):
-        return list(_torch.apply_here(LayerBackward, *constants, *tensors))
-    return list(LayerBackward.forward(*constants, *tensors))
+    form = Form(cell, tuple(reverse), tuple(present))
+    args = (*tensors, *states, *saved, *gradients)
+    spec = Spec(backend, form, True)
+    if is_differentiated(args):
+        return list(_torch.apply_here(LayerBackward, spec, Needs(*needs), groups, *args))
+    return list(LayerBackward.forward(spec, Needs(*needs), groups, *args))
 
 
 def enabled_below() -> AbstractContextManager:
@@ -106,12 +111,12 @@ def enabled_below() -> AbstractContextManager:
     return stack
 
 
-def is_differentiated(tensors) -> bool:
+def is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
     if torch.is_grad_enabled():
         if any(t is not None and t.requires_grad for t in tensors):
             return True
-        if _torch.innermost_transform() is not None and any(map(batching.requires_grad_below, tensors)):
+        if _torch.innermost_transform() is not None and any(map(requires_grad_below, tensors)):
             return True
     return _torch.in_dual_level() or _torch.forward_nesting() > 0
 
@@ -121,7 +126,7 @@ def below_autograd(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
     if torch.compiler.is_dynamo_compiling():
         return getattr(torch.ops.rnnfast, name)(*args)
     if is_plain(tensors):
-        return getattr(ops, name)(*args)
+        return getattr(operators, name)(*args)
     if _torch.count_dispatch_modes() > 0:
         flops.register()
     with _torch.below_autograd():
@@ -180,22 +185,32 @@ def create_graph() -> bool:
     return torch.is_grad_enabled() or _torch.in_dual_level()
 
 
-def backward_function() -> Callable[..., tuple[Tensor, ...]]:
-    """Return what computes a layer's gradients.
+def gradients_of(spec: Spec, tensors: Sequence, left: Sequence, wanted: Sequence[bool]) -> Sequence:
+    """Return a layer's gradients. left: its states, what else it saved, and the gradients by states and final states.
 
     The second Function is there for `create_graph=True` and for forward mode over this; Dynamo traces without it and
     cannot follow one there.
     """
+    form = spec.form
     if not create_graph():
-        return LayerBackward.forward
-    return by_operator if _torch.is_functionalized() else partial(_torch.apply, LayerBackward)
+        function = LayerBackward.forward
+    elif not CELLS[form.cell].standard:
+        return differentiated_loop(form, tensors, left[-2 * form.states :], wanted)
+    else:
+        function = by_operator if _torch.is_functionalized() else partial(_torch.apply, LayerBackward)
+    return function(spec, form.needs(wanted), 1, *tensors, *left)
 
 
-def by_operator(*args) -> tuple[Tensor, ...]:
+def by_operator(spec: Spec, needs: Needs, groups: int, *args) -> tuple[Tensor, ...]:
     """Compute a layer's gradients by the operator, which takes the arguments of `LayerBackward` in lists."""
-    tensor_count, saved_count = args[7:9]
-    (x, hx, weights, *options), *others = split(args[0], tensor_count, saved_count, args[9:])
-    return tuple(torch.ops.rnnfast.layer_backward(*args[:7], x, hx, weights, *options, *others))
+    return tuple(torch.ops.rnnfast.layer_backward(spec.backend, *spec.form, needs, groups, *split(spec.form, args)))
+
+
+def split(form: Form, args: Sequence) -> tuple[Sequence, Sequence, Sequence, Sequence]:
+    """Take the arguments of `LayerBackward` apart: a layer's tensors, states, what else it saved, and gradients."""
+    count, states = form.total, form.states
+    sizes = (count, states, len(args) - count - 3 * states, 2 * states)
+    return tuple(args[a:b] for a, b in pairwise([0, *accumulate(sizes)]))  # type: ignore[return-value]
 
 
 def needed_by_engine(ctx) -> tuple[bool, ...]:
@@ -220,100 +235,109 @@ class LayerFunction(torch.autograd.Function):
     """A layer with what backward needs: returns the states, the finals and the saved tensors."""
 
     @staticmethod
-    def forward(cell, backend, reverse, all_states, batch_sizes, resets, x, *tensors):
-        count = len(CELLS[cell].states)
-        hx, weights = tensors[:count], tensors[count:]
-        constants = (cell, backend, reverse, True, all_states)
+    def forward(spec, *tensors):
+        constants = (spec.backend, *spec.form, True, spec.all_states)
         with enabled_below():
-            results = below_autograd(
-                "layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version()
-            )
-        return tuple(results)
+            return tuple(below_autograd("layer", tensors, *constants, tensors, operators.version()))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.spec = Spec(*inputs[:4])
-        count = ctx.spec.states
+        ctx.spec, *tensors = inputs
+        count = ctx.spec.form.states
         states, saved = output[:count], output[2 * count :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        ctx.counts = (len(inputs) - 6, len(saved))
-        ctx.save_for_backward(*inputs[4:], *states, *saved)
+        ctx.save_for_backward(*tensors, *states, *saved)
         traced = torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None
-        ctx.versions = None if traced else versions([inputs[6] if t is None else t for t in inputs[4:]])
-        ctx.save_for_forward(*inputs[4:], *states, *saved)
+        ctx.versions = None if traced else versions(tensors)
+        ctx.save_for_forward(*tensors, *states, *saved)
 
     @staticmethod
-    @batching.takes_batched_gradients
+    @takes_batched_gradients
     def backward(ctx, *grads):
-        count = ctx.spec.states
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        needs = (needed_by_engine(ctx) if create_graph() else ctx.needs_input_grad)[6:]
-        flags = group_needs(needs, count)
+        form = ctx.spec.form
+        wanted = (needed_by_engine(ctx) if create_graph() else ctx.needs_input_grad)[1:]
         if torch.compiler.is_dynamo_compiling():
             saved = ctx.saved_tensors
         else:
-            saved = unpack(ctx, ctx.versions, partial(repair, ctx.spec, ctx.counts[0], needs[0]))
-        constants = (ctx.spec.cell, ctx.spec.backend, ctx.spec.reverse)
-        results = backward_function()(*constants, *flags, 1, *ctx.counts, *saved, *grads[: 2 * count])
-        return (None,) * 6 + tuple(g if need else None for g, need in zip(results, needs, strict=True))
+            saved = unpack(ctx, ctx.versions, partial(repair, ctx.spec, wanted[0]))
+        left = (*saved[form.total :], *grads[: 2 * form.states])
+        results = gradients_of(ctx.spec, saved[: form.total], left, wanted)
+        results = (*results, *(None,) * (form.total - form.differentiable))
+        return None, *(g if want else None for g, want in zip(results, wanted, strict=True))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        tensors = (*ctx.saved_tensors, *tangents[6:])
+        form = ctx.spec.form
+        tensors = (*ctx.saved_tensors, *tangents[1:])
         if _torch.innermost_transform() is None:
-            pushed = push_layer(ctx, tensors)
+            found = layer_jvp(ctx.spec, tensors)
         else:
-            pushed = below_one_jvp(partial(push_layer, ctx), tensors)
-        return (*pushed.states, *pushed.finals, *(None,) * ctx.counts[1])
+            found = below_one_jvp(partial(layer_jvp, ctx.spec), tensors)
+        return (*found.states, *found.finals, *(None,) * (len(ctx.saved_tensors) - form.total - form.states))
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        cell, backend, reverse, all_states = inputs[:4]
+    def vmap(info, in_dims, spec, *tensors):
+        def apply(form: Form, tensors):
+            return LayerFunction.apply(spec._replace(form=form), *tensors)
 
-        def apply(reverse, *args):
-            return LayerFunction.apply(cell, backend, reverse, all_states, *args)
-
-        states = len(CELLS[cell].states)
-        return batching.map_layer(apply, backend, reverse, info.batch_size, inputs[4:], in_dims[4:], states)
+        return map_layer(apply, spec.backend, spec.form, info.batch_size, tensors, in_dims[1:])
 
 
-def repair(spec: Spec, tensor_count: int, need_x: bool, saved: list, changed: Sequence[int]) -> list | None:
+def repair(spec: Spec, need_x: bool, saved: list, changed: Sequence[int]) -> list | None:
     """Return what a layer saved, of which some were changed in place: see `rnnfast.changes.unpack`."""
-    first, count = 2 + tensor_count, spec.states
-    batch_sizes, resets, x, *tensors = saved[:first]
-    hx, weights = tensors[:count], tensors[count:]
-    if changed[-1] < first:
-        each = len(weights) // len(spec.reverse)
-        unused = {2, 3} if each > 3 else set()
-        unused |= set() if need_x else {0}
-        places = [n - first + len(weights) for n in changed]
-        return saved if not create_graph() and all(n >= 0 and n % each in unused for n in places) else None
-    if changed[0] < first:
+    form = spec.form
+    if changed[-1] < form.total:
+        unused = positions(form, ("b_ih", "b_hh") if need_x else ("b_ih", "b_hh", "w_ih"))
+        return saved if not create_graph() and unused.issuperset(changed) else None
+    if changed[0] < form.total:
         return None
-    constants = (spec.cell, spec.backend, spec.reverse, True, spec.all_states)
+    tensors = saved[: form.total]
+    constants = (spec.backend, *form, True, spec.all_states)
     with torch.no_grad():
-        found = below_autograd("layer", (x, *tensors), *constants, x, hx, weights, batch_sizes, resets, ops.version())
-    return [*saved[:first], *found[:count], *found[2 * count :]]
+        found = below_autograd("layer", tensors, *constants, tensors, operators.version())
+    return [*tensors, *found[: form.states], *found[2 * form.states :]]
 
 
-def push_layer(ctx, tensors: Sequence[Tensor | None]) -> Pushed:
-    """Return what changes do to a layer's states. tensors: what `LayerFunction` saved, and the changes."""
-    (cell, backend, reverse, _), (tensor_count, saved_count) = ctx.spec, ctx.counts
-    none = (None,) * 2 * ctx.spec.states
-    args = split(cell, tensor_count, saved_count, (*tensors[:-tensor_count], *none))
-    (x, hx, weights, *options), states, saved, *_ = args
-    layer, changes = ops.make_layer(cell, reverse, x, hx, weights, *options), tensors[-tensor_count:]
-    along = make_changes(cell, reverse, changes)
-    kernels = load(backend)
-    if no_more_derivatives(tensors) and differentiates_twice(backend, cell, x.dtype):
+def positions(form: Form, fields: Sequence[str]) -> set[int]:
+    """Return the places of some of the weights among a layer's tensors."""
+    places = restore(form, range(form.total))  # type: ignore[arg-type]
+    return {getattr(direction, field) for direction in places.weights for field in fields}
+
+
+def differentiated_loop(form: Form, tensors: Sequence[Tensor], grads, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Differentiate the plain loop, in a way that can be differentiated again."""
+    states, finals = reference.run(restore(form, tensors))
+    pairs = [(r, g) for r, g in zip((*states, *finals), grads, strict=True) if g is not None and r.requires_grad]
+    results, seeds = zip(*pairs, strict=True)
+    inputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(results, inputs, seeds, create_graph=True, allow_unused=True))
+    return [next(found) if want else None for want in wanted[: form.differentiable]]
+
+
+def layer_jvp(spec: Spec, tensors: Sequence) -> OutputTangents:
+    """Return the tangents of a layer's states. tensors: what `LayerFunction` saved, and the tangents."""
+    form = spec.form
+    saved, tangents = tensors[: -form.total], tensors[-form.total :]
+    layer, states = restore(form, saved), tuple(saved[form.total : form.total + form.states])
+    along, kernels = tangents_of(form, tangents), load(spec.backend)
+    if no_more_derivatives(tensors) and differentiates_twice(spec.backend, form.cell, layer.x.dtype):
         with torch.no_grad():
-            return kernels.push(layer, states, saved, along)
-    return second_order.push_forward(layer, states, along)
+            return kernels.jvp(layer, states, saved[form.total + form.states :], along)
+    return second_order.layer_jvp(layer, states, along)
 
 
-def below_one_jvp(function: Callable[[Sequence[Tensor | None]], Pushed], tensors: Sequence[Tensor | None]) -> Pushed:
+def tangents_of(form: Form, tangents: Sequence[Tensor | None]) -> Tangents:
+    """Name the tangents of a layer's differentiable tensors."""
+    found = restore(form, tangents)
+    return Tangents(found.x, found.hx, found.weights)
+
+
+def below_one_jvp(
+    function: Callable[[Sequence[Tensor | None]], OutputTangents], tensors: Sequence[Tensor | None]
+) -> OutputTangents:
     """Call a function on what lies below `torch.func.jvp`, if that is the only transform around.
 
     A derivative by forward mode is not itself differentiated in the same level.
@@ -323,137 +347,100 @@ def below_one_jvp(function: Callable[[Sequence[Tensor | None]], Pushed], tensors
         return function(tensors)
     level, unwrap, wrap = interpreter.level(), _torch.unwrap_for_grad, _torch.wrap_for_grad
     with interpreter.lower():
-        pushed = function([t if t is None else unwrap(t, level) for t in tensors])
-    return Pushed(*(tuple(wrap(t, level) for t in each) for each in pushed))
+        found = function([t if t is None else unwrap(t, level) for t in tensors])
+    return OutputTangents(*(tuple(wrap(t, level) for t in each) for each in found))
 
 
 class LayerBackward(torch.autograd.Function):
-    """The gradient of a layer by x, hx and weights, as a function of these and of the incoming gradients.
+    """The gradient of a layer by x, hx, signals and weights, as a function of these and of the incoming gradients.
 
     The states and saved tensors are results of x, hx and weights, and the derivatives of this function are total ones:
     what they owe to the states is counted under x, hx and weights, and the states themselves enter as constants.
     """
 
     @staticmethod
-    def forward(cell, backend, reverse, need_x, need_hx, need_weights, groups, tensor_count, saved_count, *args):
-        layer_args, states, saved, dstates, dfinals = split(cell, tensor_count, saved_count, args)
-        x, hx, weights, batch_sizes, resets = layer_args
+    def forward(spec, needs, groups, *args):
+        lists = split(spec.form, args)
         with enabled_below():
-            results = below_autograd(
-                "layer_backward", (*args[2:-2 * len(hx)], *(g for g in (*dstates, *dfinals) if g is not None)),
-                cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-                states, saved, dstates, dfinals,
-            )  # fmt: skip
-        return tuple(results)
+            present = [each for each in args if each is not None]
+            return tuple(below_autograd("layer_backward", present, spec.backend, *spec.form, needs, groups, *lists))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.constants = inputs[:9]
-        ctx.save_for_backward(*inputs[9:])
-        ctx.save_for_forward(*inputs[9:])
+        ctx.constants = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
-    @batching.takes_batched_gradients
+    @takes_batched_gradients
     def backward(ctx, *grads):
-        needs = needed_by_engine(ctx)[9:]
-        _, _, _, need_x, need_hx, need_weights, _, tensor_count, _ = ctx.constants
-        count = len(CELLS[ctx.constants[0]].states)
-        given = (need_x, *(need_hx,) * count, *(need_weights,) * (tensor_count - 1 - count))
-        changes = [g if need else None for g, need in zip(grads, given, strict=True)]
-        bent, pushed = bend_gradients(ctx, changes, needs[2 : 2 + tensor_count])
-        incoming = (*pushed.states, *pushed.finals)
-        constants = (None,) * (len(needs) - 2 - len(bent) - len(incoming))
-        found = (None, None, *bent, *constants, *incoming)
-        return (None,) * 9 + tuple(g if need else None for g, need in zip(found, needs, strict=True))
+        spec, needs, _ = ctx.constants
+        form, wanted = spec.form, needed_by_engine(ctx)[3:]
+        tangents = [g if asked else None for g, asked in zip(grads, form.asked(needs), strict=True)]
+        found, of_states = gradients_jvp(ctx, tangents, wanted[: form.differentiable])
+        constants = (None,) * (len(wanted) - form.differentiable - 2 * form.states)
+        results = (*found, *constants, *of_states.states, *of_states.finals)
+        return (None,) * 3 + tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        count, tensor_count = len(CELLS[ctx.constants[0]].states), ctx.constants[7]
-        bent, _ = bend_gradients(ctx, tangents[11 : 11 + tensor_count], (True,) * tensor_count)
-        along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * count], *tangents[-2 * count :])
-        return tuple(map(add_change, along, bent))
+        form = ctx.constants[0].form
+        given, incoming = tangents[3 : 3 + form.differentiable], tangents[-2 * form.states :]
+        curved, _ = gradients_jvp(ctx, given, (True,) * form.differentiable)
+        along = LayerBackward.apply(*ctx.constants, *ctx.saved_tensors[: -2 * form.states], *incoming)
+        return tuple(map(add_tangents, along, curved))
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):
-        cell, backend, reverse, *needs, groups, _, saved = inputs[:9]
-        states = len(CELLS[cell].states)
+    def vmap(info, in_dims, spec, needs, groups, *args):
+        def apply(form: Form, groups, tensors, states, saved, gradients):
+            return LayerBackward.apply(
+                spec._replace(form=form), needs, groups, *tensors, *states, *saved, *gradients
+            )  # fmt: skip
 
-        def apply(reverse, groups, *args):
-            tensor_count = len(args) - 2 - 3 * states - saved
-            return LayerBackward.apply(cell, backend, reverse, *needs, groups, tensor_count, saved, *args)
-
-        constants = batching.Backward(backend, reverse, tuple(needs), groups)
-        return batching.map_backward(apply, constants, info.batch_size, inputs[9:], in_dims[9:], states, saved)
+        lists, dims = split(spec.form, args), split(spec.form, in_dims[3:])
+        return map_backward(apply, spec.backend, spec.form, needs, groups, info.batch_size, lists, dims)
 
 
-def add_change(along: Tensor, bent: Tensor | None) -> Tensor:
-    """Add both parts of a gradient's change. A gradient that was not asked for has shape [0], and no change."""
-    if bent is None or along.shape == (0,) != bent.shape:
+def add_tangents(along: Tensor, curved: Tensor | None) -> Tensor:
+    """Add both parts of a gradient's tangent. A gradient that was not asked for has shape [0], and no tangent."""
+    if curved is None or along.shape == (0,) != curved.shape:
         return along
-    if along.shape != bent.shape:
+    if along.shape != curved.shape:
         raise RuntimeError(
-            f"rnnfast: parts of a gradient's change have shapes {[*along.shape]} and {[*bent.shape]}: "
+            f"rnnfast: parts of a gradient's tangent have shapes {[*along.shape]} and {[*curved.shape]}: "
             "gradients in groups have no forward derivative"
         )
-    return along + bent
+    return along + curved
 
 
-def bend_gradients(ctx, changes, wanted: Sequence[bool]) -> tuple[list[Tensor | None], Pushed]:
-    """Differentiate the gradients that `LayerBackward` computes along changes of x, hx and weights.
+def gradients_jvp(ctx, tangents, wanted: Sequence[bool]) -> tuple[list[Tensor | None], OutputTangents]:
+    """Differentiate the gradients that `LayerBackward` computes along tangents of x, hx and weights.
 
-    wanted: which of the results will be used, in the order of x, hx and weights.
+    wanted: which of the results will be used, in the order of the layer's differentiable tensors.
     """
-    cell, backend, reverse, _, _, _, groups, tensor_count, saved_count = ctx.constants
-    args = split(cell, tensor_count, saved_count, ctx.saved_tensors)
-    (x, hx, weights, *options), states, saved, dstates, dfinals = args
-    count = len(hx)
-    layer = ops.make_layer(cell, reverse, x, hx, weights, *options)
-    along = make_changes(cell, reverse, changes)
-    kernels = load(backend)
+    spec, _, groups = ctx.constants
+    form = spec.form
+    tensors, states, saved, gradients = map(tuple, split(form, ctx.saved_tensors))
+    dstates, dfinals = gradients[: form.states], gradients[form.states :]
+    layer = restore(form, tensors)
+    along = tangents_of(form, [*tangents, *(None,) * (form.total - form.differentiable)])
     if groups > 1:
         raise RuntimeError("rnnfast: gradients in groups have no derivative")
-    if no_more_derivatives((*ctx.saved_tensors, *changes)) and differentiates_twice(backend, cell, x.dtype):
+    everything = (*ctx.saved_tensors, *tangents)
+    if no_more_derivatives(everything) and differentiates_twice(spec.backend, form.cell, layer.x.dtype):
         with torch.no_grad():
-            found, pushed = kernels.bend(layer, states, saved, dstates, dfinals, along, group_needs(wanted, count))
-        return flatten(layer, found), pushed
+            args = (layer, states, saved, dstates, dfinals, along, form.needs(wanted))
+            found, of_states = load(spec.backend).hvp(*args)
+        return operators.listed(form, found), of_states
 
     def backward(dstates):
-        constants = (cell, backend, reverse, True, True, True, 1, tensor_count, saved_count)
-        return LayerBackward.apply(*constants, *ctx.saved_tensors[: -2 * count], *dstates, *(None,) * count)
+        args = (*tensors, *states, *saved, *dstates, *(None,) * form.states)
+        return LayerBackward.apply(spec, Needs(True, True, True), 1, *args)
 
-    bent, pushed = second_order.bend(layer, states, dstates, dfinals, along, backward)
-    return [*bent], pushed
-
-
-def group_needs(needs: Sequence[bool], states: int) -> Needs:
-    """Sum up which of x, hx and weights need a gradient."""
-    return Needs(needs[0], any(needs[1 : 1 + states]), any(needs[1 + states :]))
+    curved, of_states = second_order.hvp(layer, states, dstates, dfinals, along, backward)
+    return [*curved], of_states
 
 
-def flatten(layer: Layer, gradients: Gradients) -> list[Tensor | None]:
-    """List gradients in the order of x, hx and the weights that there are."""
-    pairs = zip(layer.weights, gradients.weights, strict=True)
-    weights = (g for given, found in pairs for w, g in zip(given, found, strict=True) if w is not None)
-    return [gradients.x, *gradients.hx, *weights]
-
-
-def make_changes(cell: str, reverse: tuple[bool, ...], changes) -> Changes:
-    """Name the changes of x, hx and weights."""
-    count = len(CELLS[cell].states)
-    return Changes(changes[0], changes[1 : 1 + count], ops.pack_weights(changes[1 + count :], len(reverse)))
-
-
-def split(cell: str, tensor_count: int, saved_count: int, args: Sequence):
-    """Undo the flattening of `LayerBackward`'s tensors."""
-    count = len(CELLS[cell].states)
-    batch_sizes, resets, x = args[:3]
-    end = 2 + tensor_count
-    hx, weights = args[3 : 3 + count], args[3 + count : end]
-    states, saved = args[end : end + count], args[end + count : end + count + saved_count]
-    dstates, dfinals = args[-2 * count : -count], args[-count:]
-    return (x, hx, weights, batch_sizes, resets), states, saved, dstates, dfinals
-
-
-ops.library.impl("layer", layer_kernel, "Autograd")
-ops.library.impl("layer_backward", backward_kernel, "Autograd")
+operators.library.impl("layer", layer_kernel, "Autograd")
+operators.library.impl("layer_backward", backward_kernel, "Autograd")

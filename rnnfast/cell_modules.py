@@ -11,8 +11,9 @@ from torch.fx import Proxy
 from rnnfast import _torch
 from rnnfast.backends.choice import steps_by_torch
 from rnnfast.checks import several_states
-from rnnfast.functional import Options, is_traced, recurrent, single
+from rnnfast.functional import is_traced, recurrent, single
 from rnnfast.modules import leaf, no_script
+from rnnfast.spec import Options
 
 
 class Cell(nn.RNNCellBase):
@@ -50,7 +51,7 @@ class Cell(nn.RNNCellBase):
         elif b_hh is not None:
             present += [torch.zeros_like(b_hh), b_hh]
         initial = None if hx is None else single(tuple([state.unsqueeze(0) for state in hx]))  # [1, B, H] each
-        _, finals = recurrent(Options(self.equations), x.unsqueeze(0), present, initial)
+        _, finals = recurrent(Options(self.equations, bias=len(present) > 2), x.unsqueeze(0), present, initial)
         finals = finals if isinstance(finals, tuple) else (finals,)
         if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None:
             return tuple([state.squeeze(0) if batched else state[0, 0] for state in finals])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch
+from rnnfast.spec import Options
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -64,7 +65,7 @@ def wrong_hidden_dims(states: Sequence[Tensor], batched: bool) -> str:
 
 def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor]) -> None:
     """Check the dtype and width of a time-major input and the shapes of the initial states against the weights."""
-    w_ih, w_hh = weights[0], weights[1]
+    w_ih = weights[0]
     if x.dtype != w_ih.dtype and not _torch.is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
@@ -73,7 +74,7 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
     if x.shape[-1] != w_ih.shape[-1]:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[-1]}, got {x.shape[-1]}")
     rows = options.num_layers * options.directions
-    widths = (w_hh.shape[-1], w_hh.shape[0] // CELLS[options.cell].gates)
+    widths = (options.width(weights), options.hidden(weights))
     states = hx or ()
     for n, state in enumerate(states):
         expected = (rows, batch, widths[min(n, 1)])
@@ -95,24 +96,30 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
     weight_shapes(options, weights)
 
 
-def weight_shapes(options, weights: Sequence[Tensor]) -> None:
+def weights_present(cell: str, count: int, places: int) -> tuple[bool, bool]:
+    """Say whether a flat list of weights has biases, and a projection. places: layers times directions."""
+    each = count // places
+    if each * places != count or each not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
+        expected = "2 to 5" if cell == "lstm" else "2 or 4"
+        raise RuntimeError(f"weights: expected {expected} tensors for each of {places} layers, got {count} in all")
+    return each > 3, each % 2 == 1
+
+
+def weight_shapes(options: Options, weights: Sequence[Tensor]) -> None:
     """Check the number and the shapes of the weights against one another."""
-    directions = 2 if options.bidirectional else 1
-    cells = options.num_layers * directions
-    count = len(weights) // cells
-    if count * cells != len(weights) or count not in ((2, 3, 4, 5) if options.cell == "lstm" else (2, 4)):
-        each = "2 to 5" if options.cell == "lstm" else "2 or 4"
-        raise RuntimeError(f"weights: expected {each} tensors for each of {cells} layers, got {len(weights)} in all")
+    cell, directions = CELLS[options.cell], options.directions
+    places = options.num_layers * directions
+    if len(weights) != options.flat_count * places:
+        raise RuntimeError(f"weights: expected {options.flat_count * places} tensors, got {len(weights)}")
     shapes = [weight.shape for weight in weights]
-    columns, width, inputs = shapes[1][0], shapes[1][-1], shapes[0][-1]
-    hidden = columns // CELLS[options.cell].gates
-    inner: list[tuple[int, ...]] = [(columns, width if count % 2 else hidden)]
-    if count > 3:
-        inner += [(columns,), (columns,)]
-    if count % 2:
-        inner.append((width, hidden))
-    expected = [(columns, inputs), *inner] * directions
-    expected += [(columns, directions * width), *inner] * (cells - directions)
+    hidden, width = options.hidden(weights), options.width(weights)
+    width = width if options.projected else hidden
+    columns, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
+    inner = ((*recurrent, width), columns, recurrent, (width, hidden))
+    own: list[tuple[int, ...]] = [shape for shape, there in zip(inner, options.present[1:-1], strict=True) if there]
+    own += [(hidden,)] * len(cell.parameters)
+    expected = [(*columns, shapes[0][-1]), *own] * directions
+    expected += [(*columns, directions * width), *own] * (places - directions)
     if shapes != expected:
         n = next(n for n in range(len(shapes)) if shapes[n] != expected[n])
         raise RuntimeError(f"weights[{n}]: expected shape {list(expected[n])}, got {list(shapes[n])}")
@@ -196,7 +203,7 @@ def has_autocast(device: str) -> bool:
 
 def one_kind(call) -> None:
     """Refuse tensors of several dtypes or devices."""
-    tensors = (call.x, *call.hx, *call.weights)
+    tensors = (call.x, *call.hx, *call.weights, *call.signals)
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         found = " and ".join(sorted(map(str, dtypes)))

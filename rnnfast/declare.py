@@ -16,7 +16,7 @@ from rnnfast_kernels.equations import cell as equations
 from rnnfast_kernels.equations import display, trace
 from torch import Tensor
 
-from rnnfast import linearised, recurrence, reference, torch_functions
+from rnnfast import linearised, reference, torch_functions
 
 CellError = trace.CellError
 Names = str | Sequence[str]
@@ -70,10 +70,6 @@ class Cell:
         new = trace.call_step(self.function, groups)
         new = new if isinstance(new, tuple | list) else (new,)
         return tuple(new[n] for n in self.order)
-
-    def runs_as_torch_form(self, x: Tensor) -> bool:
-        """Say whether what runs LSTM and GRU runs this cell on the device of x."""
-        return self.kernel.standard and (x.is_cuda or len(self.states) <= 2)
 
     def step(self, x, u, state, p=(), s=()) -> tuple[Tensor, ...]:
         """Run one step on sequences of tensors, states in the order of loops."""
@@ -136,6 +132,9 @@ def found(identity: str) -> Cell:
         but = f"; the cell {name} that is declared has other equations ({others[0]})" if others else ""
         raise RuntimeError(f"rnnfast: the cell {identity} is not declared in this process{but}")
     return DECLARED[identity]
+
+
+CELLS.find = found
 
 
 def cell(
@@ -230,11 +229,10 @@ def check_names(cell: str, split: Mapping[str, tuple[str, ...]]) -> None:
 def register(made: Cell) -> Cell:
     """Make a cell known to whatever runs layers. One with the same equations and name takes the place of another."""
     CELLS.declared[made.identity] = made.kernel
-    recurrence.STEPS[made.identity] = made.step
     DECLARED[made.identity] = made
+    reference.STEPS[made.identity] = made.step
     if made.kernel.standard:
         reference.FORWARD[made.identity] = bind(made.kernel.forward, torch_functions.FORWARD)
-        reference.STEPS[made.identity] = made.step
         linearised.BACKWARD[made.identity] = bind(made.kernel.backward, torch_functions.BACKWARD)
     return made
 

@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
-from rnnfast import _torch, ops
+from rnnfast import _torch, operators
+from rnnfast.spec import Needs
 
 
 def known_sizes(batch_sizes: Tensor | None) -> Tensor | None:
@@ -16,24 +17,23 @@ def known_sizes(batch_sizes: Tensor | None) -> Tensor | None:
     return batch_sizes if type(batch_sizes) is Tensor and not batch_sizes.is_meta else None
 
 
-def of_layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, *others, **options) -> int:
+def of_layer(backend, cell, reverse, present, save, all_states, tensors, *others, **options) -> int:
     """Count what `rnnfast::layer` multiplies and adds. Padding is not computed, nor counted where it is known."""
-    rows = count_rows(x, batch_sizes)
-    matrices = (each for weight in ops.pack_weights(weights, len(reverse)) for each in weight if each is not None)
-    return 2 * rows * sum(each.numel() for each in matrices if each.dim() == 2)
+    layer = operators.layer_of(cell, reverse, present, tensors)
+    matrices = (each for weights in layer.weights for each in (weights.w_ih, weights.w_hh, weights.w_hr))
+    return 2 * count_rows(layer.x, layer.batch_sizes) * sum(each.numel() for each in matrices if each is not None)
 
 
-def of_backward(
-    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, *others, **options
-) -> int:
+def of_backward(backend, cell, reverse, present, needs, groups, tensors, *others, **options) -> int:
     """Count what `rnnfast::layer_backward` multiplies and adds: the way back in time, and the gradients asked for."""
-    rows, sizes = count_rows(x, batch_sizes), known_sizes(batch_sizes)
-    first = 0 if need_hx else hx[0].shape[1] if sizes is None else int(sizes[0])
+    layer, wanted = operators.layer_of(cell, reverse, present, tensors), Needs(*needs)
+    rows, sizes = count_rows(layer.x, layer.batch_sizes), known_sizes(layer.batch_sizes)
+    first = 0 if wanted.hx else layer.hx[0].shape[1] if sizes is None else int(sizes[0])
     found = 0
-    for each in ops.pack_weights(weights, len(reverse)):
-        found += rows * (need_x + need_weights) * each.w_ih.numel()
-        found += (rows * (1 + need_weights) - first) * each.w_hh.numel()
-        found += rows * (1 + need_weights) * (0 if each.w_hr is None else each.w_hr.numel())
+    for each in layer.weights:
+        found += rows * (wanted.x + wanted.weights) * each.w_ih.numel()
+        found += (rows * (1 + wanted.weights) - first) * (0 if each.w_hh is None else each.w_hh.numel())
+        found += rows * (1 + wanted.weights) * (0 if each.w_hr is None else each.w_hr.numel())
     return 2 * found
 
 

@@ -2,6 +2,7 @@
 
 `rnn_tanh`, `rnn_relu`, `lstm` and `gru` share one signature. A `Call` is what all of them become: time-major input,
 sorted rows, a full set of initial states. It runs layer by layer through `rnnfast.autograd`, or whole through torch.
+Calls of sizes that were seen before take the fast path (`rnnfast.fast_path`).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,41 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import _torch, autograd, checks, native, ops, quick, reference
-from rnnfast.backends import Layer
+from rnnfast import _torch, autograd, checks, fast_path, native, operators, reference
 from rnnfast.backends.choice import backend_of
-from rnnfast.stacking import through_layers
-
-States = tuple[Tensor, ...]
-
-
-class Options(NamedTuple):
-    """The constants of a stack of layers; the meanings are those of torch.nn.LSTM's arguments."""
-
-    cell: str
-    num_layers: int = 1
-    bidirectional: bool = False
-    batch_first: bool = False
-    dropout: float = 0.0
-    training: bool = False
-    recompute: bool = False
-
-    @property
-    def directions(self) -> int:
-        """Return D."""
-        return 2 if self.bidirectional else 1
-
-    @property
-    def reverse(self) -> tuple[bool, ...]:
-        """Say for each direction whether it runs backwards."""
-        return (False, True)[: self.directions]
+from rnnfast.layers import through_layers
+from rnnfast.spec import Layer, Options, States, group
 
 
 class Call(NamedTuple):
-    """A validated call in the layout of `rnnfast.backends`.
+    """A validated call in the layout of `rnnfast.spec.Layer`.
 
     x: [T, B, I], or [rows, I] when packed. hx: one [layers*D, B, P or H] tensor per state. weights: flat, as in
-    `torch.nn.LSTM._flat_weights`.
+    `torch.nn.LSTM._flat_weights`. signals: [T or 1, B or 1, H or 1] each.
     """
 
     options: Options
@@ -58,15 +35,22 @@ class Call(NamedTuple):
     batch_sizes: Tensor | None = None
     resets: Tensor | None = None
     all_states: bool = False
+    signals: States = ()
 
-    def over(self, x: Tensor, hx: States, batch_sizes: Tensor | None, resets: Tensor | None) -> "Call":
-        """Return the call with other tensors."""
-        return Call(self.options, x, hx, self.weights, batch_sizes, resets, self.all_states)
+    def over(self, x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> "Call":
+        """Return the call with rows of another x, and what goes with them in another order."""
+        resets, signals = self.resets, self.signals
+        if order is not None:
+            resets = None if resets is None else resets.index_select(1, order)
+            signals = tuple([s if s.shape[1] == 1 else s.index_select(1, order) for s in signals])
+        hx = permuted(self.hx, order)
+        return Call(self.options, x, hx, self.weights, batch_sizes, resets, self.all_states, signals)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Call":
         """Return the call with its floating tensors changed. (Dynamo could not always trace `_replace`.)"""
         hx, weights = tuple([change(state) for state in self.hx]), [change(weight) for weight in self.weights]
-        return Call(self.options, change(self.x), hx, weights, self.batch_sizes, self.resets, self.all_states)
+        signals = tuple([change(signal) for signal in self.signals])
+        return Call(self.options, change(self.x), hx, weights, self.batch_sizes, self.resets, self.all_states, signals)
 
 
 class Outcome(NamedTuple):
@@ -86,52 +70,44 @@ def recurrent(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     all_states: bool = False,
+    signals: States = (),
 ):
-    """Run a stack of recurrent layers; see `lstm`."""
+    """Run a stack of recurrent layers; see `lstm`. signals: [T or 1, B or 1, H or 1] each."""
     if isinstance(input, PackedSequence):
         if is_traced():
             return traced(options, input, weights, hx, lengths, resets, all_states)
-        return run_packed(options, input, weights, hx, lengths, resets, all_states)
-    kind = None
-    if lengths is None and resets is None and not all_states and not torch.compiler.is_dynamo_compiling():
-        states = () if hx is None else quick.states_of(options, hx)
-        kind = None if states is None else quick.kind_of(options, input, states, weights)
-        prepared = quick.ready.get(kind)
-        if prepared is not None:
-            results = prepared(input, states, weights)
+        return run_packed(options, input, weights, hx, lengths, resets, all_states, signals)
+    key, states, plain = None, None, lengths is None and resets is None and not all_states and len(signals) == 0
+    if plain and not torch.compiler.is_dynamo_compiling():
+        states = () if hx is None else fast_path.states_of(options, hx)
+        key = None if states is None else fast_path.key_of(options, input, states, weights)
+        recorded = fast_path.recorded.get(key)
+        if recorded is not None:
+            results = recorded(input, states, weights)
             if results is not None:
                 return results
     if is_traced():
         return traced(options, input, weights, hx, lengths, resets, all_states)
     batched = checks.input_is_batched(options, input)
-    if not batched:
-        input = input.unsqueeze(0 if options.batch_first else 1)
     hx = checks.hidden(options, hx, batched)
-    x = input.transpose(0, 1) if options.batch_first else input
+    x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
+    x = x.transpose(0, 1) if options.batch_first else x
     checks.sizes(options, x, x.shape[1], hx, weights)
     resets = checks.resets(options, resets, x.shape[0], x.shape[1], batched)
-    call = Call(options, x, initial_states(options, hx, x, x.shape[1], weights), weights, None, resets, all_states)
+    hx = initial_states(options, hx, x, x.shape[1], weights)
+    call = Call(options, x, hx, weights, None, resets, all_states, signals)
+    if key is not None and states is not None:
+        checks.one_kind(call)
+        recorded = fast_path.record(key, input, states, weights)
+        results = None if recorded is None else recorded(input, states, weights)
+        if results is not None:
+            return results
     if lengths is not None:
         checks.lengths(lengths, x.shape[1], batched)
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
-    if kind is not None and backend_of(options.cell, x.device, x.dtype, False) == "numba":
-        quick.remember(kind)
-        return no_views(options, batched, *present(options, outcome, batched, all_states))
     return present(options, outcome, batched, all_states)
-
-
-def no_views(options: Options, batched: bool, output: Tensor, finals: Tensor | States):
-    """Return results that are views only where those of prepared calls are, to whom comes after these few.
-
-    Torch does not detach a view in place.
-    """
-    if not (options.batch_first and batched):
-        output = output.clone()
-    if not batched:
-        finals = tuple(s.clone() for s in finals) if isinstance(finals, tuple) else finals.clone()
-    return output, finals
 
 
 def is_traced() -> bool:
@@ -164,7 +140,7 @@ def traced(options, input, weights, hx, lengths, resets, all_states):
     return present(options, outcome, batched, False)
 
 
-def run_packed(options, packed, weights, hx, lengths, resets, all_states):
+def run_packed(options, packed, weights, hx, lengths, resets, all_states, signals=()):
     """Run a PackedSequence; its rows are already in the order of falling length."""
     checks.packed(packed, lengths)
     data, batch_sizes, order, inverse = packed
@@ -172,10 +148,9 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
     hx = checks.hidden(options, hx, None)
     checks.sizes(options, data, batch, hx, weights)
     resets = checks.resets(options, resets, len(batch_sizes), batch)
-    hx = permuted(initial_states(options, hx, data, batch, weights), order)
-    if resets is not None and order is not None:
-        resets = resets.index_select(1, order)
-    outcome = run(Call(options, data, hx, weights, batch_sizes, resets, all_states))
+    hx = initial_states(options, hx, data, batch, weights)
+    call = Call(options, data, hx, weights, None, resets, all_states, signals)
+    outcome = run(call.over(data, batch_sizes, order))
     finals = single(permuted(outcome.finals, inverse))
     repack = partial(PackedSequence, batch_sizes=batch_sizes, sorted_indices=order, unsorted_indices=inverse)
     if all_states:
@@ -185,11 +160,10 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states):
 
 def run_ragged(call: Call, lengths: Tensor) -> Outcome:
     """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
-    batch_sizes, order, inverse = ops.sort_rows(lengths.to(call.x.device), call.x.shape[0])
+    batch_sizes, order, inverse = operators.sort_rows(lengths.to(call.x.device), call.x.shape[0])
     if in_place(order):
-        return run(call.over(call.x, call.hx, batch_sizes, call.resets))
-    resets = None if call.resets is None else call.resets.index_select(1, order)
-    outcome = run(call.over(call.x.index_select(1, order), permuted(call.hx, order), batch_sizes, resets))
+        return run(call.over(call.x, batch_sizes, None))
+    outcome = run(call.over(call.x.index_select(1, order), batch_sizes, order))
     return Outcome(
         outcome.output.index_select(1, inverse), permuted(outcome.finals, inverse), permuted(outcome.states, inverse)
     )
@@ -205,19 +179,20 @@ def in_place(order: Tensor) -> bool:
 def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
     call = checks.cast_for_autocast(dense(call))
-    needs_ours = call.resets is not None or call.all_states
-    backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
+    options = call.options
+    needs_ours = call.resets is not None or call.all_states or bool(call.signals)
+    backend = backend_of(options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
-    if 0 in (call.x.shape[-1], *call.weights[1].shape):
+    if 0 in (call.x.shape[-1], options.hidden(call.weights), options.width(call.weights)):
         backend = "reference"  # there is nothing to compute, and kernels divide their work
-    output, finals, states = through_layers(
-        call.options, call.x, call.hx, call.weights, partial(run_layer, call, backend)
-    )
+    run_one = partial(run_layer, call, backend)
+    output, finals, states = through_layers(options, call.x, call.hx, call.weights, run_one)
     if not call.all_states:
         return Outcome(output, finals, ())
-    # The output is the first state of every step: two results, of which each is the caller's own.
-    return Outcome(output, finals, (output.clone(), *(s.flatten(-2) for s in states[1:])))
+    # The output is one of the states of every step: two results, of which each is the caller's own.
+    shown = CELLS[options.cell].output
+    return Outcome(output, finals, tuple(output.clone() if n == shown else s.flatten(-2) for n, s in enumerate(states)))
 
 
 def dense(call: Call) -> Call:
@@ -231,19 +206,19 @@ def dense(call: Call) -> Call:
 
 def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:
     """Run layer number n in all its directions: its output [*L, D*P], its final states, and its states."""
-    cell, reverse = call.options.cell, call.options.reverse
+    options, cell = call.options, CELLS[call.options.cell]
+    named = group(options, weights)
+    layer = Layer(options.cell, x, tuple(hx), named, options.reverse, call.batch_sizes, call.resets, call.signals)
     if backend == "reference":
-        named = ops.pack_weights(weights, len(reverse))
-        states, finals = reference.run(Layer(cell, x, tuple(hx), named, reverse, call.batch_sizes, call.resets))
+        states, finals = reference.run(layer)
     else:
-        spec = autograd.Spec(cell, backend, reverse, call.all_states and n == call.options.num_layers - 1)
-        args = (spec, x, hx, weights, call.batch_sizes, call.resets)
-        if call.options.recompute and torch.is_grad_enabled() and not _torch.has_transforms():
+        args = (layer, backend, cell.output > 0 or (call.all_states and n == options.num_layers - 1))
+        if options.recompute and torch.is_grad_enabled() and not _torch.has_transforms():
             states, finals = checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             states, finals = autograd.layer(*args)
-    h = states[0]  # [*L, D, P]
-    return h.flatten(-2) if call.options.bidirectional else h.squeeze(-2), finals, states
+    h = states[cell.output]  # [*L, D, P]
+    return h.flatten(-2) if options.bidirectional else h.squeeze(-2), finals, states
 
 
 def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, weights: Sequence[Tensor]) -> States:
@@ -251,11 +226,9 @@ def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, w
     if hx is not None:
         return hx
     rows = options.num_layers * options.directions
-    h = x.new_zeros(rows, batch, weights[1].shape[1])
-    if n_states(options) == 1:
-        return (h,)
-    hidden = weights[1].shape[0] // CELLS[options.cell].gates
-    return (h, *(x.new_zeros(rows, batch, hidden) for _ in range(n_states(options) - 1)))
+    h = x.new_zeros(rows, batch, options.width(weights))
+    hidden = options.hidden(weights)
+    return (h, *[x.new_zeros(rows, batch, hidden) for _ in range(n_states(options) - 1)])
 
 
 def n_states(options: Options) -> int:
@@ -303,7 +276,8 @@ def _public(cell: str, name: str, equation: str):
         resets: Tensor | None = None,
         all_states: bool = False,
     ):
-        options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute)
+        present = checks.weights_present(cell, len(weights), num_layers * (1 + bidirectional))
+        options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute, *present)
         return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
 
     function.__name__ = function.__qualname__ = cell

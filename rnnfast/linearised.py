@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rnnfast import reference, torch_functions
-from rnnfast.backends import Layer, Weights
+from rnnfast.spec import Layer, Weights
 
 States = tuple[Tensor, ...]
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx import Proxy
 
 from rnnfast import _torch
-from rnnfast.functional import Options, recurrent
+from rnnfast.functional import recurrent
+from rnnfast.spec import Options
 
 # What the forward of torch's layers asks of the module, and ours does not.
 ASKED_BY_TORCH = (
@@ -124,6 +125,8 @@ class Recurrent(nn.RNNBase):
             self.dropout,
             self.training,
             self.recompute,
+            self.bias,
+            self.proj_size > 0,
         )
         # What Options(*values) does, in half the time; Dynamo knows only the latter.
         return Options(*values) if torch.compiler.is_dynamo_compiling() else tuple.__new__(Options, values)

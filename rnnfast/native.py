@@ -13,8 +13,7 @@ def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     options = call.options
     function = getattr(_torch.operators, options.cell)
     hx = call.hx if options.cell == "lstm" else call.hx[0]
-    biased = call.weights[2].dim() == 1 if len(call.weights) > 2 else False
-    constants = (biased, options.num_layers, options.dropout, options.training, options.bidirectional)
+    constants = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if call.batch_sizes is None:
         output, *finals = function(call.x, hx, list(call.weights), *constants, False)
     else:
@@ -27,7 +26,7 @@ def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     steps, batch = call.x.shape[:2]
     live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]
     running = int(call.batch_sizes[0]) if steps else 0
-    output = call.x.new_zeros(steps, batch, call.options.directions * call.weights[1].shape[1])
+    output = call.x.new_zeros(steps, batch, call.options.directions * call.options.width(call.weights))
     if running:
         sizes = call.batch_sizes[call.batch_sizes > 0]
         hx = tuple(s[:, :running] for s in call.hx)

@@ -7,24 +7,24 @@ wherever ONNX does. ONNX orders the gates differently, and its GRU needs `linear
 import torch
 from torch import Tensor
 
-from rnnfast.ops import pack_weights
+from rnnfast.spec import Layer, States
 
 NAMES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 # For each of ONNX's gates, the number of torch's: i o f c of i f g o, and z r h of r z n.
 GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
-States = tuple[Tensor, ...]
 
 
-def layer(cell, reverse, all_states, x, hx, weights, batch_sizes, resets) -> tuple[States, States]:
+def layer(layer: Layer, all_states: bool) -> tuple[States, States]:
     """Describe one layer to the exporter; returns its states after every step and its final states.
 
     Raises:
         RuntimeError: ONNX's operators cannot do what the layer does.
     """
+    cell, x, hx, batch_sizes, reverse = layer.cell, layer.x, layer.hx, layer.batch_sizes, layer.reverse
     steps, batch = x.shape[:2]
     directions, hidden = hx[0].shape[0], hx[0].shape[-1]
-    named = pack_weights(weights, directions)
-    check(cell, x, all_states, resets, named[0].w_hr)
+    named = layer.weights
+    check(cell, x, all_states, layer.resets, named[0].w_hr)
     lengths = None
     if batch_sizes is not None:
         rows = torch.arange(batch, device=x.device)

@@ -4,7 +4,7 @@ This is what every backend computes, written to be read. It is the oracle of the
 options, and, because autograd can differentiate it any number of times, the source of second derivatives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rnnfast import torch_functions
-from rnnfast.backends import Layer, Weights
+from rnnfast.spec import Layer, States, Weights
 
 FORWARD = {name: bind(cell.forward, torch_functions.FORWARD) for name, cell in CELLS.items()}
-# Declared cells: the user's own function, step(x, u, state) -> new states.
+# Declared cells: the user's own function, step(x, u, state, p, s) -> new states.
 STEPS: dict[str, Callable] = {}
-
-States = tuple[Tensor, ...]
 
 
 def run(layer: Layer) -> tuple[States, States]:
@@ -46,7 +44,7 @@ def run_direction(layer: Layer, d: int) -> tuple[States, States]:
     """Run direction `d` through time."""
     weights = layer.weights[d]
     state = tuple(initial[d] for initial in layer.hx)
-    steps = [state] * step_count(layer)
+    steps = [state] * layer.steps
     x_gates = torch.nn.functional.linear(layer.input_of(d, layer.x), weights.w_ih, weights.b_ih)  # [*L, G*H]
     spans = row_spans(layer)
     order = reversed(range(len(steps))) if layer.reverse[d] else range(len(steps))
@@ -56,22 +54,33 @@ def run_direction(layer: Layer, d: int) -> tuple[States, States]:
         entering = tuple(s[:rows] for s in state)
         if layer.resets is not None:
             entering = reset(entering, layer.resets[t, :rows])
-        steps[t] = step(layer.cell, x_t, entering, weights)
+        signals = tuple(at_step(signal, t, rows) for signal in layer.signals)
+        steps[t] = step(layer.cell, x_t, entering, weights, signals)
         state = tuple(torch.cat((new, old[rows:])) for new, old in zip(steps[t], state, strict=True))
     return tuple(join(layer, parts) for parts in zip(*steps, strict=True)) if steps else no_steps(layer, state), state
 
 
-def step(cell: str, x_gates: Tensor, state: States, weights: Weights) -> States:
-    """One time step of a cell: `x_gates` [rows, G*H], each state [rows, P or H]."""
-    gates = CELLS[cell].gates
-    u_gates = torch.nn.functional.linear(state[0], weights.w_hh, weights.b_hh)  # [rows, G*H]
+def step(cell: str, x_gates: Tensor, state: States, weights: Weights, signals: States = ()) -> States:
+    """One time step of a cell: `x_gates` [rows, G*H], each state [rows, P or H], signals [rows or 1, H or 1]."""
+    row, x = CELLS[cell], x_gates.chunk(CELLS[cell].gates, -1)
+    u: Sequence[Tensor] = ()
+    if weights.w_hh is not None:
+        u = torch.nn.functional.linear(state[0], weights.w_hh, weights.b_hh).chunk(row.recurrent, -1)  # [rows, H] each
     if cell in STEPS:
-        state = STEPS[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
+        parameters = () if weights.parameters is None else weights.parameters.unbind()
+        new = STEPS[cell](x, u, state, parameters, signals)
+        state = tuple(each.expand_as(old) for each, old in zip(new, state, strict=True))
     else:
-        state, _ = FORWARD[cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), state)
+        state, _ = FORWARD[cell](x, u, state)
     if weights.w_hr is not None:
         state = (torch.nn.functional.linear(state[0], weights.w_hr), *state[1:])
     return state
+
+
+def at_step(signal: Tensor, t: int, rows: int) -> Tensor:
+    """Return what a signal is at a step for the first rows."""
+    now = signal[t if signal.shape[0] > 1 else 0]
+    return now[:rows] if now.shape[0] > 1 else now
 
 
 def reset(state: States, where: Tensor) -> States:
@@ -79,16 +88,10 @@ def reset(state: States, where: Tensor) -> States:
     return tuple(torch.where(where[:, None], torch.zeros_like(s), s) for s in state)
 
 
-def step_count(layer: Layer) -> int:
-    """Return T."""
-    sizes = layer.batch_sizes
-    return layer.x.shape[0] if sizes is None or layer.x.dim() == 3 else len(sizes)
-
-
 def row_spans(layer: Layer) -> list[slice]:
     """Say where the rows of each step stand: in `x` itself when packed, else in `x[t]`."""
     if layer.batch_sizes is None:
-        return [slice(None)] * step_count(layer)
+        return [slice(None)] * layer.steps
     sizes = [int(n) for n in layer.batch_sizes]
     if layer.x.dim() == 3:
         return [slice(0, size) for size in sizes]

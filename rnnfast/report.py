@@ -13,7 +13,6 @@ from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load,
 from rnnfast.cell_modules import Cell
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
-from rnnfast.recurrent import choose as choose_for_cell
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,7 @@ def explain(
         choice = choose_step(cell, data.device, data.dtype)
     elif isinstance(module, OfDeclaredCell):
         cell, projection = module.cell.identity, 0
-        if module.cell.runs_as_torch_form(data):
-            choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
-        else:
-            choice = choose_for_cell(cell, data.device, data.dtype)
+        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)

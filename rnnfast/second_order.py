@@ -1,7 +1,7 @@
 """What autograd wants beyond a layer's gradient: its forward-mode derivative and its second derivative.
 
 The forward-mode derivative is the tangent recurrence of `rnnfast.linearised`. The second derivative needs no more than
-that and the adjoint one. In the terms used there, with all a_t and ds_t in hand, what bends is each step for itself:
+that and the adjoint one. In the terms used there, with all a_t and ds_t in hand, the curvature term is local to a step:
 the second derivative of one step over T*B independent rows. What it says about the entering states goes back through
 time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
 """
@@ -15,7 +15,6 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.backends import Changes, Layer, Pushed, Weights
 from rnnfast.linearised import (
     Adjoint,
     Linear,
@@ -29,62 +28,63 @@ from rnnfast.linearised import (
     total,
     unshifted,
 )
+from rnnfast.spec import Layer, OutputTangents, Tangents, Weights
 
 
-def push_forward(layer: Layer, states: States, changes: Changes) -> Pushed:
-    """Return what changes of its tensors do to a layer whose states after every step are `states`."""
+def layer_jvp(layer: Layer, states: States, tangents: Tangents) -> OutputTangents:
+    """Return the tangents of `states`, which are a layer's after every step."""
     padding = Padding(layer)
-    padded, states, dx = padding.pad_layer(layer), padding.pad_all(states), padding.pad(changes.x)
+    padded, states, dx = padding.pad_layer(layer), padding.pad_all(states), padding.pad(tangents.x)
     directions = range(len(layer.reverse))
     return padding.join(
-        [push_direction(linearise(padded, states, d), padded, d, changes._replace(x=dx)) for d in directions]
+        [direction_jvp(linearise(padded, states, d), padded, d, tangents._replace(x=dx)) for d in directions]
     )
 
 
-def push_direction(at: Linear, layer: Layer, d: int, changes: Changes) -> Tangent:
+def direction_jvp(at: Linear, layer: Layer, d: int, tangents: Tangents) -> Tangent:
     """Run the tangent recurrence of one direction of a padded layer."""
-    return tangent(at, change_of_input(layer, d, changes), initial_changes(layer, d, changes), changes.weights[d])
+    return tangent(at, input_tangent(layer, d, tangents), initial_tangents(layer, d, tangents), tangents.weights[d])
 
 
-def change_of_input(layer: Layer, d: int, changes: Changes) -> Tensor | None:
-    """Return the change of what one direction reads."""
-    return None if changes.x is None else layer.input_of(d, changes.x)
+def input_tangent(layer: Layer, d: int, tangents: Tangents) -> Tensor | None:
+    """Return the tangent of what one direction reads."""
+    return None if tangents.x is None else layer.input_of(d, tangents.x)
 
 
-def initial_changes(layer: Layer, d: int, changes: Changes) -> States:
-    """Return the change of one direction's initial states."""
-    pairs = zip(layer.hx, changes.hx, strict=True)
-    return tuple(torch.zeros_like(s[d]) if change is None else change[d] for s, change in pairs)
+def initial_tangents(layer: Layer, d: int, tangents: Tangents) -> States:
+    """Return the tangents of one direction's initial states."""
+    pairs = zip(layer.hx, tangents.hx, strict=True)
+    return tuple(torch.zeros_like(s[d]) if each is None else each[d] for s, each in pairs)
 
 
-def bend(
+def hvp(
     layer: Layer,
     states: States,
     dstates: Sequence[Tensor | None],
     dfinals: Sequence[Tensor | None],
-    changes: Changes,
+    tangents: Tangents,
     backward: Callable[[States], Sequence[Tensor]],
-) -> tuple[list[Tensor], Pushed]:
-    """Differentiate a layer's gradients along `changes`, at fixed incoming gradients `dstates` and `dfinals`.
+) -> tuple[list[Tensor], OutputTangents]:
+    """Differentiate a layer's gradients along `tangents`, at fixed incoming gradients `dstates` and `dfinals`.
 
     backward: the layer's own, from gradients by every state after every step to those by x, hx and the flat weights.
 
-    Returns the change of these gradients, and what `push_forward` returns. The Hessian being symmetric, these are also
-    the derivatives of <gradients, changes> by the layer's tensors, and by dstates and dfinals.
+    Returns the tangents of these gradients, and what `layer_jvp` returns. The Hessian being symmetric, these are also
+    the derivatives of <gradients, tangents> by the layer's tensors, and by dstates and dfinals.
     """
     padding = Padding(layer)
     padded, states, dstates = padding.pad_layer(layer), padding.pad_all(states), padding.pad_all(dstates)
-    changes = changes._replace(x=padding.pad(changes.x))
-    pushed, by_states, by_tensors = [], [], []
+    tangents = tangents._replace(x=padding.pad(tangents.x))
+    of_states, by_states, by_tensors = [], [], []
     for d in range(len(layer.reverse)):
         at = linearise(padded, states, d)
         flows = adjoint(at, [pick(g, (..., d, slice(None))) for g in dstates], [pick(g, d) for g in dfinals])
-        pushed.append(push_direction(at, padded, d, changes))
-        initial = initial_changes(padded, d, changes)
-        entering = entering_states(pushed[-1].states, initial, layer.reverse[d], at.live, at.kept)
-        dx = change_of_input(padded, d, changes)
+        of_states.append(direction_jvp(at, padded, d, tangents))
+        initial = initial_tangents(padded, d, tangents)
+        entering = entering_states(of_states[-1].states, initial, layer.reverse[d], at.live, at.kept)
+        dx = input_tangent(padded, d, tangents)
         dx = None if dx is None else masked(dx, at.live)
-        x, by_entering, weights = bend_steps(layer.cell, at, flows, pushed[-1], dx, entering, changes.weights[d])
+        x, by_entering, weights = hvp_steps(layer.cell, at, flows, of_states[-1], dx, entering, tangents.weights[d])
         pairs = [unshifted(masked(g, at.kept), layer.reverse[d], at.live) for g in by_entering]
         by_states.append([states for states, _ in pairs])
         by_tensors.append((x, [initial for _, initial in pairs], weights))
@@ -93,36 +93,36 @@ def bend(
     x = padding.unpad(by_input.flatten(-2))
     hx = [torch.stack(parts) for parts in zip(*(initial for _, initial, _ in by_tensors), strict=True)]
     here = [x, *hx, *(w for _, _, weights in by_tensors for w in weights)]
-    return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(pushed)
+    return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(of_states)
 
 
-def bend_steps(
+def hvp_steps(
     cell: str, at: Linear, flows: Adjoint, along: Tangent, dx: Tensor | None, dentering: States, dweights: Weights
 ) -> tuple[Any, list[Any], list[Any]]:
-    """Differentiate <flows, F(x, entering, w)> twice, all steps at once: by everything, and along the changes.
+    """Differentiate <flows, F(x, entering, w)> twice, all steps at once: by everything, and along the tangents.
 
     Returns what comes of it for x, the entering states and the weights that there are.
     """
     by_u = flows.u_gates
     by_x = by_u if CELLS[cell].one_gradient else gradient_by_x(at, flows)
-    bent_x, bent_u, bent_direct = bend_gates(cell, at, flows, along, dentering, dweights)
-    x = total(bent_x @ at.weights.w_ih, product(by_x, dweights.w_ih))
-    entering = [torch.zeros_like(s) for s in at.entering[1 : at.direct_from]] + bent_direct
-    through_u = total(bent_u @ at.weights.w_hh, product(by_u, dweights.w_hh))
+    curved_x, curved_u, curved_direct = hvp_gates(cell, at, flows, along, dentering, dweights)
+    x = total(curved_x @ at.weights.w_ih, product(by_x, dweights.w_ih))
+    entering = [torch.zeros_like(s) for s in at.entering[1 : at.direct_from]] + curved_direct
+    through_u = total(curved_u @ at.weights.w_hh, product(by_u, dweights.w_hh))
     entering = [through_u, *entering] if at.direct_from else [through_u + entering[0], *entering[1:]]
     weights = [
-        total(outer(bent_x, at.x), outer(by_x, dx)),
-        total(outer(bent_u, at.entering[0]), outer(by_u, dentering[0])),
+        total(outer(curved_x, at.x), outer(by_x, dx)),
+        total(outer(curved_u, at.entering[0]), outer(by_u, dentering[0])),
     ]
     if at.weights.b_ih is not None:
-        weights += [bent_x.flatten(0, 1).sum(0), bent_u.flatten(0, 1).sum(0)]
+        weights += [curved_x.flatten(0, 1).sum(0), curved_u.flatten(0, 1).sum(0)]
     if at.weights.w_hr is not None:
         weights.append(outer(flows.states[0], along.hidden))
     return x, entering, weights
 
 
-def bend_gates(cell: str, at: Linear, flows: Adjoint, along: Tangent, dentering: States, dweights: Weights):
-    """Take the pointwise part of `bend_steps`: by the input parts, the recurrent parts and the direct states."""
+def hvp_gates(cell: str, at: Linear, flows: Adjoint, along: Tangent, dentering: States, dweights: Weights):
+    """Take the pointwise part of `hvp_steps`: by the input parts, the recurrent parts and the direct states."""
     gates, first = at.gates, at.direct_from
 
     def step(x_gates, u_gates, *direct):
@@ -151,7 +151,7 @@ def gradient_by_x(at: Linear, flows: Adjoint) -> Tensor:
 
 
 def product(gates: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Multiply by a weight that may not change."""
+    """Multiply by the tangent of a weight, if there is one."""
     return None if weight is None else gates @ weight
 
 
@@ -195,8 +195,10 @@ class Padding:
         """Return the layer over the padded input."""
         return replace(layer, x=self.pad(layer.x))
 
-    def join(self, directions: Sequence[Tangent]) -> Pushed:
+    def join(self, directions: Sequence[Tangent]) -> OutputTangents:
         """Stack the directions, in the layer's own row layout."""
         states = zip(*(each.states for each in directions), strict=True)
         finals = zip(*(each.finals for each in directions), strict=True)
-        return Pushed(tuple(self.unpad(torch.stack(parts, 2)) for parts in states), tuple(map(torch.stack, finals)))
+        return OutputTangents(
+            tuple(self.unpad(torch.stack(parts, 2)) for parts in states), tuple(map(torch.stack, finals))
+        )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from rnnfast import checks
-from rnnfast.backends.choice import backend_of, load
+from rnnfast import checks, fast_path
+from rnnfast.backends.choice import backend_of, load, records
 from rnnfast.functional import Call, initial_states, recurrent, single
 from rnnfast.modules import Recurrent
 
@@ -80,20 +80,16 @@ class Stream:
                 for own, old in zip(states, self.states, strict=True):
                     own.copy_(old)
             self.options, self.weights, self.input, self.states = options, weights, x, states
-            self.output = x.new_zeros(self.batch, weights[1].shape[1])
+            self.output = x.new_zeros(self.batch, options.width(weights))
             self.backend = backend_of(options.cell, x.device, x.dtype, False)
-            self.step = self.lay_out(options) if self.backend == "numba" else self.call_layers
+            self.step = self.lay_out(options) if records(self.backend) else self.call_layers
 
     def lay_out(self, options) -> Callable[[], None]:
         """Have the backend prepare a step, whose final states are written where its initial states are read."""
-        backend, x = load("numba"), self.input
-        shapes = [w.shape for w in self.weights]
-        layers = options.num_layers
-        sizes = backend.Sizes(
-            options.cell, x.dtype, x.shape, x.stride(), layers, 1, shapes, zero=False, threads=1, repeated=True
-        )
-        step = backend.Stack(sizes).stepper(x, self.output[None], self.states, self.states, self.weights)
-        output = self.output
+        x, output = self.input, self.output
+        signatures = fast_path.signatures_of(options, x, self.weights, zero=False, threads=1)
+        stack = load(self.backend).stack(tuple(each._replace(repeated=True) for each in signatures))
+        step = stack.repeat((x, *self.states, *self.weights), (output[None], *self.states))
 
         def run() -> None:
             step()

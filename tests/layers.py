@@ -1,12 +1,15 @@
 """Pairs of layers, torch's and ours with equal weights, and what a test compares of their runs."""
 
 import copy
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
+from rnnfast import fast_path
 from rnnfast.backends.choice import load
 
 CELLS = {
@@ -87,3 +90,10 @@ def count_calls(monkeypatch, backend: str) -> list[str]:
 
         monkeypatch.setattr(module, name, counted)
     return calls
+
+
+@contextmanager
+def ordinary_path():
+    """Keep calls within the block off the fast path."""
+    with mock.patch.object(fast_path, "key_of", return_value=None):
+        yield

@@ -2,8 +2,8 @@
 
 import torch
 
-from rnnfast import ops, reference
-from rnnfast.backends import Gradients, Needs, Result
+from rnnfast import reference
+from rnnfast.spec import Gradients, Needs, Result, flatten, restore
 
 
 def unsupported(cell, device, dtype):
@@ -32,8 +32,13 @@ def backward(layer, states, saved, dstates, dfinals, needs: Needs, groups: int =
     at = layer.x.dim() - 2
     x = torch.stack([m.x for m in members], at + 1).flatten(at, at + 1) if needs.x else None
     hx = tuple(torch.stack(parts, 2).flatten(1, 2) for parts in zip(*(m.hx for m in members), strict=True) if needs.hx)
-    flat = [list(ops.flat_weights(m.weights)) for m in members]
-    return Gradients(x, hx, ops.pack_weights([torch.stack(p) for p in zip(*flat, strict=True)], len(layer.reverse)))
+    weights = tuple(stacked([m.weights[d] for m in members]) for d in range(len(layer.reverse)))
+    return Gradients(x, hx, weights)
+
+
+def stacked(parts):
+    """Stack the weights of one direction."""
+    return type(parts[0])._make(None if each[0] is None else torch.stack(each) for each in zip(*parts, strict=True))
 
 
 def select(layer, dstates, dfinals, n, groups):
@@ -65,15 +70,13 @@ def autograd_again():
 
 def whole_backward(layer, dstates, dfinals, needs):
     with torch.enable_grad(), autograd_again():
-        flat = list(ops.flat_weights(layer.weights))
-        leaves = [t.detach().requires_grad_() for t in (layer.x, *layer.hx, *flat)]
-        count = len(layer.hx)
-        hx, weights = leaves[1 : 1 + count], leaves[1 + count :]
-        again = ops.make_layer(layer.cell, layer.reverse, leaves[0], hx, weights, layer.batch_sizes, layer.resets)
-        states, finals = reference.run(again)
+        form, tensors = flatten(layer)
+        end = form.differentiable
+        leaves = [t.detach().requires_grad_() for t in tensors[:end]]
+        states, finals = reference.run(restore(form, [*leaves, *tensors[end:]]))
         pairs = [(o, g) for o, g in zip((*states, *finals), (*dstates, *dfinals), strict=True)]
         pairs = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
         grads = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
     grads = [torch.zeros_like(leaf) if g is None else g.clone() for g, leaf in zip(grads, leaves, strict=True)]
-    named = ops.pack_weights(grads[1 + count :], len(layer.reverse))
-    return Gradients(grads[0] if needs.x else None, tuple(grads[1 : 1 + count]), named)
+    found = restore(form, [*grads, *tensors[end:]])
+    return Gradients(found.x if needs.x else None, found.hx, found.weights)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 import rnnfast
-from rnnfast import _torch, quick
+from rnnfast import _torch, fast_path
 
 X, H = 3, 4
 CHANGES = {
@@ -26,8 +26,7 @@ needs_versions = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    quick.once.clear()
-    quick.ready.clear()
+    fast_path.recorded.clear()
 
 
 def gradients(layer, x, change, **options):

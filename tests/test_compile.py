@@ -90,7 +90,7 @@ def test_without_gradients_the_graph_keeps_nothing_for_backward(backend):
     with torch.no_grad():
         torch.compile(layer, fullgraph=True, backend=look)(x)
     (node,) = [n for n in graphs[0].graph.nodes if n.target is torch.ops.rnnfast.layer]
-    save = 3
+    save = 4
     assert node.args[save] is False
 
 
@@ -201,17 +201,17 @@ def test_opcheck_passes_for_every_operator(cell, ragged, members, backend):
     lengths = (torch.tensor([2, 1, 1, 0]), 2)
     batch_sizes = torch.ops.rnnfast.sort_lengths(*lengths)[0] if ragged else None
     opcheck(torch.ops.rnnfast.sort_lengths.default, lengths)
-    constants = (name, backend, [False, True] * members)
-    given = (x, hx, weights, batch_sizes, None)
-    opcheck(torch.ops.rnnfast.layer.default, (*constants, ragged, False, *given))
+    present = [True] * 4 + [cell == "lstm_proj", False, ragged, False]
+    constants = (backend, name, [False, True] * members, present)
+    given = [x, *hx, *weights, *([batch_sizes] if ragged else [])]
+    opcheck(torch.ops.rnnfast.layer.default, (*constants, ragged, False, given))
     with torch.no_grad():
-        results = torch.ops.rnnfast.layer(*constants, True, True, *given)
+        results = torch.ops.rnnfast.layer(*constants, True, True, given)
     count = len(hx)
     states, finals, saved = results[:count], results[count : 2 * count], results[2 * count :]
-    incoming = ([torch.randn_like(s).requires_grad_() for s in states], [None, *map(torch.randn_like, finals[1:])])
-    opcheck(
-        torch.ops.rnnfast.layer_backward.default, (*constants, True, True, True, 1, *given, states, saved, *incoming)
-    )
+    incoming = [*(torch.randn_like(s).requires_grad_() for s in states), None, *map(torch.randn_like, finals[1:])]
+    needs = [True, True, True, False]
+    opcheck(torch.ops.rnnfast.layer_backward.default, (*constants, needs, 1, given, states, saved, incoming))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

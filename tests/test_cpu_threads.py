@@ -8,7 +8,9 @@ import torch
 from cpu_layers import ALL, Case, cells, replaced, run_python, same, threads
 from rnnfast_kernels.cpu import pool
 
-from rnnfast.backends import cpu, cpu_jobs
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu.arguments import described
+from rnnfast.backends.cpu.executable import shape_of
 
 
 @cells
@@ -39,7 +41,7 @@ def test_threads_may_share_hidden_units(cell, size):
         serial = case.run(layer)
     for count in (2, 3, 5):
         with threads(count):
-            assert (cpu_jobs.Call(layer).shape.workers > 1) == (count // len(layer.reverse) > 1)
+            assert (shape_of(described(layer)[0]).workers > 1) == (count // len(layer.reverse) > 1)
             for _ in range(5):
                 assert not same(serial, case.run(layer))
 

@@ -245,14 +245,15 @@ def test_the_operators_map_over_weights(own, backend):
     ensemble = Ensemble("lstm_proj", 3, 3, 6, bidirectional=True, **F64)
     weights = [w.detach() for w in ensemble.weights.values()]
     x, *states = torch.randn(3, 5, 4, 3, **F64), torch.randn(2, 4, 5, **F64), torch.randn(2, 4, 6, **F64)
-    constants, dy = ("lstm", backend, [False, True]), torch.randn(5, 4, 2, 5, **F64)
+    present = [True] * 5 + [False] * 3
+    constants, dy = (backend, "lstm", [False, True], present), torch.randn(5, 4, 2, 5, **F64)
 
     def run(x, *weights):
-        given = (x, states, weights, None, None)
-        results = torch.ops.rnnfast.layer(*constants, True, True, *given)
-        flows = ([dy, None], [None, None])
+        tensors = [x, *states, *weights]
+        results = torch.ops.rnnfast.layer(*constants, True, True, tensors)
+        flows, needs = [dy, None, None, None], [True, True, True, False]
         backward = torch.ops.rnnfast.layer_backward
-        return *results, *backward(*constants, True, True, True, 1, *given, results[:2], results[4:], *flows)
+        return *results, *backward(*constants, needs, 1, tensors, results[:2], results[4:], flows)
 
     got = vmap(run, (0 if own else None, *(0,) * len(weights)))(x if own else x[0], *weights)
     for n in range(3):

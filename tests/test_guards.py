@@ -1,4 +1,4 @@
-"""Each guard of `autograd.py` and `batching.py` has a test here that fails where it is deleted."""
+"""Each guard of `autograd.py` and `vmap.py` has a test here that fails where it is deleted."""
 
 import warnings
 from functools import partial
@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
-from rnnfast import autograd, ops
+from rnnfast import autograd, operators
 from rnnfast.functional import gru, lstm
 
 # torch's forward mode scripts its own decompositions when it is first used.
@@ -40,12 +40,12 @@ def each(function, size: int, *args):
 
 def spied(monkeypatch, name: str) -> list[tuple]:
     """Return a list that grows by the arguments of every call of an operator."""
-    calls, function = [], getattr(ops, name)
-    monkeypatch.setattr(ops, name, lambda *args: calls.append(args) or function(*args))
+    calls, function = [], getattr(operators, name)
+    monkeypatch.setattr(operators, name, lambda *args: calls.append(args) or function(*args))
     return calls
 
 
-# batching: which members run together
+# vmap: which members run together
 
 
 def test_members_with_lengths_of_their_own():
@@ -86,7 +86,7 @@ def test_a_shared_input_has_a_gradient_of_each_member():
     torch.testing.assert_close(vmap(partial(gradient, x))(*w), each(partial(gradient, x), 3, *w))
 
 
-# batching: gradients of samples
+# vmap: gradients of samples
 
 
 def loss(w_hh: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
@@ -137,7 +137,7 @@ def test_forward_mode_over_gradients_of_samples():
 def test_no_groups_where_weights_want_no_gradient(monkeypatch):
     calls, w = spied(monkeypatch, "layer_backward"), weights(gru)
     vmap(grad(lambda x: gru(x, w)[0].sum()))(torch.randn(3, 4, 2, 2, **F64))
-    assert [call[6] for call in calls] == [1] or not calls  # the operator may be called by the dispatcher
+    assert [call[5] for call in calls] == [1] or not calls  # the operator may be called by the dispatcher
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -159,7 +159,7 @@ def test_incoming_gradients_of_torchs_older_vmap(batched):
 def test_nothing_is_kept_where_nothing_is_differentiated(monkeypatch):
     calls, x = spied(monkeypatch, "layer"), torch.randn(4, 2, 2, **F64)
     gru(x, weights(gru), lengths=torch.tensor([4, 2]))
-    assert [call[3] for call in calls] == [False]
+    assert [call[4] for call in calls] == [False]
 
 
 def test_gradients_around_and_below_a_map():
@@ -202,8 +202,12 @@ def test_a_kept_wrapper_in_training():
 # autograd: the operator itself
 
 
+PRESENT = [True] * 4 + [False] * 4
+
+
 def operator(x, w, save=False):
-    return torch.ops.rnnfast.layer("lstm", "numba", [False], save, False, x, [x.new_zeros(1, 2, 3)] * 2, w, None, None)
+    tensors = [x, *[x.new_zeros(1, 2, 3)] * 2, *w]
+    return torch.ops.rnnfast.layer("numba", "lstm", [False], PRESENT, save, False, tensors)
 
 
 def test_the_operator_under_autograd():
@@ -341,7 +345,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     output = gru(x, w, lengths=torch.tensor([4, 2]))[0]
     calls = spied(monkeypatch, "layer_backward")
     torch.autograd.grad(output.sum(), x, create_graph=True)
-    assert [call[3:6] for call in calls] == [(True, False, False)]
+    assert [call[4] for call in calls] == [(True, False, False, False)]
 
 
 def test_a_third_derivative():
@@ -394,17 +398,16 @@ def test_forward_mode_over_some_gradients_under_torch_func(argnum):
 def test_gradients_in_groups_have_no_derivative():
     w = [each.requires_grad_() for each in weights(gru)]
     x, h = torch.randn(4, 2, 2, **F64), torch.zeros(1, 2, 3, **F64)
-    results = torch.ops.rnnfast.layer("gru", "numba", [False], True, False, x, [h], w, None, None)
+    constants, tensors = ("numba", "gru", [False], PRESENT), [x, h, *w]
+    results = torch.ops.rnnfast.layer(*constants, True, False, tensors)
     states, saved = [results[0].detach()], [results[2].detach()]
-    args = ([states[0].new_ones(4, 2, 1, 3)], [None])
-    grads = torch.ops.rnnfast.layer_backward(
-        "gru", "numba", [False], False, False, True, 2, x, [h], w, None, None, states, saved, *args
-    )
+    gradients, needs = [states[0].new_ones(4, 2, 1, 3), None], [False, False, True, False]
+    grads = torch.ops.rnnfast.layer_backward(*constants, needs, 2, tensors, states, saved, gradients)
     assert grads[2].shape == (2, 9, 2)
     with pytest.raises(RuntimeError, match="gradients in groups"):
         torch.autograd.grad(grads[3].sum(), w)
     with pytest.raises(RuntimeError, match="gradients in groups"):
-        autograd.add_change(torch.zeros(2, 9, 2), torch.zeros(9, 2))
+        autograd.add_tangents(torch.zeros(2, 9, 2), torch.zeros(9, 2))
 
 
 def test_functional_call_under_grad_of_grad():

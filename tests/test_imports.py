@@ -1,6 +1,6 @@
 """What importing costs, and that imports flow one way.
 
-modules -> functional -> autograd -> ops -> backends -> kernels -> cells
+modules -> functional -> autograd -> operators -> backends -> kernels -> cells
 """
 
 import ast
@@ -20,21 +20,14 @@ LAYERS = (
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
-    ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
-    ("rnnfast.quick_training",),
+    ("rnnfast.checks", "rnnfast.native", "rnnfast.fast_path"),
     ("rnnfast.autograd",),
-    ("rnnfast.cell_ops", "rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.declare",),
-    (
-        "rnnfast.ops",
-        "rnnfast.batching",
-        "rnnfast.changes",
-        "rnnfast.linearised",
-        "rnnfast.recurrence",
-        "rnnfast.reference",
-    ),
-    ("rnnfast.stacking", "rnnfast.torch_functions"),
+    ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
+    ("rnnfast.changes", "rnnfast.layers", "rnnfast.torch_functions", "rnnfast.vmap"),
     ("rnnfast.backends",),
+    ("rnnfast.spec",),
     ("rnnfast._torch",),
     ("rnnfast_kernels.cpu", "rnnfast_kernels.gpu"),
     ("rnnfast_kernels.bind",),

@@ -10,9 +10,8 @@ from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS, Cell
 
 from rnnfast import functional, linearised, reference, torch_functions, use_backend
-from rnnfast.backends import Layer
 from rnnfast.backends.choice import load
-from rnnfast.ops import pack_weights
+from rnnfast.spec import Layer, Options, group
 
 F64 = {"dtype": torch.float64}
 
@@ -70,7 +69,7 @@ def everything(cell, leaves, **options):
     """Results, gradients, and the gradient of their squares."""
     states = len(MADE_UP[cell].states)
     x, hx, weights = leaves[0], leaves[1 : 1 + states], leaves[1 + states :]
-    choice = functional.Options(cell, bidirectional=len(weights) > 4)
+    choice = Options(cell, bidirectional=len(weights) > 4)
     output, finals = functional.recurrent(choice, x, weights, hx if states > 1 else hx[0], **options)[:2]
     finals = finals if states > 1 else (finals,)
     results = [output, *finals]
@@ -108,28 +107,22 @@ def test_and_with_lengths_and_resets(cell, backend):
 @pytest.mark.parametrize(("cell", "directions"), list(product(ONE_STATE, (1, 2))))
 def test_what_is_saved_is_as_announced(cell, directions, backend):
     x, h, *weights = (leaf.detach() for leaf in make(cell, 4, 2, 5, directions))
-    layer = Layer(cell, x, (h,), pack_weights(weights, directions), (False, True)[:directions])
+    named = group(Options(cell, bidirectional=directions > 1), weights)
+    layer = Layer(cell, x, (h,), named, (False, True)[:directions])
     saved = load(backend).forward(layer, save=True, all_states=False).saved
     assert tuple((tuple(each.shape), each.dtype) for each in saved) == load(backend).saved_like(layer)
 
 
 def test_three_states(backend):
-    """Triton's kernels take any number of states; Numba's refuse more than two rather than mix them up."""
-    leaves = make("three", 4, 3, 17)
-    if backend == "triton":
-        compare("three", leaves, backend)
-        return
-    with pytest.raises(RuntimeError, match="more than two states"):
-        everything("three", leaves)
-    x, *states = (leaf.detach() for leaf in leaves[:4])
-    layer = Layer("three", x, tuple(states), pack_weights(leaves[4:], 2), (False, True))
-    with pytest.raises(ValueError, match="zip"):
-        load(backend).forward(layer, save=False, all_states=False)
+    compare("three", make("three", 4, 3, 17), backend)
+    resets = torch.rand(5, 3) < 0.3
+    compare("three", make("three", 5, 3, 17, 1), backend, lengths=torch.tensor([2, 5, 3]), resets=resets)
+    compare("three", make("three", 4, 3, 5, 1), backend, all_states=True)
 
 
 def test_three_states_start_from_zero():
     x, *states = make("three", 4, 3, 5)[:4]
-    options, weights = functional.Options("three", bidirectional=True), make("three", 4, 3, 5)[4:]
+    options, weights = Options("three", bidirectional=True), make("three", 4, 3, 5)[4:]
     with use_backend("reference"):
         (output, finals), zero = functional.recurrent(options, x, weights, None), [s * 0 for s in states]
         expected, expected_finals = functional.recurrent(options, x, weights, zero)
@@ -138,13 +131,6 @@ def test_three_states_start_from_zero():
     assert all(torch.equal(a, b) for a, b in zip(finals, expected_finals, strict=True))
 
 
-def test_where_no_kernel_runs_a_cell_that_torch_lacks_the_plain_loop_does():
-    leaves = make("three", 4, 3, 5)
-    with use_backend("reference"):
-        expected = everything("three", leaves)
+def test_torch_lacks_them():
     with use_backend("torch"), pytest.raises(RuntimeError, match="lacks the cell three"):
-        everything("three", leaves)
-    if backends_under_test() == ["numba"]:
-        with use_backend("auto"):
-            got = everything("three", leaves)
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        everything("three", make("three", 4, 3, 5))

@@ -31,13 +31,12 @@ def forward_arguments() -> dict:
 
 
 def call(given: dict, left: list | None = None) -> list:
-    hx, weights = [given["h"], given["c"]], [given[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
-    shared = (given["x"], hx, weights, None, given["resets"])
+    constants, tensors = ("numba", "lstm", [False], [True] * 5 + [False, False, True]), list(given.values())
     if left is None:
-        return torch.ops.rnnfast.layer("lstm", "numba", [False], True, True, *shared)
-    states, saved, dstates, dfinals = left[:2], left[2:4], left[4:6], left[6:]
-    constants = ("lstm", "numba", [False], True, True, True, 1)
-    return torch.ops.rnnfast.layer_backward(*constants, *shared, states, saved, dstates, dfinals)
+        return torch.ops.rnnfast.layer(*constants, True, True, tensors)
+    states, saved, gradients = left[:2], left[2:4], left[4:]
+    needs = [True, True, True, False]
+    return torch.ops.rnnfast.layer_backward(*constants, needs, 1, tensors, states, saved, gradients)
 
 
 def wrong(tensor: torch.Tensor, way: str) -> torch.Tensor:
@@ -73,11 +72,17 @@ def test_backward(place, way):
 
 def test_packed_rows():
     """Sizes that grow, that exceed the batch, or whose sum is not the number of rows."""
-    weights, hx = [torch.randn(12, 3), torch.randn(12, 4)], [torch.zeros(1, 3, 4)]
+    others = [torch.randn(6, 3), torch.zeros(1, 3, 4), torch.randn(12, 3), torch.randn(12, 4)]
+    constants = ("numba", "gru", [False], [True, True, *[False] * 4, True, False], False, False)
     for sizes in ([3, 2, 2], [2, 3, 1], [4, 1, 1], [3, 3]):
-        arguments = (torch.randn(6, 3), hx, weights, torch.tensor(sizes), None)
+        arguments = (*constants, [*others, torch.tensor(sizes)])
         if sizes == [3, 3]:
-            torch.ops.rnnfast.layer("gru", "numba", [False], False, False, *arguments)
+            torch.ops.rnnfast.layer(*arguments)
             continue
         with pytest.raises(RuntimeError, match="batch_sizes"):
-            torch.ops.rnnfast.layer("gru", "numba", [False], False, False, *arguments)
+            torch.ops.rnnfast.layer(*arguments)
+
+
+def test_the_number_of_tensors():
+    with pytest.raises(RuntimeError, match="expected 9 tensors of a layer of lstm, got 8"):
+        call({name: each for name, each in forward_arguments().items() if name != "resets"})

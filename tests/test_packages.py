@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RUN = """
 import sys, warnings
 import torch, rnnfast
-from rnnfast import ops
+from rnnfast import operators
 assert rnnfast.__file__.startswith({place!r}), rnnfast.__file__
 layer, cell, x = rnnfast.GRU(3, 5), rnnfast.GRUCell(3, 5), torch.randn(4, 2, 3)
 before = rnnfast.explain(layer, x)
@@ -31,7 +31,7 @@ with rnnfast.use_backend("torch"):
     torch.testing.assert_close(layer(x)[0], output)
 rnnfast.report.environment()
 found = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-print(len(found), found, before, rnnfast.explain(layer, x), ops.version(), sep="\\n")
+print(len(found), found, before, rnnfast.explain(layer, x), operators.version(), sep="\\n")
 """
 
 

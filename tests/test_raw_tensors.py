@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast import quick
+from rnnfast import fast_path
 from rnnfast.backends import cpu
 from rnnfast.backends.choice import automatic
 
@@ -120,14 +120,12 @@ def test_memory_that_was_given_back_before_backward():
 def test_unsupported_at_every_call(monkeypatch, grad_mode):
     monkeypatch.setattr(cpu, "unsupported", lambda *args: "a reason")
     automatic.cache_clear()
-    quick.once.clear()
-    quick.ready.clear()
+    fast_path.recorded.clear()
     try:
         ours, x = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
         for _ in range(3):
             assert ours(x)[0].isfinite().all()
-        assert not quick.once
-        assert not quick.ready
+        assert not fast_path.recorded
     finally:
         automatic.cache_clear()
 

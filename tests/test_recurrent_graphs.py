@@ -9,6 +9,7 @@ from test_recurrent import everything, make
 import rnnfast
 
 F64 = {"dtype": torch.float64}
+PRESENT = [True, True, True, True, False, True, False, False]
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="these are kernels of the CPU")
 
 
@@ -41,7 +42,7 @@ def test_exported_programs_run():
             return self.layer(x, hx, signals=signals)[0]
 
     program = torch.export.export(Whole(), (x.detach(), hx, signals))
-    nodes = [str(node.target) for node in program.graph.nodes if "cell_layer" in str(node.target)]
+    nodes = [str(node.target) for node in program.graph.nodes if "rnnfast.layer" in str(node.target)]
     assert len(nodes) == 1
     assert everything.identity in str(program.graph)
     assert torch.equal(program.module()(x.detach(), hx, signals), layer(x, hx, signals=signals)[0])
@@ -50,20 +51,21 @@ def test_exported_programs_run():
 def test_operators_check_what_they_are_given():
     x = make()[1].detach()
     weights = [torch.zeros(shape, **F64) for shape in ((57, 3), (38, 19), (57,), (38,), (2, 19))]
-    h, extra = torch.zeros(1, 4, 19, **F64), torch.zeros(2, 1, 4, 19, **F64)
+    hx = [torch.zeros(1, 4, 19, **F64) for _ in range(3)]
     of = [torch.zeros(5, 4, 19, **F64), torch.zeros(1, 1, 1, **F64)]
 
-    def call(cell=everything.identity, x=x, h=h, extra=extra, weights=weights, signals=of):
-        return torch.ops.rnnfast.cell_layer(cell, [False], True, True, True, x, h, extra, weights, signals, None, None)
+    def call(cell=everything.identity, x=x, hx=hx, weights=weights, signals=of):
+        return torch.ops.rnnfast.layer("numba", cell, [False], PRESENT, True, True, [x, *hx, *signals, *weights])
 
-    assert len(call()) == 5
+    assert len(call()) == 7
     for wrong, says in (
-        ({"h": h[..., :18]}, "expected h of shape"),
-        ({"extra": extra[:1]}, "expected extra of shape"),
+        ({"hx": [hx[0][..., :18], *hx[1:]]}, r"expected hx\[0\] of shape"),
+        ({"hx": [*hx[:2], hx[2][..., :18]]}, r"expected hx\[2\] of shape"),
+        ({"hx": hx[:2]}, "expected 11 tensors"),
         ({"x": x[..., :2]}, "expected x of shape"),
         ({"x": x.float()}, "expected w_ih of direction 0"),
         ({"weights": [*weights[:4], weights[4][:1]]}, "expected parameters of direction 0"),
-        ({"signals": of[:1]}, "expected 2 signals, got 1"),
+        ({"signals": of[:1]}, "expected 11 tensors of a layer of .*, got 10"),
         ({"signals": [of[0][:2], of[1]]}, "expected the signal s to be broadcastable"),
         ({"cell": "everything-0123"}, "is not declared in this process"),
     ):
@@ -78,24 +80,12 @@ def test_shapes_of_fake_tensors_are_those_of_results():
     ]
     weights = [t.detach() for t in flat[:4]] + [torch.zeros(2, 19, **F64)]
     weights = [*weights, *(t.detach() for t in flat[4:]), torch.zeros(2, 19, **F64)]
-    h, extra = torch.zeros(2, 4, 19, **F64), torch.zeros(2, 2, 4, 19, **F64)
+    hx = [torch.zeros(2, 4, 19, **F64) for _ in range(3)]
     of = [s.detach().reshape((1,) * (3 - s.dim()) + s.shape) for s in signals.values()]
     for save, all_states in ((True, False), (False, True), (False, False)):
-        args = (
-            everything.identity,
-            [False, True],
-            True,
-            save,
-            all_states,
-            x.detach(),
-            h,
-            extra,
-            weights,
-            of,
-            None,
-            None,
-        )
-        torch.library.opcheck(torch.ops.rnnfast.cell_layer, args, test_utils=("test_schema", "test_faketensor"))
+        tensors = [x.detach(), *hx, *of, *weights]
+        args = ("numba", everything.identity, [False, True], PRESENT, save, all_states, tensors)
+        torch.library.opcheck(torch.ops.rnnfast.layer, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_warmup_runs_every_kernel():

@@ -77,7 +77,7 @@ def calls(monkeypatch, backend) -> dict[str, list]:
     """Keep the arguments of the kernels' calls; for backends without these kernels, there is no such test."""
     if backend != "numba":
         pytest.skip("for backends with kernels for second derivatives")
-    kept: dict[str, list] = {"backward": [], "bend": [], "push": []}
+    kept: dict[str, list] = {"backward": [], "hvp": [], "jvp": []}
     for name, into in kept.items():
         function = getattr(cpu, name)
 
@@ -128,7 +128,7 @@ def test_second_derivatives_of_any_size(cell, sizes, dtype, backend, calls):
     with use_backend("reference"):
         # The layer's own tensors are replaced, so that its dtype does not matter.
         expected = penalty(function, exact, exact)
-    assert len(calls["bend"]) == 1
+    assert len(calls["hvp"]) == 1
     assert_all_close(expected, got, 20 * TOLERANCES[dtype])
 
 
@@ -198,9 +198,9 @@ def test_no_more_is_computed_than_was_asked_for(repeated, calls):
     (gradient,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
     torch.autograd.grad(gradient.square().sum(), layer.weight_hh_l0, retain_graph=True)
     assert calls["backward"][0][5] == (True, False, False)
-    assert calls["bend"][0][-1] == (False, False, True)
+    assert calls["hvp"][0][-1] == (False, False, True)
     gradient.square().sum().backward(inputs=[x])
-    assert calls["bend"][1][-1] == (True, False, False)
+    assert calls["hvp"][1][-1] == (True, False, False)
     assert torch.autograd.grad(layer(x)[0].sum(), layer.bias_ih_l0, create_graph=True)[0].requires_grad
 
 
@@ -224,7 +224,7 @@ def test_forward_mode_of_halves(half, calls):
     _, got = jvp(function, tensors, changes)
     with use_backend("reference"):
         _, expected = jvp(function, tuple(t.double() for t in tensors), tuple(t.double() for t in changes))
-    assert len(calls["push"]) == 1
+    assert len(calls["jvp"]) == 1
     assert_all_close(named(expected), named(got), 2 * TOLERANCES[half])
 
 
@@ -240,12 +240,12 @@ def test_forward_mode_runs_in_kernels_where_nobody_differentiates_it(calls):
     with torch.no_grad(), forward_ad.dual_level():
         got = layer(forward_ad.make_dual(x, dx))[0]
         assert_close("tangent", expected, forward_ad.unpack_dual(got).tangent)
-    assert len(calls["push"]) == 2
+    assert len(calls["jvp"]) == 2
     # The weights want a gradient of the tangent.
     jvp(lambda x: layer(x)[0], (x,), (dx,))[1].sum().backward()
     assert layer.weight_hh_l0.grad is not None
     torch.func.jacfwd(lambda x: jvp(output, (x,), (dx,))[1])(x)
-    assert len(calls["push"]) == 2
+    assert len(calls["jvp"]) == 2
 
 
 @pytest.mark.parametrize("create_graph", [True, False])

@@ -4,7 +4,7 @@ A step is called with x and u, the input part `W_ih x + b_ih` and the recurrent 
 torch's order, and the states, the output h first; it returns the new states.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rnnfast_kernels.equations.cell import Cell
 
@@ -43,8 +43,12 @@ class Table(dict[str, Cell]):
     def __init__(self, cells: Iterable[Cell]):
         super().__init__((cell.name, cell) for cell in cells)
         self.declared: dict[str, Cell] = {}
+        # Called with the identity of a cell that is not declared yet: declares it, or raises.
+        self.find: Callable[[str], object] | None = None
 
     def __missing__(self, name: str) -> Cell:
+        if name not in self.declared and self.find is not None:
+            self.find(name)
         return self.declared[name]
 
     def __contains__(self, name: object) -> bool:

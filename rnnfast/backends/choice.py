@@ -21,12 +21,7 @@ from rnnfast import _torch
 BACKENDS = ("auto", "triton", "numba", "reference", "torch")
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
-# "numba cells": the same kernels, for declared cells of other forms than torch's.
-MODULES = {
-    "triton": "rnnfast.backends.gpu",
-    "numba": "rnnfast.backends.cpu",
-    "numba cells": "rnnfast.backends.cpu_cells",
-}
+MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
 
 
 def checked(name: object, source: str) -> str:
@@ -156,7 +151,12 @@ def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
 def differentiates_twice(backend: str, cell: str, dtype: torch.dtype) -> bool:
     """Say whether a backend has kernels for second derivatives; torch's operators do without."""
     module = load(backend)
-    return hasattr(module, "push") and (backend != "numba" or module.obtain(cell, dtype, 2) is None)
+    return hasattr(module, "jvp") and (backend != "numba" or module.obtain(cell, dtype, 2) is None)
+
+
+def records(backend: str) -> bool:
+    """Say whether a backend has recorded programs for the fast path (`rnnfast.backends.CompilingBackend`)."""
+    return backend in MODULES and hasattr(load(backend), "compiled_layer")
 
 
 def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str | None:

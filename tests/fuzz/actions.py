@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
-from rnnfast import quick
+from rnnfast import fast_path
 
 # The name of an action and its seed: what it does is drawn from that, so that any part of a sequence can be run alone.
 Action = tuple[str, int]
@@ -305,8 +305,7 @@ def draw(random: Random) -> tuple[int, list[Action]]:
 
 def check(seed: int, actions: list[Action]) -> str | None:
     """Do the actions and say what is wrong, or None."""
-    quick.once.clear()
-    quick.ready.clear()
+    fast_path.recorded.clear()
     return do_all(ACTIONS, lambda: Pair(seed), actions)
 
 

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import functional, quick
+from rnnfast import fast_path, functional
 from tests.fuzz import loop
 from tests.fuzz.cases import Case
 from tests.fuzz.tensors import Values, from_user, laid_out, pack, to_user
@@ -21,8 +21,7 @@ GRADIENTS = {"all": ("output", "final", "states"), "output": ("output",), "final
 
 def check(case: Case) -> str | None:
     """Run the calls of a case and say what is wrong, or None."""
-    quick.once.clear()
-    quick.ready.clear()
+    fast_path.recorded.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:

@@ -21,7 +21,7 @@ from rnnfast_kernels.cpu.target import Target, target, widest_panel
 CHUNK_BYTES = 1 << 17
 CHUNK_ROWS = 64
 ZEROS: list[np.ndarray] = []
-WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "parameters")
 # Multiplications below which another thread costs more than it brings.
 SERIAL_WORK = 1 << 20
 # Multiplications of one step that make a worker worth its part in a meeting of all, and the rows from which on slices
@@ -30,9 +30,9 @@ STEP_WORK = 1 << 15
 BARRIER_ROWS = 4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Shape:
-    """All that a plan depends on. Plans are cached by a shape's identity, which is quick to look up.
+    """All that a plan depends on.
 
     rows: of all steps together. sharing: successive directions that read the same input; where that is not all of them,
     their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads

@@ -1,6 +1,5 @@
 """The backward pass of a layer as a recipe: the time loop, then the products that follow it."""
 
-import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,7 +32,6 @@ PRODUCT_ROWS = 48
 OUTER_BLOCK = 256
 
 
-@functools.lru_cache(maxsize=1024)
 def backward(
     shape: Shape,
     kept: tuple[str, ...],

@@ -1,6 +1,5 @@
 """The forward pass of a layer, and of layers on top of one another, as a recipe."""
 
-import functools
 import itertools
 from itertools import pairwise
 
@@ -22,7 +21,6 @@ from rnnfast_kernels.cpu.plan import (
 from rnnfast_kernels.cpu.recipe import NOWHERE, Recipe, Ref
 
 
-@functools.lru_cache(maxsize=1024)
 def forward(shape: Shape, biased: bool, kept: tuple[str, ...], names: tuple[str, ...] = ()) -> Recipe:
     """The forward pass. `names` are bases that come first, in this order."""
     recipe = Recipe(shape.threads, names)
@@ -30,7 +28,6 @@ def forward(shape: Shape, biased: bool, kept: tuple[str, ...], names: tuple[str,
     return recipe.finish()
 
 
-@functools.lru_cache(maxsize=1024)
 def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero: bool) -> Recipe:
     """The forward passes of layers on top of one another, with nothing kept between them.
 
@@ -54,16 +51,16 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
             if zero or not is_there:
                 bases[f"{name}_first"] = Ref(NOWHERE, zeros(rows * width) if zero else 0)
         for name, d in itertools.product(WEIGHTS, range(shape.directions)):
-            bases[f"{name}{d}"] = Ref(layer_name(name, d, n))
+            bases[f"{name}{d}"] = Ref(layer_name(f"{name}{d}", n))
         with recipe.renamed(bases):
             write_forward(recipe, shape, biased, ())
         x = h
     return recipe.finish()
 
 
-def layer_name(weight: str, direction: int, layer: int) -> str:
-    """Name of the base that is a weight of a layer of a stack."""
-    return f"{weight}{direction}_l{layer}"
+def layer_name(weight: str, layer: int) -> str:
+    """Name of the base that is a direction's weight of a layer of a stack."""
+    return f"{weight}_l{layer}"
 
 
 def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:

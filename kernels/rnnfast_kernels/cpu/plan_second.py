@@ -4,7 +4,6 @@ Every base `name` of the other recipes that a layer is given has a second one he
 Records and panels of changes are written as those of the layer itself, with the bases renamed.
 """
 
-import functools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -34,15 +33,15 @@ from rnnfast_kernels.cpu.recipe import Recipe, Ref
 CHANGING = ("x", "h", "extra", "gates", "unprojected", "h_first", "extra_first", "h_final", "extra_final")
 
 
-@functools.lru_cache(maxsize=1024)
-def push(shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool) -> Recipe:
+def push(
+    shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool, names: tuple[str, ...] = ()
+) -> Recipe:
     """The changes of the states. moves_x, moves_weights: whether x changes, and whether the weights do."""
-    recipe = Recipe(shape.threads)
+    recipe = Recipe(shape.threads, names)
     write_push(recipe, replace(shape, workers=1), kept, moves_x, moves_weights, biased)
     return recipe.finish()
 
 
-@functools.lru_cache(maxsize=1024)
 def bend(
     shape: Shape,
     kept: tuple[str, ...],
@@ -52,14 +51,15 @@ def bend(
     need_x: bool,
     need_weights: bool,
     biased: bool,
+    names: tuple[str, ...] = (),
 ) -> Recipe:
     """Also the changes of the gradients. `given` names the incoming gradients that are not zero; they do not change."""
-    recipe = Recipe(shape.threads)
+    recipe = Recipe(shape.threads, names)
     shape = replace(shape, workers=1)
     write_push(recipe, shape, kept, moves_x, moves_weights, biased)
-    names = changed(shape)
+    moved = changed(shape)
     panels = pack_backward(recipe, shape)
-    with recipe.renamed(names):
+    with recipe.renamed(moved):
         dot_panels = pack_backward(recipe, shape) if moves_weights else [{}] * shape.directions
     work, dot_work = gradient_work(recipe, shape), gradient_work(recipe, shape)
     jobs, whole, dot_whole = [], [], []
@@ -67,7 +67,7 @@ def bend(
         shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d]
         dot_shared = state_fields(shape, d, kept) | gradient_fields(shape, d, (), dot_work) | dot_panels[d]
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
-        with recipe.renamed(names):
+        with recipe.renamed(moved):
             fields = slice_fields(shape, d, 0, shape.batch) | input_fields(shape, d, moves_x)
             dot_whole.append(recipe.record(loops.LAYER, **dot_shared, **fields))
         for first, last in pairwise(shape.cuts):
@@ -79,17 +79,17 @@ def bend(
             fields = dot_shared | where | state_work(recipe, shape, rows)
             fields |= {"around": recipe.record(loops.LAYER, **around)}
             fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
-            with recipe.renamed(names):
+            with recipe.renamed(moved):
                 jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 0, 1))
     loop_phase(recipe, tasks.BEND, jobs)
     if need_x:
         input_gradient(recipe, shape, dot_work)
         if moves_weights:
-            with recipe.renamed(names):
+            with recipe.renamed(moved):
                 input_gradient(recipe, shape, work, add=True)
     if need_weights:
         weight_gradients(recipe, shape, dot_work, whole, 1, biased)
-        with recipe.renamed(names):
+        with recipe.renamed(moved):
             weight_gradients(recipe, shape, work, dot_whole, 1, False, inputs=moves_x, add=True)
     return recipe.finish()
 

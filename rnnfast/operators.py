@@ -1,38 +1,36 @@
 """The operators that torch sees: `rnnfast::layer`, `rnnfast::layer_backward` and `rnnfast::sort_lengths`.
 
 They are opaque, so that compilers and exporters carry one node per layer whatever the number of steps. Each has a fake
-implementation that gives shapes alone. A layer's weights travel as one flat list, direction by direction, each in the
-order w_ih, w_hh, b_ih, b_hh, w_hr with the absent ones left out.
+implementation that gives shapes alone. A layer crosses the boundary as `rnnfast.spec.flatten` lists it: a cell, the
+directions, which tensors are present, and the tensors.
 
 Compilers keep graphs on disk and find them again by the operators' names and arguments, while the shapes in them are
 those of the version that was traced. `layer` therefore takes a `version`, which changes nothing but the graph.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import rnnfast_kernels
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import _torch
-from rnnfast.backends import Layer, Needs, Weights
 from rnnfast.backends.choice import load
-from rnnfast.batching import Backward, map_backward, map_layer
+from rnnfast.spec import Form, Gradients, Layer, Needs, restore
+from rnnfast.vmap import map_backward, map_layer
 
 LAYER_SCHEMA = (
-    "layer(str cell, str backend, bool[] reverse, bool save, bool all_states, "
-    "Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, str version='') -> Tensor[]"
+    "layer(str backend, str cell, bool[] reverse, bool[] present, bool save, bool all_states, Tensor[] tensors, "
+    "str version='') -> Tensor[]"
 )
 BACKWARD_SCHEMA = (
-    "layer_backward(str cell, str backend, bool[] reverse, bool need_x, bool need_hx, bool need_weights, "
-    "SymInt groups, Tensor x, Tensor[] hx, Tensor[] weights, Tensor? batch_sizes, Tensor? resets, "
-    "Tensor[] states, Tensor[] saved, Tensor?[] dstates, Tensor?[] dfinals) -> Tensor[]"
+    "layer_backward(str backend, str cell, bool[] reverse, bool[] present, bool[] needs, SymInt groups, "
+    "Tensor[] tensors, Tensor[] states, Tensor[] saved, Tensor?[] gradients) -> Tensor[]"
 )
 SORT_SCHEMA = "sort_lengths(Tensor lengths, SymInt steps) -> (Tensor, Tensor, Tensor)"
 
@@ -43,28 +41,16 @@ for schema in (LAYER_SCHEMA, BACKWARD_SCHEMA, SORT_SCHEMA):
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def pack_weights(weights: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
-    """Group a flat list of weights by direction and name them; the count per direction tells which are present."""
-    count = len(weights) // directions
-    return tuple(name_weights(weights[d * count : (d + 1) * count]) for d in range(directions))
+def layer_of(cell: str, reverse: Sequence[bool], present: Sequence[bool], tensors: Sequence[Tensor]) -> Layer:
+    """Return what backends take from what operators take.
 
-
-def name_weights(present: Sequence[Tensor]) -> Weights:
-    """Name one direction's weights: two matrices, then two biases or none, then a projection or none."""
-    b_ih, b_hh = present[2:4] if len(present) >= 4 else (None, None)
-    projection = present[-1] if len(present) % 2 else None
-    return Weights(present[0], present[1], b_ih, b_hh, projection)
-
-
-def flat_weights(weights: Sequence[Weights]) -> Iterator[Tensor]:
-    """Undo `pack_weights`."""
-    return (tensor for direction in weights for tensor in direction if tensor is not None)
-
-
-def make_layer(cell, reverse, x, hx, weights, batch_sizes, resets) -> Layer:
-    """Build what backends take from what operators take."""
-    named = pack_weights(weights, len(reverse))
-    return Layer(cell, x, tuple(hx), named, tuple(reverse), batch_sizes, resets)
+    Raises:
+        RuntimeError: the cell is not declared in this process, or the number of tensors is another one.
+    """
+    form = Form(cell, tuple(reverse), tuple(present))
+    if len(tensors) != form.total:
+        raise RuntimeError(f"rnnfast: expected {form.total} tensors of a layer of {cell}, got {len(tensors)}")
+    return restore(form, tensors)
 
 
 def check_layer(layer: Layer) -> None:
@@ -72,29 +58,24 @@ def check_layer(layer: Layer) -> None:
 
     Kernels take addresses and sizes, so what is let through here is read and written as if it did fit.
     """
-    cell, x, (first, *others) = CELLS[layer.cell], layer.x, layer.weights
+    cell, x, first = layer.row, layer.x, layer.weights[0]
     directions, packed = len(layer.reverse), x.dim() == 2
-    width, hidden = first.w_hh.shape[-1], first.w_hh.shape[0] // cell.gates
-    batch = layer.hx[0].shape[1] if packed and layer.hx else x.shape[-2]
-    columns = cell.gates * hidden
-    gates = (columns,)
-    wanted = ((columns, first.w_ih.shape[-1]), (columns, width), gates, gates, (width, hidden))
+    inputs, hidden = first.w_ih.shape[-1], layer.hidden
+    width = hidden if first.w_hh is None else first.w_hh.shape[-1]
+    batch = layer.hx[0].shape[1] if packed and layer.hx[0].dim() > 1 else x.shape[-2]
+    gates, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
+    own = (len(cell.parameters), hidden)
+    wanted = ((*gates, inputs), (*recurrent, width), gates, recurrent, (width, hidden), own)
     for n, weights in enumerate(layer.weights):
         for name, weight, shape in zip(weights._fields, weights, wanted, strict=True):
             if weight is not None:
                 expect(f"{name} of direction {n}", weight, shape, x)
-    if len(others) + 1 != directions or len(layer.hx) != len(cell.states):
-        counts = f"{len(cell.states)} states and the weights of {directions} directions"
-        raise RuntimeError(f"rnnfast: expected {counts}, got {len(layer.hx)} and {len(layer.weights)}")
     for n, state in enumerate(layer.hx):
         expect(f"hx[{n}]", state, (directions, batch, width if n == 0 else hidden), x)
-    inputs = first.w_ih.shape[-1]
     if x.dim() not in (2, 3) or (x.shape[-1] % inputs if inputs else x.shape[-1]):
         raise RuntimeError(f"rnnfast: expected x of shape [T, B, {inputs}] or [rows, {inputs}], got {list(x.shape)}")
-    steps = x.shape[0]
     if layer.batch_sizes is not None:
-        steps = len(layer.batch_sizes) if packed else steps
-        expect("batch_sizes", layer.batch_sizes, (steps,), None, torch.int64)
+        expect("batch_sizes", layer.batch_sizes, (layer.steps,), None, torch.int64)
     elif packed:
         raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
     if packed and layer.batch_sizes is not None and x.device.type == "cpu":
@@ -102,7 +83,14 @@ def check_layer(layer: Layer) -> None:
         if sum(sizes) != len(x) or any(a < b for a, b in pairwise([batch, *sizes, 0])):
             raise RuntimeError(f"rnnfast: expected batch_sizes for {len(x)} rows of {batch} sequences, got {sizes}")
     if layer.resets is not None:
-        expect("resets", layer.resets, (steps, batch), None, torch.bool)
+        expect("resets", layer.resets, (layer.steps, batch), None, torch.bool)
+    full = (layer.steps, batch, hidden)
+    for name, signal in zip(cell.signals, layer.signals, strict=True):
+        if signal.dim() != 3 or any(a not in (1, b) for a, b in zip(signal.shape, full, strict=True)):
+            raise RuntimeError(
+                f"rnnfast: expected the signal {name} to be broadcastable to {list(full)}, got {list(signal.shape)}"
+            )
+        expect(f"the signal {name}", signal, signal.shape, x)
 
 
 def expect(
@@ -125,16 +113,19 @@ def check_memory(tensors: Sequence[Tensor]) -> None:
             raise RuntimeError(f"rnnfast: a tensor of shape {list(tensor.shape)} has no memory: its storage has size 0")
 
 
-def check_backward(layer: Layer, backend: str, states, saved, dstates, dfinals) -> None:
+def check_backward(layer: Layer, backend: str, states, saved, gradients) -> None:
     """Raise RuntimeError where what forward left, or a gradient, does not fit the layer."""
-    lead = (*layer.x.shape[:-1], len(layer.reverse))
-    for n, (state, dstate, dfinal, initial) in enumerate(zip(states, dstates, dfinals, layer.hx, strict=True)):
+    lead, count = (*layer.x.shape[:-1], len(layer.reverse)), len(layer.hx)
+    if len(states) != count or len(gradients) != 2 * count:
+        raise RuntimeError(
+            f"rnnfast: expected {count} states and {2 * count} gradients, got {len(states)} and {len(gradients)}"
+        )
+    for n, (state, initial) in enumerate(zip(states, layer.hx, strict=True)):
         shape = (*lead, initial.shape[-1])
         expect(f"states[{n}]", state, shape, layer.x)
-        if dstate is not None:
-            expect(f"dstates[{n}]", dstate, shape, layer.x)
-        if dfinal is not None:
-            expect(f"dfinals[{n}]", dfinal, initial.shape, layer.x)
+        for name, gradient, own in (("dstates", gradients[n], shape), ("dfinals", gradients[count + n], initial.shape)):
+            if gradient is not None:
+                expect(f"{name}[{n}]", gradient, own, layer.x)
     for n, (tensor, (shape, dtype)) in enumerate(zip(saved, load(backend).saved_like(layer), strict=True)):
         expect(f"saved[{n}]", tensor, shape, None, dtype)
 
@@ -147,7 +138,7 @@ def as_stored(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 
 
 def as_given(x: Tensor) -> AbstractContextManager:
-    """Keep autocast, which has already had its say, from changing what a backend computes."""
+    """Disable autocast: the inputs are cast already."""
     if not _torch.is_any_autocast_enabled():
         return UNCHANGED
     return torch.autocast(x.device.type, enabled=False)
@@ -168,112 +159,98 @@ def hash_of_sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def layer(cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version="") -> list[Tensor]:
+def layer(backend, cell, reverse, present, save, all_states, tensors, version="") -> list[Tensor]:
     """Run one layer: the states, the final states and what backward wants, one after another.
 
     States beyond the first are empty tensors of shape [0] unless `save` or `all_states` asks for them.
     """
-    with as_given(x):
-        described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+    with as_given(tensors[0]):
+        described = layer_of(cell, reverse, present, tensors)
         check_layer(described)
-        check_memory((x, *hx, *weights))
+        check_memory(tensors)
         result = load(backend).forward(described, save=save, all_states=all_states)
     return [*result.states, *result.finals, *result.saved]
 
 
-def layer_fake(
-    cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
-) -> list[Tensor]:
+def layer_fake(backend, cell, reverse, present, save, all_states, tensors, version="") -> list[Tensor]:
     """Shapes of `layer`."""
-    described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
-    shapes = [(*x.shape[:-1], len(reverse), initial.shape[-1]) for initial in hx]
+    described = layer_of(cell, reverse, present, tensors)
+    x, lead = described.x, (*described.x.shape[:-1], len(reverse))
+    shapes = [(*lead, initial.shape[-1]) for initial in described.hx]
     states = [x.new_empty(shape if n == 0 or save or all_states else (0,)) for n, shape in enumerate(shapes)]
-    finals = [x.new_empty(initial.shape) for initial in hx]
+    finals = [x.new_empty(initial.shape) for initial in described.hx]
     kept = load(backend).saved_like(described) if save else ()
     return [*states, *finals, *(x.new_empty(shape, dtype=dtype) for shape, dtype in kept)]
 
 
-def layer_vmap(
-    info, in_dims, cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version=""
-):
+def layer_vmap(info, in_dims, backend, cell, reverse, present, save, all_states, tensors, version=""):
     """Map `layer` where no gradient is wanted; with gradients, the autograd Functions' own rules come first."""
 
-    def apply(reverse, batch_sizes, resets, x, *tensors):
-        hx, weights = tensors[:count], tensors[count:]
-        return torch.ops.rnnfast.layer(
-            cell, backend, reverse, save, all_states, x, hx, weights, batch_sizes, resets, version
-        )
+    def apply(form: Form, tensors):
+        return torch.ops.rnnfast.layer(backend, *form, save, all_states, tensors, version)
 
-    count = len(hx)
-    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim = in_dims[5:10]
-    dims = (sizes_dim, resets_dim, x_dim, *(hx_dims or [None] * len(hx)), *(weight_dims or [None] * len(weights)))
-    args = (batch_sizes, resets, x, *hx, *weights)
-    results, dims = map_layer(apply, backend, reverse, info.batch_size, args, dims, count)
+    form = Form(cell, tuple(reverse), tuple(present))
+    results, dims = map_layer(apply, backend, form, info.batch_size, tensors, in_dims[6])
     return list(results), list(dims)
 
 
 def layer_backward(
-    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-    states, saved, dstates, dfinals,
+    backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients
 ) -> list[Tensor]:  # fmt: skip
-    """Differentiate one layer: gradients of x, hx and weights in this order, shape [0] where not needed.
+    """Differentiate one layer: gradients of x, hx, signals and weights in this order, shape [0] where not needed.
 
-    groups: with more than one, gradients of the weights have a leading dimension [groups], see `Backend.backward`.
+    gradients: of the states and the final states. groups: with more than one, gradients of the weights have a leading
+    dimension [groups], see `Backend.backward`.
     """
-    needs = Needs(need_x, need_hx, need_weights)
-    with as_given(x):
-        described = make_layer(cell, reverse, x, hx, weights, batch_sizes, resets)
+    needs = Needs(*needs)
+    with as_given(tensors[0]):
+        described = layer_of(cell, reverse, present, tensors)
         check_layer(described)
-        dstates, dfinals = as_stored(dstates), as_stored(dfinals)
-        check_backward(described, backend, states, saved, dstates, dfinals)
-        check_memory((x, *hx, *weights, *states, *saved, *(g for g in (*dstates, *dfinals) if g is not None)))
-        grads = load(backend).backward(
-            described, tuple(states), tuple(saved), tuple(dstates), tuple(dfinals), needs, groups
-        )  # fmt: skip
-    return [
-        grads.x if need_x else x.new_empty(0),
-        *(grads.hx if need_hx else (x.new_empty(0) for _ in hx)),
-        *(flat_weights(grads.weights) if need_weights else (x.new_empty(0) for _ in weights)),
-    ]
+        gradients = as_stored(gradients)
+        check_backward(described, backend, states, saved, gradients)
+        check_memory((*tensors, *states, *saved, *(each for each in gradients if each is not None)))
+        count = len(states)
+        dstates, dfinals = tuple(gradients[:count]), tuple(gradients[count:])
+        found = load(backend).backward(described, tuple(states), tuple(saved), dstates, dfinals, needs, groups)
+    form = Form(cell, tuple(reverse), tuple(present))
+    pairs = zip(listed(form, found), form.asked(needs), strict=True)
+    return [each if asked and each is not None else tensors[0].new_empty(0) for each, asked in pairs]
+
+
+def listed(form: Form, gradients: Gradients) -> list[Tensor | None]:
+    """List gradients in the order of the layer's differentiable tensors."""
+    there = form.present[:-2]
+    weights = (
+        each for direction in gradients.weights for each, is_there in zip(direction, there, strict=True) if is_there
+    )
+    return [gradients.x, *gradients.hx, *gradients.signals, *weights]
 
 
 def layer_backward_fake(
-    cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-    states, saved, dstates, dfinals,
+    backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients
 ) -> list[Tensor]:  # fmt: skip
     """Shapes of `layer_backward`."""
-    leading = (groups,) if groups > 1 else ()
+    form = Form(cell, tuple(reverse), tuple(present))
+    first = 1 + form.states + form.signals  # of the weights
+    lead = (groups,) if groups > 1 else ()
     return [
-        *(x.new_empty(t.shape if need else (0,)) for t, need in ((x, need_x), *((t, need_hx) for t in hx))),
-        *(x.new_empty((*leading, *w.shape) if need_weights else (0,)) for w in weights),
+        tensor.new_empty(((*lead, *tensor.shape) if n >= first else tensor.shape) if asked else (0,))
+        for n, (tensor, asked) in enumerate(zip(tensors, form.asked(Needs(*needs)), strict=False))
     ]
 
 
 def layer_backward_vmap(
-    info, in_dims, cell, backend, reverse, need_x, need_hx, need_weights, groups, x, hx, weights, batch_sizes, resets,
-    states, saved, dstates, dfinals,
+    info, in_dims, backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients
 ):  # fmt: skip
     """Map `layer_backward` where no second derivative is wanted."""
-    flags = (need_x, need_hx, need_weights)
-    count = len(hx)
-    behind = list(accumulate(map(len, (dfinals, dstates, saved, states))))[::-1]  # tensors from each list on
 
-    def apply(reverse, groups, batch_sizes, resets, x, *tensors):
-        bounds = [0, count, *(len(tensors) - n for n in behind), len(tensors)]
-        hx, weights, *others = (tensors[start:end] for start, end in pairwise(bounds))
-        return torch.ops.rnnfast.layer_backward(
-            cell, backend, reverse, *flags, groups, x, hx, weights, batch_sizes, resets, *others
-        )
+    def apply(form: Form, groups, tensors, states, saved, gradients):
+        return torch.ops.rnnfast.layer_backward(backend, *form, needs, groups, tensors, states, saved, gradients)
 
-    def flat_dims(dims, tensors):
-        return dims or [None] * len(tensors)
-
-    x_dim, hx_dims, weight_dims, sizes_dim, resets_dim, *rest = in_dims[7:]
-    lists = ((hx_dims, hx), (weight_dims, weights), *zip(rest, (states, saved, dstates, dfinals), strict=True))
-    dims = (sizes_dim, resets_dim, x_dim, *(d for pair in lists for d in flat_dims(*pair)))
-    args = (batch_sizes, resets, x, *(t for _, tensors in lists for t in tensors))
-    constants = Backward(backend, reverse, flags, groups)
-    results, dims = map_backward(apply, constants, info.batch_size, args, dims, count, len(saved))
+    form = Form(cell, tuple(reverse), tuple(present))
+    lists = (tensors, states, saved, gradients)
+    dims = [given or [None] * len(each) for given, each in zip(in_dims[6:], lists, strict=True)]
+    results, dims = map_backward(apply, backend, form, Needs(*needs), groups, info.batch_size, lists, dims)
     return list(results), list(dims)
 
 

@@ -1,10 +1,4 @@
-"""The Numba backend: allocates tensors and scratch, cuts the work into jobs, and runs kernels over raw addresses.
-
-What the kernels compute is in `rnnfast_kernels.cpu`. `saved` is, in this order, what of it there is:
-
-    gates  [*L, D, kept * H]    what the cell wants back, gate by gate (LSTM and GRU), in float32 at least
-    unprojected [*L, D, H]           the cell's output before its projection (with `proj_size`)
-"""
+"""Whether the Numba backend can run a case, what keeps it from that, and what it runs on."""
 
 import functools
 from importlib.util import find_spec
@@ -13,51 +7,35 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
-from torch import Tensor
 
-from rnnfast.backends import Changes, Gradients, Layer, Needs, Pushed, Result
-from rnnfast.backends.cpu_jobs import DTYPE_NAMES, WIDER, run_backward, run_forward
-from rnnfast.backends.cpu_layer import PreparedLayer
-from rnnfast.backends.cpu_second import run_bend, run_push
-from rnnfast.backends.cpu_stack import Sizes, Stack
-
-__all__ = [
-    "PreparedLayer",
-    "Sizes",
-    "Stack",
-    "backward",
-    "bend",
-    "broken",
-    "describe",
-    "forward",
-    "obtain",
-    "push",
-    "saved_like",
-    "unsupported",
-    "warmup",
-]
-
-TAKES_ENSEMBLES = True
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# The dtype of sums and of what kernels keep for themselves, where it is not that of the layer.
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+# Values of that many gates are in registers at once, and code grows with them.
+MOST_GATES = 24
 
 
 def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why this backend cannot run the case, or None where it can."""
     if cell not in CELLS:
         return f"the numba backend has no kernel for the cell {cell}"
-    if device.type == "cpu" and len(CELLS[cell].states) > 2:
-        return f"the numba backend has no kernels for cells of more than two states, such as {cell}"
-    return unsupported_case(device, dtype) or broken(cell, dtype)
-
-
-def unsupported_case(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why this backend cannot run any cell on a device and in a dtype, or None where it can."""
     if device.type != "cpu":
         return f"the numba backend runs on the CPU, not on {device.type}"
     if dtype not in DTYPE_NAMES:
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    return None
+    gates = CELLS[cell].gates
+    if gates == 0:
+        return "the numba backend has no kernels for cells without gates"
+    if gates > MOST_GATES:
+        return f"the numba backend has no kernels for cells of more than {MOST_GATES} gates, got {gates}"
+    return broken(cell, dtype)
 
 
 failures: dict[tuple[str, torch.dtype, int], str] = {}
@@ -99,6 +77,8 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
     derivatives: 2 for those of second derivatives.
     """
     if derivatives == 2:
+        if len(CELLS[cell].states) > 2:
+            return "there are no kernels for second derivatives of cells of more than two states"
         dtype = WIDER.get(dtype, dtype)
     wanted = cell, dtype, derivatives
     if wanted in obtained:
@@ -119,42 +99,6 @@ def described(error: Exception) -> str:
     """Name an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
-    """Run the layer. `save` asks for everything that `backward` needs, `all_states` for every entry of `states`."""
-    return run_forward(layer, save=save, keep_extra=save or all_states)
-
-
-def backward(
-    layer: Layer,
-    states: tuple[Tensor, ...],
-    saved: tuple[Tensor, ...],
-    dstates: tuple[Tensor | None, ...],
-    dfinals: tuple[Tensor | None, ...],
-    needs: Needs,
-    groups: int = 1,
-) -> Gradients:
-    """Differentiate the layer. `states` and `saved` are `forward`'s; a gradient of None is zero."""
-    return run_backward(layer, states, saved, dstates, dfinals, needs, groups)
-
-
-def push(layer: Layer, states: tuple[Tensor, ...], saved: tuple[Tensor, ...], changes: Changes) -> Pushed:
-    """Return what changes of a layer's tensors do to its states."""
-    return run_push(layer, states, saved, changes)
-
-
-def bend(
-    layer: Layer,
-    states: tuple[Tensor, ...],
-    saved: tuple[Tensor, ...],
-    dstates: tuple[Tensor | None, ...],
-    dfinals: tuple[Tensor | None, ...],
-    changes: Changes,
-    needs: Needs,
-) -> tuple[Gradients, Pushed]:
-    """Return what changes of a layer's tensors do to the results of `backward`, and to the states."""
-    return run_bend(layer, states, saved, dstates, dfinals, changes, needs)
 
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -187,24 +131,3 @@ def team_name() -> str:
     if torch.get_num_threads() == 1:
         return "one thread"
     return "OpenMP threads of torch" if pool.team().start else "Python threads"
-
-
-def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shape and dtype of each tensor that `forward(layer, save=True)` puts into `saved`."""
-    cell = CELLS[layer.cell]
-    lead = (*layer.x.shape[:-1], len(layer.reverse))
-    hidden = layer.weights[0].w_hh.shape[0] // cell.gates
-    dtype = layer.x.dtype
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if cell.saved:
-        shapes.append(((*lead, cell.kept * hidden), WIDER.get(dtype, dtype)))
-    if layer.weights[0].w_hr is not None:
-        shapes.append(((*lead, hidden), dtype))
-    return tuple(shapes)
-
-
-def warmup(cell: str, dtype: torch.dtype) -> None:
-    """Compile the kernels of a cell and a dtype, or load them from the disk cache."""
-    from rnnfast_kernels.cpu.compiled import kernel
-
-    kernel(cell, DTYPE_NAMES[dtype])

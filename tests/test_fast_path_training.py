@@ -1,14 +1,14 @@
-"""Repeated calls in training take a shorter way: to the same bits, and only where nothing else can tell."""
+"""The fast path in training: the same bits as by the ordinary one, and only where nothing else can tell."""
 
 import pytest
 import torch
 from cpu_layers import threads
-from layers import CELLS, as_tuple, pair, random_hx
+from layers import CELLS, as_tuple, ordinary_path, pair, random_hx
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
-from rnnfast import _torch, quick
+from rnnfast import _torch, fast_path
 
 pytestmark = pytest.mark.skipif(
     _torch.saving_hooks is _torch.always, reason="this torch does not tell about saved tensors"
@@ -28,12 +28,11 @@ cells = pytest.mark.parametrize("cell", CELLS)
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    quick.once.clear()
-    quick.ready.clear()
+    fast_path.recorded.clear()
 
 
-def is_quick(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor comes from a prepared layer."""
+def is_fast(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor comes from a recorded layer."""
     nodes, seen = [tensor.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -41,15 +40,14 @@ def is_quick(tensor: torch.Tensor) -> bool:
             seen.append(node.name())
             nodes += [before for before, _ in node.next_functions]
     assert any("Layer" in name for name in seen)
-    return "QuickLayerBackward" in seen
+    return "FastLayerBackward" in seen
 
 
 def repeated(layer: nn.Module, *args):
-    """Call a layer until its kind is prepared, and return the results of a prepared call."""
-    for _ in range(2):
-        layer(*args)
+    """Call a layer twice, and return the results of the second call."""
+    layer(*args)
     results = layer(*args)
-    assert is_quick(results[0])
+    assert is_fast(results[0])
     return results
 
 
@@ -73,12 +71,15 @@ def test_repeated_calls_give_the_same_bits(cell, form, given):
     hx = None if given == "zero" else random_hx(layer, 4 if layer.batch_first else 3)
     if given == "given":
         hx = tuple(s.detach() for s in hx) if isinstance(hx, tuple) else hx.detach()
-    expected, *_, found = [differentiate(layer, x, hx) for _ in range(3)]
-    assert is_quick(found[0])
-    assert not is_quick(expected[0])
-    for a, b in zip(expected, found, strict=True):
-        assert a.stride() == b.stride()
-        assert torch.equal(a, b)
+    with ordinary_path():
+        expected = differentiate(layer, x, hx)
+    first, found = [differentiate(layer, x, hx) for _ in range(2)]
+    assert is_fast(first[0])
+    assert is_fast(found[0])
+    assert not is_fast(expected[0])
+    for a, *others in zip(expected, first, found, strict=True):
+        assert all(a.stride() == b.stride() for b in others)
+        assert all(torch.equal(a, b) for b in others)
     addresses = {each.untyped_storage().data_ptr() for each in found}
     assert len(addresses) == len(found)
 
@@ -88,7 +89,8 @@ def test_a_part_of_the_gradients_of_a_part_of_the_results(cell):
     _, layer = pair(cell, 5, 19)
     layer.weight_ih_l0.requires_grad_(False)
     x, hx = torch.randn(4, 3, 5), random_hx(layer, 3)
-    expected = layer(x, hx)
+    with ordinary_path():
+        expected = layer(x, hx)
     output, finals = repeated(layer, x, hx)
     leaves = [layer.weight_hh_l0, layer.bias_ih_l0, as_tuple(hx)[-1]]
     for a, b in zip((expected[0], *as_tuple(expected[1])), (output, *as_tuple(finals)), strict=True):
@@ -100,7 +102,8 @@ def test_a_part_of_the_gradients_of_a_part_of_the_results(cell):
     with torch.no_grad():
         layer.requires_grad_(False)
     x.requires_grad_()
-    a = torch.autograd.grad(layer(x)[0].sum(), x)
+    with ordinary_path():
+        a = torch.autograd.grad(layer(x)[0].sum(), x)
     assert torch.equal(a[0], torch.autograd.grad(repeated(layer, x)[0].sum(), x)[0])
 
 
@@ -115,7 +118,8 @@ def test_second_derivatives_are_those_of_the_long_way(cell):
             dx.square().sum(), [x, *layer.parameters()], allow_unused=True, materialize_grads=True
         )
 
-    expected = penalty(layer(x)[0])
+    with ordinary_path():
+        expected = penalty(layer(x)[0])
     for a, b in zip(expected, penalty(repeated(layer, x)[0]), strict=True):
         assert torch.equal(a, b)
 
@@ -145,14 +149,15 @@ def test_anomaly_mode_names_the_call():
     layer, x = rnnfast.RNN(5, 7), torch.full((2, 3, 5), torch.nan)
     with torch.autograd.set_detect_anomaly(True):
         output = repeated(layer, x)[0]
-        warned = pytest.warns(UserWarning, match="Error detected in QuickLayerBackward")
+        warned = pytest.warns(UserWarning, match="Error detected in FastLayerBackward")
         with warned, pytest.raises(RuntimeError, match="returned nan values"):
             output.sum().backward()
 
 
 def test_other_layouts_of_what_was_saved_are_seen():
     layer, x = rnnfast.GRU(5, 7), torch.randn(4, 3, 5)
-    expected = torch.autograd.grad(layer(x)[0].sum(), layer.weight_ih_l0)[0]
+    with ordinary_path():
+        expected = torch.autograd.grad(layer(x)[0].sum(), layer.weight_ih_l0)[0]
     output = repeated(layer, x)[0]
     for saved in output.grad_fn._raw_saved_tensors[:2]:
         saved.register_hooks(torch.clone, lambda tensor: tensor.mT.contiguous().mT)
@@ -165,7 +170,7 @@ def test_threads_are_those_of_the_backward_pass():
         output = repeated(layer, x)[0]
     with threads(2):
         output.sum().backward()
-    (prepared,) = next(iter(quick.ready.values())).layers
+    (prepared,) = next(iter(fast_path.recorded.values())).layers
     ((backward_pass, _),) = prepared.backward_passes.values()
     assert (prepared.forward_pass.recipe.threads, backward_pass.recipe.threads) == (1, 2)
 
@@ -177,7 +182,7 @@ def test_checkpoints_save_the_same_tensors_each_time():
         h = x
         for layer in layers:
             h = checkpoint(lambda h, layer=layer: layer(h)[0], h, use_reentrant=False)
-            assert not is_quick(h)
+            assert not is_fast(h)
         found = torch.autograd.grad(h.sum(), x)[0]
     expected = torch.autograd.grad(layers[1](layers[0](x)[0])[0].sum(), x)[0]
     assert torch.equal(found, expected)
@@ -201,4 +206,22 @@ def test_calls_that_something_watches_go_the_long_way():
         layer(x)
         layer.recompute = False
         layer(x[:, 0])
-    assert not quick.ready
+    assert not fast_path.recorded
+
+
+@cells
+def test_third_derivatives_are_those_of_the_ordinary_path(cell):
+    """The states of every step, and not the output alone, are then differentiated."""
+    _, layer = pair(cell, 2, 7, dtype=torch.float64)
+    start = torch.randn(4, 2, 2, dtype=torch.float64)
+
+    def third():
+        x = start.clone().requires_grad_()
+        value = layer(x)[0].square().sum()
+        for _ in range(2):
+            value = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
+        return torch.autograd.grad(value, x)[0]
+
+    with ordinary_path():
+        expected = third()
+    torch.testing.assert_close(third(), expected, rtol=1e-12, atol=0)

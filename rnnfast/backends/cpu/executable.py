@@ -1,0 +1,249 @@
+"""A pass over one layer, recorded for a signature: afterwards a call allocates its results and passes addresses.
+
+The names are those of the fields and bases in `rnnfast_kernels.cpu.plan`, which says what they are.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, compress
+from typing import NamedTuple
+
+import torch
+from rnnfast_kernels.cpu import plan, plan_backward, plan_forward
+from rnnfast_kernels.cpu.compiled import Kernel, kernel
+from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
+from rnnfast_kernels.cpu.recipe import Recipe
+from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS
+from torch import Tensor
+
+from rnnfast.backends.cpu.available import DTYPE_NAMES, WIDER
+from rnnfast.spec import Needs, Signature, Weights
+
+STATES = ("h", "extra")
+
+
+class Room(NamedTuple):
+    """A result to allocate. dtype: where it is not the layer's. zeroed: where kernels leave parts as they are."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    zeroed: bool = False
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Return its size in a layer of a dtype."""
+        return math.prod(self.shape) * (self.dtype or dtype).itemsize
+
+
+class Executable:
+    """A recorded program and the kernel that runs it.
+
+    tensors, results: names of what it takes and gives, in order.
+    """
+
+    def __init__(
+        self,
+        code: Kernel,
+        dtype: torch.dtype,
+        record: Callable[..., Recipe],
+        tensors: Sequence[str],
+        results: Mapping[str, Room],
+        fixed: Mapping[str, int],
+    ):
+        """record: takes the names of tensors and results. fixed: addresses, and strides, that are always the same."""
+        self.kernel, self.dtype, self.tensors = code, dtype, tuple(tensors)
+        self.results, self.rooms = tuple(results), tuple(results.values())
+        self.recipe = record(names=(*self.tensors, *self.results))
+        self.fixed = [fixed.get(name, 0) for name in self.recipe.named[len(self.tensors) + len(self.results) :]]
+        self.scratch = -(-self.recipe.scratch // dtype.itemsize)
+        self.large = max([self.recipe.scratch, *(each.bytes(dtype) for each in self.rooms)]) >= WORTH_IT
+
+    def run(self, x: Tensor, addresses: list[int]) -> list[Tensor]:
+        """Allocate results like x, and run. addresses: of the tensors, in their order."""
+        new = partial(room, x) if self.large else x.new_empty
+        results = [
+            (x.new_zeros if zeroed else new)(shape) if dtype is None
+            else (x.new_zeros if zeroed else new)(shape, dtype=dtype)
+            for shape, dtype, zeroed in self.rooms
+        ]  # fmt: skip
+        scratch = new(self.scratch)
+        self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, *map(Tensor.data_ptr, results), *self.fixed])
+        return results
+
+    def run_named(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run over tensors by name, and return results by name."""
+        results = self.run(x, [tensors[name].data_ptr() for name in self.tensors])
+        return dict(zip(self.results, results, strict=True))
+
+
+def room(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised tensor, where it is large in large pages."""
+    tensor = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
+    if tensor.nbytes >= WORTH_IT:
+        ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def code_of(signature: Signature, derivatives: int = 1) -> Kernel:
+    """Return the machine code for a signature."""
+    return kernel(signature.form.cell, DTYPE_NAMES[signature.dtype], derivatives)
+
+
+def shape_of(signature: Signature) -> plan.Shape:
+    """Return what a plan depends on."""
+    form, cell, threads = signature.form, signature.cell, signature.threads
+    directions, batch, dtype = len(form.reverse), signature.batch, signature.dtype
+    input_width, hidden, width = signature.x_shape[-1] // signature.inputs, signature.hidden, signature.width
+    projected, ragged, reset = form.present[-4], *form.present[-2:]
+    rows = math.prod(signature.x_shape[:-1])
+    work = rows * directions * plan.work_per_row(cell, input_width, hidden, width)
+    step_work = batch * plan.work_per_row(cell, 0, hidden, width)
+    shared = not (projected or ragged or reset)
+    workers = plan.workers_for(batch, work, step_work, directions, threads) if shared else 1
+    slices = 1 if workers > 1 else plan.slices_for(work, batch, directions, threads)
+    repeated = signature.repeated or not cell.standard
+    return plan.Shape(
+        cell=form.cell,
+        dtype=DTYPE_NAMES[dtype],
+        steps=signature.steps,
+        batch=batch,
+        rows=rows,
+        inputs=input_width,
+        sharing=directions // signature.inputs,
+        hidden=hidden,
+        width=width,
+        reverse=form.reverse,
+        x_row=signature.x_strides[-2] * dtype.itemsize,
+        x_step=signature.x_strides[0] * dtype.itemsize,
+        projected=projected,
+        threads=threads,
+        cuts=signature.cuts if signature.cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
+        workers=workers,
+        unpacked=rows <= MOST_UNPACKED_ROWS and not projected and not repeated,
+    )
+
+
+def state_names(signature: Signature, form: str) -> tuple[str, ...]:
+    """Return a name for h, and for the other states if there are any."""
+    return tuple(form.format(state) for state in STATES[: signature.form.states])
+
+
+def weight_names(signature: Signature, prefix: str = "") -> tuple[str, ...]:
+    """Name the weights that there are, direction by direction; or, with the prefix d, their gradients."""
+    fields = tuple(compress(Weights._fields, signature.form.present))
+    return tuple(f"{prefix}{name}{d}" for d in range(len(signature.form.reverse)) for name in fields)
+
+
+def tensor_names(signature: Signature) -> tuple[str, ...]:
+    """Name the tensors of a layer in the order of `rnnfast.spec.flatten`, with the packed steps' starts at the end."""
+    initial = () if signature.zero else state_names(signature, "{}_first")
+    signals = (f"signal{n}" for n in range(signature.form.signals))
+    options = compress(("sizes", "resets"), signature.form.present[-2:])
+    starts = ("starts",) * (signature.form.present[-2] and not signature.padded)
+    return ("x", *initial, *signals, *weight_names(signature), *options, *starts)
+
+
+def fixed_values(signature: Signature) -> dict[str, int]:
+    """Return addresses of zeros for initial states that are not given, and the strides of signals."""
+    fixed = {}
+    if signature.zero:
+        rows = len(signature.form.reverse) * signature.batch * signature.dtype.itemsize
+        others = max(1, signature.form.states - 1)
+        fixed = {
+            "h_first": plan.zeros(rows * signature.width),
+            "extra_first": plan.zeros(rows * others * signature.hidden),
+        }
+    for n, strides in enumerate(signature.signals):
+        fixed |= zip((f"signal{n}_step", f"signal{n}_row", f"signal{n}_unit"), strides, strict=True)
+    return fixed
+
+
+def state_rooms(signature: Signature, form: str, lead: tuple[int, ...]) -> dict[str, Room]:
+    """Describe h, [*lead, P], and the other states together, [*lead, H], with S-1 in front if there are several."""
+    others = signature.form.states - 1
+    shapes = (*lead, signature.width), ((others,) if others > 1 else ()) + (*lead, signature.hidden)
+    return {name: Room(shape) for name, shape in zip(state_names(signature, form), shapes, strict=False)}
+
+
+def residual_rooms(signature: Signature) -> dict[str, Room]:
+    """Describe what backward wants beside the states.
+
+    gates [*L, D, kept * H]: what the cell wants back, gate by gate, in float32 at least. unprojected [*L, D, H].
+    """
+    cell, hidden, zeroed = signature.cell, signature.hidden, signature.padded
+    found = {}
+    if cell.saved:
+        wide = WIDER.get(signature.dtype)
+        found["gates"] = Room((*signature.lead, cell.kept * hidden), wide, zeroed)
+    if signature.form.present[-4]:
+        found["unprojected"] = Room((*signature.lead, hidden), None, zeroed)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(signature: Signature, save: bool, all_states: bool, flat: bool = False) -> Executable:
+    """Record the forward pass. Results: h, the other states if they are asked for, residuals, and the final states.
+
+    flat: whether h is [T, B, D*P] rather than [*L, D, P].
+    """
+    results = state_rooms(signature, "{}", signature.lead)
+    if flat:
+        results["h"] = Room((*signature.x_shape[:-1], len(signature.form.reverse) * signature.width))
+    if not (save or all_states):
+        results = {"h": results["h"]}
+    results |= residual_rooms(signature) if save else {}
+    kept = tuple(results)[1:]
+    results |= state_rooms(signature, "{}_final", (len(signature.form.reverse), signature.batch))
+    record = partial(plan_forward.forward, shape_of(signature), signature.form.present[2], kept)
+    tensors, fixed = tensor_names(signature), fixed_values(signature)
+    return Executable(code_of(signature), signature.dtype, record, tensors, results, fixed)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward(signature: Signature, given: tuple[str, ...], needs: Needs, groups: int = 1) -> Executable:
+    """Record the backward pass over the layer's tensors, h, the other states and residuals, and incoming gradients.
+
+    given: names of the gradients that are not zero. Results: the gradients that `needs` names.
+    """
+    wide, lead = WIDER.get(signature.dtype), (groups,) if groups > 1 else ()
+    others = ("extra",) if signature.form.states > 1 else ()
+    kept = (*others, *residual_rooms(signature))
+    results: dict[str, Room] = {}
+    if needs.x:
+        results["dx"] = Room(signature.x_shape, wide)
+    if needs.hx:
+        results |= state_rooms(signature, "d{}_first", (len(signature.form.reverse), signature.batch))
+    if needs.signals:
+        results["dsignals"] = Room((*signature.lead, signature.form.signals * signature.hidden), wide, True)
+    if needs.weights:
+        shapes = [shape for shape in signature.weights if shape is not None] * len(signature.form.reverse)
+        rooms = (Room((*lead, *shape), wide) for shape in shapes)
+        results |= zip(weight_names(signature, "d"), rooms, strict=True)
+    incoming = (*given, "dsignals") if needs.signals else given
+    flags = (needs.x, needs.hx, needs.weights)
+    biased = signature.form.present[2]
+    record = partial(plan_backward.backward, shape_of(signature), kept, incoming, *flags, groups, biased)
+    tensors = (*tensor_names(signature), "h", *kept, *given)
+    return Executable(code_of(signature), signature.dtype, record, tensors, results, fixed_values(signature))
+
+
+@functools.lru_cache(maxsize=1024)
+def stack(signatures: tuple[Signature, ...], batched: bool = True) -> Executable:
+    """Record layers on top of one another, with nothing kept: for cells of at most two states.
+
+    Results: the output and the final states, without a batch dimension where it is one that was added.
+    """
+    first, last = signatures[0], signatures[-1]
+    directions = len(first.form.reverse)
+    lead = first.x_shape[:2] if batched else first.x_shape[:1]
+    results = {"h": Room((*lead, directions * last.width))}
+    rows = (len(signatures) * directions, first.batch)[: 1 + batched]
+    results |= state_rooms(first, "{}_final", rows)
+    weights = chain.from_iterable(
+        (plan_forward.layer_name(name, n) for name in weight_names(each)) for n, each in enumerate(signatures)
+    )
+    tensors = ("x", *(() if first.zero else state_names(first, "{}_first")), *weights)
+    shapes, biased = tuple(map(shape_of, signatures)), first.form.present[2]
+    record = partial(plan_forward.stack, shapes, biased=biased, zero=first.zero)
+    return Executable(code_of(first), first.dtype, record, tensors, results, {})

@@ -1,0 +1,322 @@
+"""The typed descriptions that everything below the modules takes: options, a layer's tensors, what describes a call.
+
+Dimensions: T steps, B batch rows, I input width, H hidden units, P projection width (H without one), G gates, R gates
+with a recurrent part, S states, N inputs, D directions. Everything is time-major.
+
+Row layouts. The rows of step t are contiguous, and their number never grows with t:
+    dense    x is [T, B, I], `batch_sizes` is None: every step has B rows
+    padded   x is [T, B, I], `batch_sizes` is an int64 [T]: step t has its first batch_sizes[t] rows. The other rows
+             are ignored, even where they are NaN; in the results they are 0
+    packed   x is [rows, I], `batch_sizes` is an int64 [T] on the CPU: the steps follow one another without gaps
+A reverse direction runs from the last step to the first; a row joins, with its initial state, at its last valid step.
+
+Ensembles. Layers of equal sizes that run over the same steps are one layer: the directions of one member after those of
+another. An ensemble of N with inputs of their own: x is [T, B, N*I] or [rows, N*I], member n reads slice n.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.equations.cell import Cell
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+
+
+class Options(NamedTuple):
+    """The constants of a stack of layers; the meanings are those of torch.nn.LSTM's arguments.
+
+    bias, projected: whether there are biases, and a projection of the output.
+    """
+
+    cell: str
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    recompute: bool = False
+    bias: bool = True
+    projected: bool = False
+
+    @property
+    def directions(self) -> int:
+        """Return D."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def reverse(self) -> tuple[bool, ...]:
+        """Say for each direction whether it runs backwards."""
+        return (False, True)[: self.directions]
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Say which fields of `Weights` there are."""
+        cell = CELLS[self.cell]
+        recurrent = cell.recurrent > 0
+        return (True, recurrent, self.bias, self.bias and recurrent, self.projected, bool(cell.parameters))
+
+    @property
+    def flat_count(self) -> int:
+        """Return the number of tensors of one direction in a flat list of weights, where parameters are [H] each."""
+        return sum(self.present[:-1]) + len(CELLS[self.cell].parameters)
+
+    def width(self, weights: Sequence[Tensor]) -> int:
+        """Return P, of a flat list of weights."""
+        return weights[1].shape[-1] if self.present[1] else self.hidden(weights)
+
+    def hidden(self, weights: Sequence[Tensor]) -> int:
+        """Return H, of a flat list of weights."""
+        return weights[0].shape[0] // CELLS[self.cell].gates
+
+
+class Weights(NamedTuple):
+    """The parameters of one direction, in torch's shapes and gate order; or their gradients, tangents or shapes."""
+
+    w_ih: Any  # [G*H, I]
+    w_hh: Any = None  # [R*H, P]
+    b_ih: Any = None  # [G*H]
+    b_hh: Any = None  # [R*H]
+    w_hr: Any = None  # [P, H], with a projection
+    parameters: Any = None  # [number of the cell's parameters, H]
+
+
+@dataclass(slots=True)
+class Layer:
+    """One call of a layer, as backends receive it.
+
+    x: the input, or N inputs side by side, each for its own D / N successive directions.
+    hx: the initial states, one [D, B, P or H] tensor per state of the cell, the one that the product takes first.
+    weights: of each direction.
+    reverse: the direction of each of the D independent recurrences.
+    resets: bool [T, B] or None; where it is true, the state that enters that step is zeroed first.
+    signals: the cell's further inputs, [T or 1, B or 1, H or 1] each, by step and row whatever the layout of x.
+    """
+
+    cell: str
+    x: Tensor
+    hx: States
+    weights: tuple[Weights, ...]
+    reverse: tuple[bool, ...]
+    batch_sizes: Tensor | None = None
+    resets: Tensor | None = None
+    signals: States = ()
+
+    @property
+    def row(self) -> Cell:
+        """Return the cell."""
+        return CELLS[self.cell]
+
+    @property
+    def steps(self) -> int:
+        """Return T."""
+        return self.x.shape[0] if self.batch_sizes is None or self.x.dim() == 3 else len(self.batch_sizes)
+
+    @property
+    def hidden(self) -> int:
+        """Return H."""
+        return self.weights[0].w_ih.shape[0] // self.row.gates
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs, N."""
+        width = self.weights[0].w_ih.shape[1]
+        return self.x.shape[-1] // width if width else 1
+
+    def input_of(self, d: int, x: Tensor) -> Tensor:
+        """Take what direction `d` reads from x, or from something of x's shape."""
+        inputs = self.inputs
+        return x if inputs == 1 else x.chunk(inputs, -1)[d * inputs // len(self.reverse)]
+
+
+class Form(NamedTuple):
+    """A layer without its tensors. present: which fields of `Weights` there are, and batch_sizes and resets."""
+
+    cell: str
+    reverse: tuple[bool, ...]
+    present: tuple[bool, ...]
+
+    @property
+    def states(self) -> int:
+        """Return S."""
+        return len(CELLS[self.cell].states)
+
+    @property
+    def signals(self) -> int:
+        """Return the number of signals."""
+        return len(CELLS[self.cell].signals)
+
+    @property
+    def differentiable(self) -> int:
+        """Return the number of tensors but batch_sizes and resets."""
+        return 1 + self.states + self.signals + sum(self.present[:-2]) * len(self.reverse)
+
+    @property
+    def total(self) -> int:
+        """Return the number of tensors."""
+        return self.differentiable + sum(self.present[-2:])
+
+    def needs(self, wanted: Sequence[bool]) -> "Needs":
+        """Sum up which of the differentiable tensors need a gradient."""
+        signals = 1 + self.states
+        weights = signals + self.signals
+        return Needs(
+            wanted[0], any(wanted[1:signals]), any(wanted[weights : self.differentiable]), any(wanted[signals:weights])
+        )
+
+    def asked(self, needs: "Needs") -> tuple[bool, ...]:
+        """Undo `needs`: say for each of the differentiable tensors whether its gradient is computed."""
+        count = self.differentiable - 1 - self.states - self.signals
+        hx, signals, weights = (needs.hx,) * self.states, (needs.signals,) * self.signals, (needs.weights,) * count
+        return (needs.x, *hx, *signals, *weights)
+
+
+def flatten(layer: Layer) -> tuple[Form, list[Tensor]]:
+    """List a layer's tensors: x, hx, signals, the weights direction by direction, batch_sizes, resets."""
+    options = (layer.batch_sizes, layer.resets)
+    present = (*(each is not None for each in layer.weights[0]), *(each is not None for each in options))
+    weights = (each for direction in layer.weights for each in direction)
+    tensors = (layer.x, *layer.hx, *layer.signals, *weights, *options)
+    return Form(layer.cell, tuple(layer.reverse), present), [each for each in tensors if each is not None]
+
+
+def restore(form: Form, tensors: Sequence) -> Layer:
+    """Undo `flatten`. The tensors may be a layer's gradients or tangents, None for those that there are not."""
+    given = iter(tensors)
+    x = next(given)
+    hx = tuple([next(given) for _ in range(form.states)])
+    signals = tuple([next(given) for _ in range(form.signals)])
+    weights = tuple([named(form.present, given) for _ in form.reverse])
+    batch_sizes, resets = [next(given, None) if there else None for there in form.present[-2:]]
+    return Layer(form.cell, x, hx, weights, form.reverse, batch_sizes, resets, signals)
+
+
+def named(present: Sequence[bool], given) -> Weights:
+    """Name the next of one direction's weights."""
+    return Weights._make([next(given) if there else None for there in present[: len(Weights._fields)]])
+
+
+def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
+    """Name a flat list of one layer's weights, which has the parameters of a cell one by one, [H] each."""
+    own = len(CELLS[options.cell].parameters)
+    given, found = iter(weights), []
+    for _ in range(options.directions):
+        fields = [next(given) if there else None for there in options.present[:-1]]
+        fields.append(torch.stack([next(given) for _ in range(own)]) if own else None)
+        found.append(Weights._make(fields))
+    return tuple(found)
+
+
+class Signature(NamedTuple):
+    """Everything that one call of a layer depends on but values and addresses.
+
+    x_shape, x_strides: those of x, in elements; the last stride is 1. batch, hidden, width, inputs: B, H, P and N.
+    zero: whether the initial states are zero, and not given. signals: strides of each signal in bytes, by step, row
+    and unit. cuts: bounds of slices of the batch with about as many valid rows each, for rows of different lengths.
+    repeated: whether the call runs again and again with the same weights.
+    """
+
+    form: Form
+    dtype: torch.dtype
+    x_shape: tuple[int, ...]
+    x_strides: tuple[int, ...]
+    steps: int
+    batch: int
+    hidden: int
+    width: int
+    inputs: int
+    zero: bool
+    threads: int
+    signals: tuple[tuple[int, ...], ...] = ()
+    cuts: tuple[int, ...] | None = None
+    repeated: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        """Return the cell."""
+        return CELLS[self.form.cell]
+
+    @property
+    def widths(self) -> list[int]:
+        """Return P or H for each state."""
+        return [self.width] + [self.hidden] * (self.form.states - 1)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Return the leading dimensions of whatever has a row for every step: those of x, and D."""
+        return (*self.x_shape[:-1], len(self.form.reverse))
+
+    @property
+    def padded(self) -> bool:
+        """Say whether rows end at different steps, and their padding is there."""
+        return self.form.present[-2] and len(self.x_shape) == 3
+
+    @property
+    def weights(self) -> Weights:
+        """Return the shapes of one direction's weights."""
+        cell, hidden = self.cell, self.hidden
+        columns, recurrent = cell.gates * hidden, cell.recurrent * hidden
+        shapes = (
+            (columns, self.x_shape[-1] // self.inputs),
+            (recurrent, self.width),
+            (columns,),
+            (recurrent,),
+            (self.width, hidden),
+            (len(cell.parameters), hidden),
+        )
+        return Weights._make(
+            [shape if there else None for shape, there in zip(shapes, self.form.present, strict=False)]
+        )
+
+
+class Result(NamedTuple):
+    """What `forward` returns: tensors that share no memory with one another or with the inputs.
+
+    The leading dimensions L are those of x: (T, B) or (rows,).
+
+    states: one [*L, D, P or H] tensor per state: its value after every step. Those beyond the first are empty
+        tensors, shape [0], unless they were asked for.
+    finals: one [D, B, P or H] tensor per state, each row after its own last step.
+    saved: whatever this backend's `backward` wants beside the states, each tensor with leading dimensions L, and behind
+        them D where the backend takes ensembles; empty unless asked for.
+    """
+
+    states: States
+    finals: States
+    saved: States
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns, in the shapes of `Layer`. Entries that were not asked for are None."""
+
+    x: Tensor | None
+    hx: tuple[Tensor | None, ...]
+    weights: tuple[Weights, ...]
+    signals: tuple[Tensor | None, ...] = ()
+
+
+class Tangents(NamedTuple):
+    """Tangents of x, hx and the weights, in the shapes of these; None for 0."""
+
+    x: Tensor | None
+    hx: Sequence[Tensor | None]
+    weights: Sequence[Weights]
+
+
+class OutputTangents(NamedTuple):
+    """The tangent of every state after every step, [*L, D, P or H], and of the final states, [D, B, P or H]."""
+
+    states: States
+    finals: States
+
+
+class Needs(NamedTuple):
+    """Which gradients `backward` must compute; the weights' flag holds for all of them in every direction."""
+
+    x: bool
+    hx: bool
+    weights: bool
+    signals: bool = False
