@@ -114,8 +114,8 @@ class CompiledLayer(Protocol):
     ) -> list[Tensor | None]:
         """Return the gradients of `tensors`.
 
-        saved: the tensors, and what `forward` returned but for the final states. grads: of the output, the final states,
-        and the other state of every step. wanted: whether each of the gradients is; the others may be None.
+        saved: the tensors, and what `forward` returned but for the final states. grads: of the output, the final
+        states, and the other state of every step. wanted: whether each gradient is; the others may be None.
         """
 
 
