@@ -40,9 +40,10 @@ PARTS = {
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="test_gpu_numerics.py itself runs here")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
-def test_kernels_in_the_interpreter(part):
+def test_kernels_in_the_interpreter(part, pytestconfig):
     files, which = PARTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
+    command += ["--all"] * pytestconfig.getoption("--all")
     done = subprocess.run(
         [*command, *(FOLDER / f"test_{name}.py" for name in files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
