@@ -11,6 +11,11 @@ from functools import cache
 from unittest.mock import patch
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that share the cores sleep while they wait for their threads. OpenMP reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Graphs that Inductor kept from an earlier run would spare it the compilation that is under test.

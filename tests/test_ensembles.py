@@ -130,8 +130,14 @@ def test_an_ensemble_is_one_call_for_each_layer(own, option, monkeypatch, backen
     assert calls == ["forward"] * 2 * together + ["backward"] * 2 * together
 
 
-@pytest.mark.parametrize("option", ["lengths", "resets", "packed"])
-@pytest.mark.parametrize("cell", ["lstm_proj", "gru"])
+@pytest.mark.parametrize(
+    ("cell", "option"),
+    [
+        *(("gru", option) for option in ("lengths", "resets", "packed")),
+        ("lstm_proj", "lengths"),
+        *(pytest.param("lstm_proj", option, marks=pytest.mark.long) for option in ("resets", "packed")),
+    ],
+)
 def test_second_derivatives_of_an_ensemble_in_both_modes(cell, option, backend):
     ensemble = Ensemble(cell, 2, 2, 6, bidirectional=option != "resets", **F64)
     lead = () if option == "lengths" else (2,)  # lengths with an input that the members share

@@ -24,25 +24,37 @@ LAYERS = (
     "states_of_a_packed_sequence",
     "recomputing_gives",
     "second_derivatives_equal_the_plain_loops",
-    "first_and_second and gru and lengths and resets",
     "chunks_equal_one_call and not any and (lstm] or gru)",
     "steps_equal_one_call and f32 and (lstm] or gru)",
 )
+# Takes two minutes.
+LONG_LAYERS = ("first_and_second and gru and lengths and resets",)
+
+
+def any_of(names):
+    return " or ".join(f"({name})" for name in names)
+
+
+SEQUENCES = ("sequences", "autograd", "transforms", "numerics", "stream")
 PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
     "layouts and the rest": (KERNELS, f"not ({LONG})"),
     "programs that wait for each other": (("gpu_cooperative", "race_detector"), ""),
     "declared cells": (("declared_backends",), ""),
-    "sequences": (("sequences", "autograd", "transforms", "numerics", "stream"), " or ".join(f"({k})" for k in LAYERS)),
+    "sequences": (SEQUENCES, any_of(LAYERS)),
+    "derivatives": (SEQUENCES, any_of(LONG_LAYERS)),
 }
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="test_gpu_numerics.py itself runs here")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", PARTS)
-def test_kernels_in_the_interpreter(part):
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.long) if part == "derivatives" else part for part in PARTS]
+)
+def test_kernels_in_the_interpreter(part, pytestconfig):
     files, which = PARTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
+    command += ["--all"] * pytestconfig.getoption("--all")
     done = subprocess.run(
         [*command, *(FOLDER / f"test_{name}.py" for name in files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},

@@ -5,8 +5,9 @@ Every function is bound (see `bind`) over the cell, the target and the functions
 
 from collections.abc import Callable, Iterable
 
-from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import _dynfunc, cfunc, njit, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
@@ -66,8 +67,36 @@ HELPERS = (
     *second.HELPERS,
 )
 
+
+class IntermediateLibrary(JITCodeLibrary):
+    """A function's LLVM IR, optimised and ready to be linked into its callers, without machine code of its own."""
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class IntermediateCompiler(Compiler):
+    """Numba's compiler up to LLVM IR. Numba would generate machine code for every function that another one calls."""
+
+    def __init__(self, typing_context, target_context, library, *rest):
+        library = IntermediateLibrary(target_context.codegen(), "rnnfast")
+        super().__init__(typing_context, target_context, library, *rest)
+        self.state.targetctx.get_executable = function_without_code
+
+
+def function_without_code(library, description, environment):
+    """The object by which Numba tells one compiled function from another. Nobody calls it."""
+    return _dynfunc.make_function(description.lookup_module(), description.qualname, "", 0, environment, (library,))
+
+
 # Functions are called by one another alone, so nothing is compiled that Python would call them by.
-OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+OPTIONS = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": IntermediateCompiler,
+}
 
 
 def inline(function: Callable, namespace: dict, signature: Signature | None = None, **options) -> None:
@@ -190,9 +219,6 @@ def llvm_ir(cell: Cell, target: Target, derivatives: int) -> tuple[list[str], st
     """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
     salt = f"{cell.name} {target}"
     library = tile.library(target, {1, cell.gates, cell.recurrent} - {0})
-    for function in library.functions:
-        # Numba resolves all names at once, but the code that is run is linked with `library`.
-        binding.add_symbol(function.name, 1)
     entry = bind(tasks.ENTRIES[derivatives], assemble(cell, target, salt), salt)
-    compiled = cfunc("void(int64, int64)", error_model="numpy")(entry)
+    compiled = cfunc("void(int64, int64)", error_model="numpy", pipeline_class=IntermediateCompiler)(entry)
     return [compiled.inspect_llvm(), str(library), str(schedule.module())], compiled.native_name
