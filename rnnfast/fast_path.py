@@ -89,7 +89,12 @@ def record(key: tuple, x: Tensor, states: Sequence[Tensor], weights: Sequence[Te
     """
     options, differentiated, threads, *_ = key
     cell = CELLS[options.cell]
-    if x.stride(-1) != 1 or len(cell.states) > 2 or 0 in (*x.shape, options.hidden(weights), options.width(weights)):
+    if (
+        x.stride(-1) != 1
+        or len(cell.states) > 2
+        or cell.output > 0
+        or 0 in (*x.shape, options.hidden(weights), options.width(weights))
+    ):
         return None
     backend = backend_of(options.cell, x.device, x.dtype, False)
     if not records(backend):

@@ -77,7 +77,8 @@ def recurrent(
         if is_traced():
             return traced(options, input, weights, hx, lengths, resets, all_states)
         return run_packed(options, input, weights, hx, lengths, resets, all_states, signals)
-    key, states, plain = None, None, lengths is None and resets is None and not all_states and len(signals) == 0
+    key, states = None, None
+    plain = lengths is None and resets is None and not all_states and len(signals) == 0
     if plain and not torch.compiler.is_dynamo_compiling():
         states = () if hx is None else fast_path.states_of(options, hx)
         key = None if states is None else fast_path.key_of(options, input, states, weights)
@@ -180,7 +181,7 @@ def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
     call = checks.cast_for_autocast(dense(call))
     options = call.options
-    needs_ours = call.resets is not None or call.all_states or bool(call.signals)
+    needs_ours = call.resets is not None or call.all_states or len(call.signals) > 0
     backend = backend_of(options.cell, call.x.device, call.x.dtype, needs_ours)
     if backend == "torch":
         return Outcome(*native.run(call), ())
