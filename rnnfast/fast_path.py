@@ -125,10 +125,8 @@ def signatures_of(
     return (first, *(later,) * (options.num_layers - 1))
 
 
-def flat_weights(options: Options, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def flat_weights(options: Options, weights: Sequence[Tensor]) -> list[Tensor]:
     """Return the weights of one layer as they are recorded: with the parameters of a cell in one tensor."""
-    if not options.present[-1]:
-        return weights
     return [each for direction in group(options, weights) for each in direction if each is not None]
 
 
@@ -136,13 +134,13 @@ class Inference:
     """A call through which no derivative is taken."""
 
     def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
-        self.options, self.layers = options, len(signatures)
+        self.options, self.layers, self.parameters = options, len(signatures), options.present[-1]
         self.batch_first = options.batch_first and batched
         self.stack = load(backend).stack(signatures, batched)
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does."""
-        if self.options.present[-1]:
+        if self.parameters:
             count = len(weights) // self.layers
             parts = (flat_weights(self.options, weights[n * count : (n + 1) * count]) for n in range(self.layers))
             weights = [each for part in parts for each in part]
@@ -157,7 +155,7 @@ class Training:
     """A call through which a derivative may be taken."""
 
     def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
-        self.options, self.backend = options, backend
+        self.options, self.backend, self.parameters = options, backend, options.present[-1]
         self.layers = [load(backend).compiled_layer(signature) for signature in signatures]
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
@@ -176,8 +174,10 @@ class Training:
     def run(self, n: int, x: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]):
         """Run layer number n."""
         layer = self.layers[n]
-        output, *finals = apply(self.backend, layer, x, *hx, *flat_weights(self.options, weights))
-        return output, finals[: layer.signature.form.states], ()
+        if self.parameters:
+            weights = flat_weights(self.options, weights)
+        output, *finals = apply(self.backend, layer, x, *hx, *weights)
+        return output, finals[: layer.states], ()
 
 
 class FastLayer(torch.autograd.Function):
@@ -189,8 +189,7 @@ class FastLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, layer, *tensors):
-        results = layer.forward(tensors)
-        states = layer.signature.form.states
+        results, states = layer.forward(tensors), layer.states
         ctx.backend, ctx.layer = backend, layer
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *results[:-states])

@@ -102,6 +102,7 @@ class CompiledLayer(Protocol):
     """
 
     signature: Signature
+    states: int  # S
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the output [T, B, D*P], the other state of every step, what else backward wants, the final states."""

@@ -160,7 +160,7 @@ class CompiledLayer:
     """One layer, see `rnnfast.backends.CompiledLayer`."""
 
     def __init__(self, signature: Signature):
-        self.signature = signature
+        self.signature, self.states = signature, signature.form.states
         self.forward_pass = executable.forward(signature, True, False, flat=True)
         self.initial = 0 if signature.zero else min(2, signature.form.states)
         self.backward_passes: dict[tuple, tuple[executable.Executable, tuple[int, ...]]] = {}

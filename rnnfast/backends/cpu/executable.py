@@ -35,6 +35,10 @@ class Room(NamedTuple):
         """Return its size in a layer of a dtype."""
         return math.prod(self.shape) * (self.dtype or dtype).itemsize
 
+    def allocate(self, x: Tensor, new: Callable[..., Tensor]) -> Tensor:
+        """Allocate it like x, by `new` where it may be uninitialised."""
+        return (x.new_zeros if self.zeroed else new)(*self.shape, dtype=self.dtype or x.dtype)
+
 
 class Executable:
     """A recorded program and the kernel that runs it.
@@ -54,6 +58,8 @@ class Executable:
         """record: takes the names of tensors and results. fixed: addresses, and strides, that are always the same."""
         self.kernel, self.dtype, self.tensors = code, dtype, tuple(tensors)
         self.results, self.rooms = tuple(results), tuple(results.values())
+        self.shapes = [each.shape for each in self.rooms]
+        self.plain = all(each.dtype is None and not each.zeroed for each in self.rooms)
         self.recipe = record(names=(*self.tensors, *self.results))
         self.fixed = [fixed.get(name, 0) for name in self.recipe.named[len(self.tensors) + len(self.results) :]]
         self.scratch = -(-self.recipe.scratch // dtype.itemsize)
@@ -62,11 +68,10 @@ class Executable:
     def run(self, x: Tensor, addresses: list[int]) -> list[Tensor]:
         """Allocate results like x, and run. addresses: of the tensors, in their order."""
         new = partial(room, x) if self.large else x.new_empty
-        results = [
-            (x.new_zeros if zeroed else new)(shape) if dtype is None
-            else (x.new_zeros if zeroed else new)(shape, dtype=dtype)
-            for shape, dtype, zeroed in self.rooms
-        ]  # fmt: skip
+        if self.plain:
+            results = [new(*shape) for shape in self.shapes]
+        else:
+            results = [each.allocate(x, new) for each in self.rooms]
         scratch = new(self.scratch)
         self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, *map(Tensor.data_ptr, results), *self.fixed])
         return results
@@ -77,9 +82,9 @@ class Executable:
         return dict(zip(self.results, results, strict=True))
 
 
-def room(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
+def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return an uninitialised tensor, where it is large in large pages."""
-    tensor = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
+    tensor = like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
     if tensor.nbytes >= WORTH_IT:
         ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
