@@ -7,7 +7,6 @@ Functions take constants that describe the layer, then its tensors as `rnnfast.s
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -19,10 +18,16 @@ from torch import Tensor
 from rnnfast import _torch, flops, onnx_export, operators, reference, second_order
 from rnnfast.backends.choice import differentiates_twice, load, setting
 from rnnfast.changes import unpack, versions
+from rnnfast.context import (
+    create_graph,
+    enabled_below,
+    is_differentiated,
+    is_plain,
+    needed_by_engine,
+    no_more_derivatives,
+)
 from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, restore
-from rnnfast.vmap import map_backward, map_layer, requires_grad_below, takes_batched_gradients
-
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
+from rnnfast.vmap import map_backward, map_layer, takes_batched_gradients
 
 
 class Spec(NamedTuple):
@@ -98,29 +103,6 @@ def backward_kernel(backend, cell, reverse, present, needs, groups, tensors, sta
     return list(LayerBackward.forward(spec, Needs(*needs), groups, *args))
 
 
-def enabled_below() -> AbstractContextManager:
-    """Let transforms below the current one differentiate what a Function's forward calls, though it is off for that.
-
-    torch's own rule for Functions under transforms does the same; `_torch.apply_here` goes around it.
-    """
-    if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is None:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(_torch.set_forward_grad(True))
-    return stack
-
-
-def is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether a derivative may be taken through a call: backwards, or forwards inside `dual_level` and `jvp`."""
-    if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in tensors):
-            return True
-        if _torch.innermost_transform() is not None and any(map(requires_grad_below, tensors)):
-            return True
-    return _torch.in_dual_level() or _torch.forward_nesting() > 0
-
-
 def below_autograd(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
     """Call an operator below autograd: through torch's dispatcher, unless nothing would happen there."""
     if torch.compiler.is_dynamo_compiling():
@@ -131,58 +113,6 @@ def below_autograd(name: str, tensors: Sequence[Tensor], *args) -> list[Tensor]:
         flops.register()
     with _torch.below_autograd():
         return getattr(torch.ops.rnnfast, name)(*args)
-
-
-def is_plain(tensors: Sequence[Tensor], known: Sequence[Tensor] = ()) -> bool:
-    """Say whether nothing would happen to these in torch's dispatcher; small calls do well without its microseconds.
-
-    known: further tensors, of which it is known that their memory holds what they mean.
-    """
-    return is_free((*tensors, *known) if known else tensors) and are_as_stored(tensors) and not _torch.is_profiled()
-
-
-def is_concrete(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether these hold numbers that no transform, mode or tracer stands before."""
-    return is_free(tensors) and are_as_stored(tensors)  # type: ignore[arg-type]
-
-
-def is_free(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether no transform, mode or tracer stands before these."""
-    return (
-        PLAIN.issuperset(map(type, tensors))
-        and _torch.count_dispatch_modes() == 0
-        and _torch.innermost_transform() is None
-        and not _torch.is_pre_dispatched()
-        and not _torch.is_traced()
-    )
-
-
-def are_as_stored(tensors: Sequence[Tensor]) -> bool:
-    """Say whether the memory of each tensor holds what the tensor means.
-
-    A view may negate what it shows, a tensor of zeros have no memory, and a transform's wrapper outlive the transform.
-    """
-    return not (
-        any(map(Tensor.is_neg, tensors))
-        or any(map(_torch.is_zero_tensor, tensors))
-        or any(map(_torch.is_wrapper, tensors))
-    )
-
-
-def no_more_derivatives(tensors: Sequence[Tensor | None]) -> bool:
-    """Say whether nobody can differentiate or trace what is now computed from these, so that it may be opaque."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    present = [t for t in tensors if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        return False
-    pushing = _torch.in_dual_level() and _torch.pushes_forward()
-    return is_concrete(present) and not pushing
-
-
-def create_graph() -> bool:
-    """Say whether what a backward pass computes may be differentiated again."""
-    return torch.is_grad_enabled() or _torch.in_dual_level()
 
 
 def gradients_of(spec: Spec, tensors: Sequence, left: Sequence, wanted: Sequence[bool]) -> Sequence:
@@ -211,24 +141,6 @@ def split(form: Form, args: Sequence) -> tuple[Sequence, Sequence, Sequence, Seq
     count, states = form.total, form.states
     sizes = (count, states, len(args) - count - 3 * states, 2 * states)
     return tuple(args[a:b] for a, b in pairwise([0, *accumulate(sizes)]))  # type: ignore[return-value]
-
-
-def needed_by_engine(ctx) -> tuple[bool, ...]:
-    """Take from `ctx.needs_input_grad` what the backward pass under way has no use for.
-
-    That is worth much to `torch.autograd.grad(y, x, create_graph=True)`, which wants no gradients of the weights.
-    """
-    if torch.compiler.is_dynamo_compiling() or _torch.innermost_transform() is not None:
-        return ctx.needs_input_grad
-    nodes = (node for node, _ in ctx.next_functions if node is not None)
-    return tuple(need and will_run(next(nodes)) for need in ctx.needs_input_grad)
-
-
-def will_run(node) -> bool:
-    try:
-        return _torch.engine_will_run(node)
-    except RuntimeError:  # what it says of a leaf that is asked for
-        return True
 
 
 class LayerFunction(torch.autograd.Function):

@@ -19,7 +19,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import pool
 from torch import Tensor
 
-from rnnfast import _torch, autograd
+from rnnfast import _torch, autograd, context
 from rnnfast.backends import CompiledLayer, NoMemoryError
 from rnnfast.backends.choice import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
@@ -50,7 +50,7 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
     """
     tensors = (x, *states, *weights)
     if (
-        not autograd.is_free(tensors)
+        not context.is_free(tensors)
         or True in map(is_neg, tensors)
         or _torch.is_profiled()
         or not x.is_cpu
@@ -207,10 +207,10 @@ class FastLayer(torch.autograd.Function):
             saved = ctx.saved_tensors
         except RuntimeError:
             saved = unpack(ctx, ctx.versions, partial(repair, layer, wanted[0], len(wanted)))
-        if autograd.create_graph():
-            return None, None, *by_operators(backend, layer, saved, grads, autograd.needed_by_engine(ctx)[2:])
+        if context.create_graph():
+            return None, None, *by_operators(backend, layer, saved, grads, context.needed_by_engine(ctx)[2:])
         tracing = torch.compiler.is_dynamo_compiling()
-        if tracing or not autograd.is_plain(given, saved) or not layer.fits(saved):
+        if tracing or not context.is_plain(given, saved) or not layer.fits(saved):
             return None, None, *by_operators(backend, layer, saved, grads, wanted)
         return None, None, *layer.backward(saved, grads, wanted)
 
@@ -228,7 +228,7 @@ def repair(layer: CompiledLayer, need_x: bool, count: int, saved: list, changed:
     if changed[-1] < count:
         offset = signature.form.states if signature.zero else 0  # `positions` counts initial states
         unused = autograd.positions(signature.form, ("b_ih", "b_hh") if need_x else ("b_ih", "b_hh", "w_ih"))
-        return saved if not autograd.create_graph() and unused.issuperset(n + offset for n in changed) else None
+        return saved if not context.create_graph() and unused.issuperset(n + offset for n in changed) else None
     if changed[0] < count or not layer.fits(saved):
         return None
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import _torch, autograd, checks, fast_path, native, operators, reference
+from rnnfast import _torch, autograd, checks, context, fast_path, native, operators, reference
 from rnnfast.backends.choice import backend_of
 from rnnfast.layers import through_layers
 from rnnfast.spec import Layer, Options, States, group
@@ -172,7 +172,7 @@ def run_ragged(call: Call, lengths: Tensor) -> Outcome:
 
 def in_place(order: Tensor) -> bool:
     """Say whether rows are sorted already, where looking is cheap: on the CPU, outside of graphs and transforms."""
-    if torch.compiler.is_compiling() or not order.is_cpu or not autograd.is_plain((order,)):
+    if torch.compiler.is_compiling() or not order.is_cpu or not context.is_plain((order,)):
         return False
     return torch.equal(order, torch.arange(len(order), device=order.device))
 

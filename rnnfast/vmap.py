@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rnnfast import _torch
 from rnnfast.backends.choice import load
+from rnnfast.context import is_tracked
 from rnnfast.spec import Form, Layer, Needs, Weights, flatten, restore
 
 
@@ -174,28 +175,6 @@ def map_layer(apply, backend: str, form: Form, size: int, tensors: Sequence[Tens
         tuple(r if a is None else unfold(r, size, a) for r, a in zip(results, ats, strict=True)),
         tuple(None if a is None else a + 1 for a in ats),
     )
-
-
-def is_tracked(args: Sequence) -> bool:
-    """Say whether a derivative may be taken of what is computed from these, backwards or forwards, at any level.
-
-    Derivatives of gradients in groups are not known: `second_order` sums the weights' over the whole batch.
-    """
-    if _torch.in_dual_level() or _torch.forward_nesting() > 0:
-        return True
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    return _torch.innermost_transform() is not None and any(map(requires_grad_below, tensors))
-
-
-def requires_grad_below(tensor: Tensor | None) -> bool:
-    """Say whether a tensor wants a gradient outside of the transforms that wrap it; a mapped tensor does not tell."""
-    while tensor is not None and _torch.is_wrapper(tensor):
-        tensor = _torch.get_unwrapped(tensor)
-        if tensor.requires_grad:
-            return True
-    return False
 
 
 def map_backward(

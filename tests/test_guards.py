@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
-from rnnfast import autograd, operators
+from rnnfast import autograd, context, operators
 from rnnfast.functional import gru, lstm
 
 # torch's forward mode scripts its own decompositions when it is first used.
@@ -317,9 +317,9 @@ def test_a_tensor_being_traced_is_not_plain():
     found, x = [], torch.randn(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's of this way to trace
-        torch.jit.trace(lambda a: found.append(autograd.is_plain((a,))) or a * 2, x, check_trace=False)
+        torch.jit.trace(lambda a: found.append(context.is_plain((a,))) or a * 2, x, check_trace=False)
     assert found == [False]
-    assert autograd.is_plain((x,))
+    assert context.is_plain((x,))
 
 
 # autograd: what of a derivative is computed, and by whom

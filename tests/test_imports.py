@@ -26,6 +26,7 @@ LAYERS = (
     ("rnnfast.declare",),
     ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
     ("rnnfast.changes", "rnnfast.layers", "rnnfast.torch_functions", "rnnfast.vmap"),
+    ("rnnfast.context",),
     ("rnnfast.backends",),
     ("rnnfast.spec",),
     ("rnnfast._torch",),
