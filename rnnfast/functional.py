@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from rnnfast import _torch, autograd, checks, native, ops, quick, reference
-from rnnfast.backends import Layer
+from rnnfast.backends import Layer, measured
 from rnnfast.backends.choice import backend_of
 from rnnfast.stacking import through_layers
 
@@ -116,7 +116,7 @@ def recurrent(
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
-    if kind is not None and backend_of(options.cell, x.device, x.dtype, False) == "numba":
+    if kind is not None and quick.runs_on_kernels(kind):
         quick.remember(kind)
         return no_views(options, batched, *present(options, outcome, batched, all_states))
     return present(options, outcome, batched, all_states)
@@ -206,7 +206,8 @@ def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
     call = checks.cast_for_autocast(dense(call))
     needs_ours = call.resets is not None or call.all_states
-    backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours)
+    sizes = measured.sizes_of_call(call)
+    backend = backend_of(call.options.cell, call.x.device, call.x.dtype, needs_ours, sizes)
     if backend == "torch":
         return Outcome(*native.run(call), ())
     if 0 in (call.x.shape[-1], *call.weights[1].shape):

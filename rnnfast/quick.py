@@ -16,6 +16,7 @@ from rnnfast_kernels.cpu import pool
 from torch import Tensor
 
 from rnnfast import _torch, autograd, quick_training
+from rnnfast.backends import measured
 from rnnfast.backends.choice import backend_of, load, setting
 
 # Kinds that ran once, and calls of kinds that ran at least twice; both are forgotten when there are too many.
@@ -118,7 +119,8 @@ def remember(kind: Kind) -> None:
 
 def runs_on_kernels(kind: Kind) -> bool:
     """Say whether the CPU's kernels run calls of a kind, as the calls before were decided."""
-    return backend_of(kind.options.cell, torch.device("cpu"), kind.dtype, False) == "numba"
+    sizes = measured.sizes_of_kind(kind)
+    return backend_of(kind.options.cell, torch.device("cpu"), kind.dtype, False, sizes) == "numba"
 
 
 def prepare(kind: Kind) -> Callable:
