@@ -24,6 +24,8 @@ def dispatch(arguments) -> int:
 
         return compare.report(*arguments.compare)
     check_machine(arguments)
+    if arguments.facts:
+        arguments.backend, arguments.peer = "numba,torch", "torch"
     asked = options.asked(arguments)
     if arguments.list:
         show(asked, arguments)

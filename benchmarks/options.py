@@ -56,6 +56,8 @@ def parser() -> Parser:
     ask.add_argument("--plan", metavar="PLAN", action="append", default=[],
                      help="the Triton backend by this plan too, such as rows=32,warps=8; repeatable")  # fmt: skip
     ask.add_argument("--peer", metavar="NAMES", help=f"{', '.join(PEERS)}; torch always takes part")
+    ask.add_argument("--facts", action="store_true",
+                     help="a grid of few steps; rewrites the table by which `auto` leaves sizes to torch")  # fmt: skip
     how = p.add_argument_group("how to measure")
     how.add_argument("--device", default="cpu", help=", ".join(DEVICES))
     how.add_argument(
@@ -126,6 +128,8 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
     if arguments.sizes:
         sizes = parse_sizes(arguments.sizes)
         chosen = [questions.one_size(sizes, dtype) for dtype in dtypes or (questions.base(arguments.device).dtype,)]
+    elif arguments.facts:
+        chosen = [questions.facts()]
     elif arguments.grid is not None:
         if arguments.grid < 1:
             raise ValueError(f"grid must be at least 1 size, got {arguments.grid}")

@@ -7,8 +7,10 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 
 from benchmarks.cases import CELLS, Case, operations
+from benchmarks.facts import AXES
 
 EVERY_PEER = ("torch-compile", "onnxruntime", "jax", "numpy", "flashrnn", "haste")
 FAST_PEERS = ("onnxruntime", "flashrnn", "haste")
@@ -185,6 +187,12 @@ def grid(count: int, seed: int, limits: Limits) -> Question:
         if operations(case) <= limits.operations:
             cases.append(case)
     return Question("grid", f"{count} random sizes", "", ("onnxruntime",), each(cases))
+
+
+def facts() -> Question:
+    """Sizes at which the CPU kernels may be slower than torch.nn: few steps, which leave a weight little use."""
+    cases = (Case("lstm", T, B, H, H) for T, B, H in product(*AXES.values()))
+    return Question("facts", "Where torch.nn is faster", "", (), each(cases))
 
 
 def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, options, plot, report, store, tables
+from benchmarks import driver, facts, options, plot, report, store, tables
 from benchmarks.cases import CELLS, Case, operations
 from benchmarks.contenders import OURS, Contender
 from benchmarks.measure import Effort
@@ -52,6 +52,11 @@ def run(asked: list[Question], arguments) -> int:
     if not results["records"]:
         return 130
     finish(results, path)
+    if arguments.facts and results["complete"]:
+        from rnnfast.backends.measured import instructions
+
+        count = facts.write(results, instructions())
+        print(f"{facts.FILE}: {count} sizes at which torch is faster on {instructions()}")
     return 0 if results["complete"] and not failures(results) else 1 if results["complete"] else 130
 
 

@@ -20,7 +20,7 @@ from rnnfast_kernels.cpu import pool
 from torch import Tensor
 
 from rnnfast import _torch, autograd, context
-from rnnfast.backends import CompiledLayer, NoMemoryError
+from rnnfast.backends import CompiledLayer, NoMemoryError, measured
 from rnnfast.backends.choice import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
 from rnnfast.layers import through_layers
@@ -82,7 +82,9 @@ def are_contiguous(tensors: Sequence[Tensor]) -> bool:
         return False
 
 
-def record(key: tuple, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Callable | None:
+def record(
+    key: tuple, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], sizes: measured.Sizes | None
+) -> Callable | None:
     """Record a call whose arguments are right: a function of the input, the initial states and the weights.
 
     Returns None where no backend records it. The function returns None where a tensor has no memory.
@@ -96,7 +98,7 @@ def record(key: tuple, x: Tensor, states: Sequence[Tensor], weights: Sequence[Te
         or 0 in (*x.shape, options.hidden(weights), options.width(weights))
     ):
         return None
-    backend = backend_of(options.cell, x.device, x.dtype, False)
+    backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
     if not records(backend):
         return None
     signatures = signatures_of(options, x, weights, not states, threads)

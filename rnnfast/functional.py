@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from rnnfast import _torch, autograd, checks, context, fast_path, native, operators, reference
+from rnnfast.backends import measured
 from rnnfast.backends.choice import backend_of
 from rnnfast.layers import through_layers
 from rnnfast.spec import Layer, Options, States, group
@@ -99,7 +100,8 @@ def recurrent(
     call = Call(options, x, hx, weights, None, resets, all_states, signals)
     if key is not None and states is not None:
         checks.one_kind(call)
-        recorded = fast_path.record(key, input, states, weights)
+        sizes = measured.sizes_of_call(call)
+        recorded = fast_path.record(key, input, states, weights, sizes)
         results = None if recorded is None else recorded(input, states, weights)
         if results is not None:
             return results
@@ -182,7 +184,8 @@ def run(call: Call) -> Outcome:
     call = checks.cast_for_autocast(dense(call))
     options = call.options
     needs_ours = call.resets is not None or call.all_states or len(call.signals) > 0
-    backend = backend_of(options.cell, call.x.device, call.x.dtype, needs_ours)
+    sizes = measured.sizes_of_call(call)
+    backend = backend_of(options.cell, call.x.device, call.x.dtype, needs_ours, sizes)
     if backend == "torch":
         return Outcome(*native.run(call), ())
     if 0 in (call.x.shape[-1], options.hidden(call.weights), options.width(call.weights)):

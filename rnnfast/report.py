@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast.backends import measured
 from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
 from rnnfast.cell_modules import Cell
+from rnnfast.functional import Call
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
@@ -49,10 +51,20 @@ def explain(
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
-        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+        needs_ours = resets is not None or all_states
+        sizes = None if needs_ours or data is not input else sizes_of(module, input)
+        choice = choose(cell, data.device, data.dtype, needs_ours, sizes)
     else:
         raise TypeError(f"explain: expected an rnnfast RNN, LSTM, GRU or a cell of them, got {type(module).__name__}")
     return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
+
+
+def sizes_of(module: Recurrent, input: Tensor) -> measured.Sizes | None:
+    """Return the sizes of a call without initial states."""
+    x = input if input.dim() == 3 else input[:, None]
+    if module.batch_first and input.dim() == 3:
+        x = x.transpose(0, 1)
+    return measured.sizes_of_call(Call(module.options(), x, (), module.weights()))
 
 
 def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Which backend runs a case, and why: `use_backend`, the environment's default, and what `auto` means.
 
-`auto` takes Triton for CUDA and ROCm tensors and Numba for CPU tensors; torch itself runs what neither supports.
+`auto` takes Triton for CUDA and ROCm tensors and Numba for CPU tensors; torch itself runs what neither supports, and
+the sizes at which it was measured faster (`measured`).
 The setting is a context variable: it belongs to the thread or task that made it.
 """
 
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from rnnfast import _torch
+from rnnfast.backends import measured
 
 BACKENDS = ("auto", "triton", "numba", "reference", "torch")
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
@@ -73,12 +75,14 @@ class Choice(NamedTuple):
 
 
 @_torch.constant_in_graphs
-def backend_of(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> str:
+def backend_of(
+    cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool, sizes: measured.Sizes | None = None
+) -> str:
     """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
-    choice = choose(cell, device, dtype, needs_ours)
+    choice = choose(cell, device, dtype, needs_ours, sizes)
     if choice.backend == "numba" and load("numba").obtain(cell, dtype) is not None:
         automatic.cache_clear()
-        choice = choose(cell, device, dtype, needs_ours)
+        choice = choose(cell, device, dtype, needs_ours, sizes)
     if choice.broken:
         warn_broken(choice.broken)
     return choice.backend
@@ -90,17 +94,22 @@ def warn_broken(reason: str) -> None:
     warnings.warn(f"rnnfast runs without its own kernels: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def choose(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool) -> Choice:
+def choose(
+    cell: str, device: torch.device, dtype: torch.dtype, needs_ours: bool, sizes: measured.Sizes | None = None
+) -> Choice:
     """Choose the backend of one call.
 
     needs_ours: the call uses what torch.nn cannot do (resets, every cell state), which rules out "torch".
+    sizes: where "auto" may step aside for torch's operator, because it was measured faster.
 
     Raises:
         RuntimeError: the backend that was asked for by name cannot run the case.
     """
     asked = setting()
     if asked == "auto":
-        return automatic(cell, device, dtype, needs_ours)
+        choice = automatic(cell, device, dtype, needs_ours)
+        fact = measured.slower(cell, sizes) if sizes is not None and choice.backend == "numba" else None
+        return choice if fact is None else Choice("torch", f"the CPU kernel was {fact}")
     problem = unsupported(asked, cell, device, dtype, needs_ours)
     if problem is not None:
         raise RuntimeError(f"the {asked!r} backend cannot run this: {problem}")

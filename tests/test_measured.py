@@ -1,0 +1,194 @@
+"""`auto` steps aside where torch was measured faster: the table, who looks at it, and what is said of it."""
+
+import pytest
+import torch
+from closeness import assert_close
+from conftest import backends_under_test
+
+import rnnfast
+from benchmarks import facts
+from benchmarks.cases import Case
+from rnnfast.backends import measured, slower
+from rnnfast.backends.choice import backend_of
+
+pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="the facts are of the CPU kernels")
+CPU = torch.device("cpu")
+
+
+def row(cell="lstm", what="forward", T=(1, 2), B=(1, 8), H=(12, 40)):
+    return (cell, what, T, B, H, 0.6)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Replace the measurements for the length of a test."""
+
+    def forget():
+        measured.facts.cache_clear()
+        measured.slower.cache_clear()
+        rnnfast.quick.once.clear()
+        rnnfast.quick.ready.clear()
+
+    def set_rows(*rows, instructions=None):
+        monkeypatch.setattr(measured, "MEASURED", {instructions or measured.instructions(): ("a processor", rows)})
+        forget()
+
+    with rnnfast.use_backend("auto"):
+        yield set_rows
+    monkeypatch.undo()
+    forget()
+
+
+def runs_on(layer, x, *args, **options):
+    return rnnfast.explain(layer, x, **options).backend
+
+
+@pytest.mark.parametrize(
+    ("cell", "sizes", "found"),
+    [
+        ("lstm", (2, 8, 40, 40, False), True),
+        ("lstm", (3, 8, 40, 40, False), False),
+        ("lstm", (2, 9, 40, 40, False), False),
+        ("lstm", (2, 8, 41, 41, False), False),
+        ("lstm", (2, 8, 40, 40, True), False),
+        ("lstm", (2, 8, 20, 40, False), True),
+        ("lstm", (2, 8, 19, 40, False), False),
+        ("lstm", (2, 8, 80, 40, False), True),
+        ("lstm", (2, 8, 81, 40, False), False),
+        ("gru", (2, 8, 40, 40, False), False),
+    ],
+)
+def test_a_row_speaks_for_its_ranges(cell, sizes, found, table):
+    table(row())
+    assert (measured.slower(cell, measured.Sizes(*sizes)) is not None) == found
+
+
+def test_rows_of_other_instructions_say_nothing(table):
+    table(row(), instructions="a processor to come")
+    assert measured.slower("lstm", measured.Sizes(1, 1, 16, 16, False)) is None
+
+
+def test_explain_says_what_was_measured(table):
+    table(row(), row("rnn", "training"))
+    layer, x = rnnfast.LSTM(16, 16, batch_first=True).requires_grad_(False), torch.zeros(3, 2, 16)
+    found = rnnfast.explain(layer, x)
+    assert (found.backend, found.kernel) == ("torch", "torch.lstm")
+    assert f"measured 0.60x torch's speed in forward on {measured.instructions()} at T 1 to 2, B 1 to 8" in found.reason
+    assert rnnfast.explain(layer, torch.zeros(2, 3, 16)).backend == "numba"
+    relu = rnnfast.RNN(16, 16, nonlinearity="relu")
+    assert runs_on(relu, torch.zeros(2, 3, 16)) == "torch"
+    with torch.no_grad():
+        assert runs_on(relu, torch.zeros(2, 3, 16)) == "numba"
+
+
+def test_what_torch_lacks_and_what_was_not_measured_stays_with_the_kernels(table):
+    table(row(T=(1, 100)), row(what="training", T=(1, 100)))
+    x = torch.zeros(2, 3, 16)
+    layer = rnnfast.LSTM(16, 16)
+    assert runs_on(layer, x) == "torch"
+    assert runs_on(layer, x, resets=torch.zeros(2, 3, dtype=torch.bool)) == "numba"
+    assert runs_on(layer, x, all_states=True) == "numba"
+    assert runs_on(layer, torch.nn.utils.rnn.pack_sequence([x[:, 0]])) == "numba"
+    for options in ({"num_layers": 2}, {"bidirectional": True}, {"proj_size": 5}):
+        assert runs_on(rnnfast.LSTM(16, 16, **options), x) == "numba"
+    assert runs_on(layer.double(), x.double()) == "numba"
+    with rnnfast.use_backend("numba"):
+        assert runs_on(layer.float(), x) == "numba"
+
+
+def count_torch(monkeypatch) -> list:
+    calls, run = [], rnnfast.native.run
+    monkeypatch.setattr(rnnfast.native, "run", lambda call: calls.append(call) or run(call))
+    return calls
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "training"])
+def test_every_call_of_such_sizes_is_torchs_own(differentiated, table, monkeypatch):
+    table(row(what="training" if differentiated else "forward"))
+    ours, theirs = rnnfast.LSTM(16, 16), torch.nn.LSTM(16, 16)
+    theirs.load_state_dict(ours.state_dict())
+    calls = count_torch(monkeypatch)
+    for _ in range(4):
+        x = torch.randn(2, 3, 16, requires_grad=differentiated)
+        with torch.set_grad_enabled(differentiated):
+            (got, _), (expected, _) = ours(x), theirs(x)
+        assert torch.equal(got, expected)
+        if differentiated:
+            (dx,), (wanted,) = (torch.autograd.grad(y.sum(), x) for y in (got, expected))
+            assert torch.equal(dx, wanted)
+    assert len(calls) == 4
+    with rnnfast.use_backend("numba"):
+        ours(x)
+    ours(torch.randn(9, 3, 16))
+    assert len(calls) == 4
+
+
+def test_transforms_lengths_and_graphs_run_as_before(table, monkeypatch):
+    table(row(T=(1, 9)), row(what="training", T=(1, 9)))
+    layer, x = rnnfast.LSTM(16, 16), torch.randn(5, 3, 16)
+    calls = count_torch(monkeypatch)
+    layer(x, lengths=torch.tensor([2, 5, 0]))
+    mapped = torch.func.vmap(lambda row: layer(row)[0])(x[None])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="eager")(x)
+    assert not calls
+    expected = layer(x)[0]
+    assert len(calls) == 1
+    assert_close("mapped", expected, mapped[0])
+    assert_close("compiled", expected, compiled)
+
+
+def test_the_stored_rows_are_ones():
+    for _, rows in slower.MEASURED.values():
+        for fact in (measured.Fact(*each) for each in rows):
+            assert all(1 <= low <= high for low, high in (fact.T, fact.B, fact.H))
+            assert fact.ratio < facts.SLOW
+            assert fact.cell in measured.FAMILIES.values()
+            assert fact.what in measured.PASSES.values()
+
+
+def test_the_stored_rows_are_as_written():
+    parts = [facts.part(name, *slower.MEASURED[name]) for name in slower.MEASURED]
+    assert facts.FILE.read_text() == facts.HEAD + "".join(parts) + "}\n"
+
+
+def record(T, B, H, numba, torch_operator, noise=0.02):
+    rows = {"rnnfast:numba": numba, "rnnfast:torch": torch_operator}
+    case = Case("gru", T, B, H, H, mode="training").to_json()
+    rows = [{"contender": name, "status": "ok", "ratio": [ratio] * 3} for name, ratio in rows.items()]
+    return {"question": "facts", "case": case, "noise": noise, "rows": rows}
+
+
+def test_measurements_become_rows(tmp_path):
+    """Noise, even sizes, and sizes at which torch's operator is no faster from here, are no rows."""
+    file = tmp_path / "rows.py"
+    file.write_text(facts.HEAD + facts.part("new", "long ago", (row(),)) + facts.part("old", "here", (row(),)) + "}")
+    results = {
+        "machine": {"device": "A processor", "threads": 2, "versions": {"torch": "2.13.0"}},
+        "started": "2026-01-02 03:04:05",
+        "records": [
+            record(2, 4, 400, 0.6, 0.99),
+            record(4, 4, 400, 0.96, 0.99),
+            record(1, 4, 64, 0.9, 0.8),
+            record(1, 4, 128, 0.6, 0.99, noise=0.5),
+        ],
+    }
+    assert facts.write(results, "new", file) == 1
+    found = {}
+    exec(file.read_text(), found)
+    where = "A processor, 2 threads, torch 2.13.0, 2026-01-02"
+    wanted = (("gru", "training", (2, 2), (3, 8), (321, 505), 0.6),)
+    assert found["MEASURED"] == {"new": (where, wanted), "old": ("here", (row(),))}
+    assert facts.write(results | {"records": []}, "new", file) == 0
+    exec(file.read_text(), found)
+    assert found["MEASURED"]["new"] == (where, ())
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, (1, 1)), (2, (2, 2)), (4, (3, 8)), (16, (9, 32))])
+def test_a_size_speaks_to_halfway_to_its_neighbours(size, expected):
+    assert facts.span(size, (1, 2, 4, 16)) == expected
+
+
+def test_a_backend_without_sizes_is_as_before(table):
+    table(row())
+    assert backend_of("lstm", CPU, torch.float32, False) == "numba"
