@@ -26,8 +26,7 @@ def table(monkeypatch):
     def forget():
         measured.facts.cache_clear()
         measured.slower.cache_clear()
-        rnnfast.quick.once.clear()
-        rnnfast.quick.ready.clear()
+        rnnfast.fast_path.recorded.clear()
 
     def set_rows(*rows, instructions=None):
         monkeypatch.setattr(measured, "MEASURED", {instructions or measured.instructions(): ("a processor", rows)})
