@@ -17,13 +17,15 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 # From what a user imports down to the equations. A module imports from its own layer and those below, never upwards.
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
+    ("rnnfast.freeze",),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
+    ("rnnfast.frozen",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native", "rnnfast.quick"),
     ("rnnfast.quick_training",),
     ("rnnfast.autograd",),
-    ("rnnfast.cell_ops", "rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.cell_ops", "rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.declare",),
     (
         "rnnfast.ops",

@@ -58,7 +58,8 @@ class Target:
 
     io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
     a vector register. registers: how many of those there are. terms: of a sum that one instruction adds; if two, they
-    are products of bfloat16 numbers.
+    are products of bfloat16 numbers. weights: format of panels that are packed beforehand, empty for those packed in
+    the call. dot: how int8 numbers are multiplied (see `int8`).
     """
 
     io: str
@@ -66,6 +67,23 @@ class Target:
     lanes: int
     registers: int
     terms: int = 1
+    weights: str = ""
+    dot: str = ""
+
+    @property
+    def head(self) -> int:
+        """Lines of a panel before its terms: initial values; for int8 those of the integers, scales and biases."""
+        return 3 if self.weights == "int8" else 1
+
+    @property
+    def adds_128(self) -> bool:
+        """Whether int8 rows are stored with 128 added to their numbers, which the instruction takes as unsigned."""
+        return self.dot == "vpdpbusd"
+
+    @property
+    def operand_head(self) -> int:
+        """Bytes before each row of the left operand, whose last four hold the scale of an int8 row."""
+        return self.vector if self.weights == "int8" else 0
 
     @property
     def acc_bytes(self) -> int:
@@ -157,11 +175,29 @@ def has_float16() -> bool:
     return not host.triple.startswith("x86_64") or bool({"+f16c", "+avx512f"} & set(host.features.split(",")))
 
 
+def int8_products(triple: str, features: set[str], lanes: int) -> str:
+    """Name the instruction that multiplies int8 numbers by fours, or "plain" where there is none."""
+    if triple.startswith(("aarch64", "arm64")):
+        return "sdot" if "+dotprod" in features else "plain"
+    if {"+avx512f", "+avx512vnni"} <= features or (lanes == 8 and "+avxvnni" in features):
+        return "vpdpbusd"
+    if lanes == 8 and "+avx2" in features:
+        return "vpmaddubsw"
+    return "vpmaddwd" if "+avx512bw" in features else "plain"
+
+
 @functools.cache
-def target(given: str) -> Target:
-    """Describe how the processor computes layers of a dtype: half precision in float32."""
+def target(given: str, weights: str = "") -> Target:
+    """Describe how the processor computes layers of a dtype: half precision in float32.
+
+    weights: the format of weights that are packed beforehand.
+    """
     host = processor()
+    features = set(host.features.split(","))
     dtype = given if given == "float64" else "float32"
-    terms = 2 if given == "bfloat16" and has_bfloat16_products() else 1
-    size, registers = vector_bytes_and_registers(host.triple, set(host.features.split(",")))
-    return Target(given, dtype, max(1, size // ITEM_BYTES[dtype]), registers, terms)
+    size, registers = vector_bytes_and_registers(host.triple, features)
+    lanes = max(1, size // ITEM_BYTES[dtype])
+    if weights == "int8":
+        return Target(given, dtype, lanes, registers, 4, weights, int8_products(host.triple, features, lanes))
+    pairs = "bfloat16" in (given, weights) and has_bfloat16_products()
+    return Target(given, dtype, lanes, registers, 2 if pairs else 1, weights)
