@@ -23,6 +23,9 @@ from rnnfast.stacking import through_layers
 
 # Prepared calls that a layer keeps; forgotten when there are more.
 MOST = 64
+NONE: tuple[Tensor, ...] = ()
+# Settings under which the kernels run a layer.
+KERNELS = ("auto", "numba")
 FIELDS = {"w_ih": "weight_ih", "w_hh": "weight_hh", "w_hr": "weight_hr", "b_ih": "bias_ih", "b_hh": "bias_hh"}
 
 
@@ -32,6 +35,12 @@ class Shaped(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+
+def key_of(threads: int, x: Tensor, states: Sequence[Tensor]) -> tuple:
+    """Return all that a prepared call depends on, but addresses."""
+    key = threads, x.shape, x.stride(), x.dtype, x.is_cpu
+    return (*key, *[(each.shape, each.dtype, each.is_cpu) for each in states]) if states else key
 
 
 class Frozen(nn.Module):
@@ -160,6 +169,11 @@ class Frozen(nn.Module):
             if device is not None and self.panels is not None:
                 self.panels = self.panels.to(device)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._prepared.clear()  # they know the address of the panels
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in ("_prepared", "_elsewhere", "_plain", "_array"):
@@ -193,24 +207,20 @@ class Frozen(nn.Module):
 
     def run_prepared(self, x, hx):
         """Run a call of sizes that were seen before, or return None."""
-        states = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
-        tensors = (x, *states)
-        if not autograd.is_free(tensors) or setting() not in ("auto", "numba"):
+        states = NONE if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        tensors = (x, *states) if states else (x,)
+        if not autograd.is_free(tensors) or setting() not in KERNELS:
             return None
         threads = torch.get_num_threads()
         if threads > pool.known_cores:
             threads = pool.usable(threads)
-        key = threads, x.stride(), *[(each.shape, each.dtype, each.is_cpu) for each in tensors]
-        prepared = self._prepared.get(key)
-        if prepared is None:
+        prepared = self._prepared.get(key_of(threads, x, states))
+        if prepared is None or x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        for each in tensors:
-            if each.is_neg() or (each.requires_grad and torch.is_grad_enabled()):
-                return None
         for each in states:
-            if not each.is_contiguous():
+            if each.is_neg() or not each.is_contiguous() or (each.requires_grad and torch.is_grad_enabled()):
                 return None
-        return prepared(x, states, self.panels)
+        return prepared(x, states)
 
     def remember(self, x: Tensor, states: Sequence[Tensor]) -> None:
         """Prepare the calls that look like one that went well."""
@@ -220,8 +230,7 @@ class Frozen(nn.Module):
         threads = pool.usable(torch.get_num_threads())
         if len(self._prepared) >= MOST:
             self._prepared.clear()
-        key = threads, x.stride(), *[(each.shape, each.dtype, each.is_cpu) for each in tensors]
-        self._prepared[key] = PreparedCall(self, x, not states, threads)
+        self._prepared[key_of(threads, x, states)] = PreparedCall(self, x, not states, threads)
 
     def run(self, input, hx, lengths, resets, all_states):
         """Check a call and run it."""
@@ -268,7 +277,7 @@ class Frozen(nn.Module):
         """Say why a call runs on dequantised weights, or None where the kernels run it."""
         if data.device.type != "cpu":
             return f"frozen weights are packed for the CPU, not for {data.device.type}"
-        if setting() not in ("auto", "numba"):
+        if setting() not in KERNELS:
             return f"the backend {setting()!r} was asked for by name"
         if self.__dict__.get("_plain") is not None:
             return self.obstacle() or "there was no kernel when the layer was frozen"
@@ -408,11 +417,13 @@ class PreparedCall:
             shape, strides = (shape[1], shape[0], shape[2]), (strides[1], strides[0], 1)
         self.stack = kernels().Prepared(module.form(), shape[0], shape[1], strides, zero, threads)
         self.transposed = batched and module.batch_first
+        self.panels = module.panels
+        self.place = module.panels.data_ptr()  # type: ignore[union-attr]
         if not batched:
             steps, _, columns = self.stack.output
             self.stack.output = (steps, columns)
             self.stack.finals = [(rows, width) for rows, _, width in self.stack.finals]
 
-    def __call__(self, x: Tensor, states: Sequence[Tensor], panels: Tensor):
-        output, finals = self.stack(x, states, panels)
+    def __call__(self, x: Tensor, states: Sequence[Tensor]):
+        output, finals = self.stack(x, states, self.place)
         return output.transpose(0, 1) if self.transposed else output, finals if len(finals) > 1 else finals[0]

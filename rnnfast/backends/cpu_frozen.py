@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rnnfast.backends.cpu_jobs import room, row_cuts, shape_of
 
-# Terms of a sum that int32 holds at most: 65536 products of 255 and 127.
-MOST_TERMS = 1 << 16
+# Elements of the scratch memory that a prepared call keeps.
+MOST_SPARE = 1 << 18
 ITEMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -168,14 +168,24 @@ class Prepared:
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
         self.kernel = kernel_of(form)
         self.scratch = -(-self.recipe.scratch // 4)
+        self.spare: list[Tensor] = []  # scratch memory of earlier calls
         self.output = (steps, batch, form.directions * form.width)
         self.finals = [(form.layers * form.directions, batch, size) for size in form.state_sizes]
 
-    def __call__(self, x: Tensor, initial: Sequence[Tensor], panels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output [T, B, D*P] and the final states."""
-        output = x.new_empty(self.output)
-        finals = tuple([x.new_empty(size) for size in self.finals])
-        self.run(x, output, finals, initial, panels)
+    def __call__(self, x: Tensor, initial: Sequence[Tensor], panels: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output [T, B, D*P] and the final states. panels: their address."""
+        new = x.new_empty
+        output = new(*self.output)
+        finals = tuple([new(*size) for size in self.finals])
+        try:
+            scratch = self.spare.pop()
+        except IndexError:  # the first call, or one beside another in another thread
+            scratch = room(x, self.scratch)
+        addresses = [tensor.data_ptr() for tensor in (x, output, *finals, *initial)]
+        addresses.append(panels)
+        self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
+        if self.scratch <= MOST_SPARE:
+            self.spare.append(scratch)
         return output, finals
 
     def stepper(
@@ -191,12 +201,6 @@ class Prepared:
             run(program)
 
         return step
-
-    def run(self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor], panels: Tensor):
-        """Write the output and the final states where the caller wants them."""
-        scratch = room(x, self.scratch)
-        addresses = [*map(Tensor.data_ptr, (x, output, *finals, *initial, panels))]
-        self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
 
 
 def run_layer(
