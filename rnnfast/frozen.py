@@ -26,6 +26,8 @@ MOST = 64
 NONE: tuple[Tensor, ...] = ()
 # Settings under which the kernels run a layer.
 KERNELS = ("auto", "numba")
+# Attributes that `hold` makes.
+NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_places", "_processor")
 FIELDS = {"w_ih": "weight_ih", "w_hh": "weight_hh", "w_hr": "weight_hr", "b_ih": "bias_ih", "b_hh": "bias_hh"}
 
 
@@ -43,10 +45,17 @@ def key_of(threads: int, x: Tensor, states: Sequence[Tensor]) -> tuple:
     return (*key, *[(each.shape, each.dtype, each.is_cpu) for each in states]) if states else key
 
 
+@_torch.constant_in_graphs
+def asked_for() -> str:
+    """Return the backend asked for here. A compiled graph keeps the answer it was traced with."""
+    return setting()
+
+
 class Frozen(nn.Module):
     """A frozen RNN, LSTM or GRU: `forward` is that of `rnnfast.LSTM`, for inference in float32.
 
-    It has no parameters. Reading a weight by its name gives a copy.
+    It has no parameters and no buffers. Reading a weight by its name gives a copy. Moved to another device it runs on
+    weights made float32 again.
     """
 
     mode: str
@@ -72,12 +81,17 @@ class Frozen(nn.Module):
         """Pack weights, given for each layer and direction by the names of `meaning_names`."""
         object.__setattr__(self, "_prepared", {})
         object.__setattr__(self, "_elsewhere", {})
-        self._buffers.pop("panels", None)
         problem = self.obstacle()
         object.__setattr__(self, "_plain", weights if problem else None)
         panels = None if problem else kernels().pack(self.form(), weights)
         object.__setattr__(self, "_array", None if panels is None else panels.numpy())
-        self.register_buffer("panels", panels, persistent=False)
+        # No buffer: it stays on the CPU, in uint8, whatever the model is moved to, and out of exported programs.
+        object.__setattr__(self, "panels", panels)
+        if panels is not None:
+            form = self.form()
+            object.__setattr__(self, "_forms", tuple(form.each()))
+            object.__setattr__(self, "_places", tuple(pairwise(kernels().offsets(form))))
+            object.__setattr__(self, "_processor", kernels().processor_of(form))
 
     def obstacle(self) -> str | None:
         """Say why there are no kernels for this layer, or None where there are."""
@@ -106,7 +120,7 @@ class Frozen(nn.Module):
         """Return the weights of each layer and direction, as `hold` was given them."""
         if self.__dict__.get("_plain") is not None:
             return self._plain
-        return kernels().unpack(self.form(), torch.from_numpy(self._array))
+        return kernels().unpack(self.form(), self._array)
 
     def names(self) -> Iterator[tuple[int, str, str]]:
         """Yield, for each tensor of `state_dict`, its place in `meaning`, its name there and its full name."""
@@ -164,21 +178,12 @@ class Frozen(nn.Module):
         mine = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
         unexpected_keys += [key for key in mine if strict and key not in known]
         if len(error_msgs) == errors:
-            device = None if self.panels is None else self.panels.device
             self.hold(weights)
-            if device is not None and self.panels is not None:
-                self.panels = self.panels.to(device)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._prepared.clear()  # they know the address of the panels
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_prepared", "_elsewhere", "_plain", "_array"):
+        for name in NOT_IN_STATE:
             state.pop(name, None)
-        state["_buffers"] = {name: each for name, each in self._buffers.items() if name != "panels"}
         state["_meaning"] = [{name: each.clone() for name, each in named.items()} for named in self.meaning()]
         return state
 
@@ -277,8 +282,8 @@ class Frozen(nn.Module):
         """Say why a call runs on dequantised weights, or None where the kernels run it."""
         if data.device.type != "cpu":
             return f"frozen weights are packed for the CPU, not for {data.device.type}"
-        if setting() not in KERNELS:
-            return f"the backend {setting()!r} was asked for by name"
+        if asked_for() not in KERNELS:
+            return f"the backend {asked_for()!r} was asked for by name"
         if self.__dict__.get("_plain") is not None:
             return self.obstacle() or "there was no kernel when the layer was frozen"
         return None
@@ -363,8 +368,7 @@ class Frozen(nn.Module):
 
     def run_layers(self, options, x, initial, batch_sizes, resets, all_states) -> functional.Outcome:
         """Call the operator for each layer."""
-        forms = list(self.form().each())
-        held, processor = self.held(forms)
+        forms, (held, processor) = self._forms, self.held()
 
         def run(n, x, hx, _):
             form = forms[n]
@@ -392,16 +396,18 @@ class Frozen(nn.Module):
         states = (output.clone(), *(each.flatten(-2) for each in states[1:])) if all_states else ()
         return functional.Outcome(output, finals, states)
 
-    def held(self, forms) -> tuple[list[list[Tensor]], str]:
+    def held(self) -> tuple[list[list[Tensor]], str]:
         """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
-        if torch.compiler.is_exporting():
-            meaning, directions = self.meaning(), 2 if self.bidirectional else 1
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            directions = 2 if self.bidirectional else 1
             names = meaning_names(self.weights_format, self.proj_size > 0, bool(self.bias))
-            flat = [[torch.ops.aten.lift_fresh(named[name]) for name in names] for named in meaning]
+            # Constants of the program.
+            flat = [
+                [torch.ops.aten.lift_fresh(torch.from_numpy(named[name])) for name in names]
+                for named in kernels().unpacked(self.form(), self._array)
+            ]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""
-        places = kernels().offsets(self.form())
-        panels = [self.panels[a:b] for a, b in pairwise(places)]  # type: ignore[index]
-        return [[each] for each in panels], kernels().processor_of(self.form())
+        return [[self.panels[a:b]] for a, b in self._places], self._processor  # type: ignore[index]
 
 
 class PreparedCall:

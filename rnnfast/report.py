@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
 from rnnfast.cell_modules import Cell
+from rnnfast.frozen import Frozen
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 from rnnfast.recurrent import choose as choose_for_cell
@@ -29,7 +30,7 @@ class Explanation:
 
 
 def explain(
-    module: Recurrent | Cell | OfDeclaredCell,
+    module: Recurrent | Cell | OfDeclaredCell | Frozen,
     input: Tensor | PackedSequence,
     *,
     resets: Tensor | None = None,
@@ -51,12 +52,25 @@ def explain(
             choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
         else:
             choice = choose_for_cell(cell, data.device, data.dtype)
+    elif isinstance(module, Frozen):
+        return explain_frozen(module, data, resets is not None or all_states)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
     else:
         raise TypeError(f"explain: expected an rnnfast RNN, LSTM, GRU or a cell of them, got {type(module).__name__}")
     return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
+
+
+def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanation:
+    """Explain a call of a frozen layer."""
+    cell, reason = module.options().cell, module.reason_for_plain(data)
+    if reason is None:
+        kernel = f"{cell} loop over packed {module.weights_format} weights"
+        return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
+    choice = choose(cell, data.device, torch.float32, needs_ours)
+    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
+    return Explanation(choice.backend, kernel, f"weights are made float32 again: {reason}")
 
 
 def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:

@@ -20,7 +20,7 @@ from rnnfast.backends.cpu_jobs import room, row_cuts, shape_of
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
-ITEMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+ITEMS = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 
 class Form(NamedTuple):
@@ -93,21 +93,31 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     return buffer
 
 
-def unpack(form: Form, buffer: Tensor) -> list[dict[str, Tensor]]:
+def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
     """Return what `pack` was given."""
+    found = []
+    for arrays in unpacked(form, buffer):
+        named = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        found.append(
+            {name: each.view(torch.bfloat16) if each.dtype == torch.int16 else each for name, each in named.items()}
+        )
+    return found
+
+
+def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Return the same as arrays, bfloat16 as int16."""
     chosen = panels.held_target(form.weights)
     found = []
     for one, place in zip(form.each(), offsets(form), strict=False):
-        named: list[dict[str, Tensor]] = [{} for _ in range(form.directions)]
+        named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
         for matrix in layout(one).matrices:
-            weight, bias, scale = panels.unpack(chosen, matrix, buffer[place:].numpy())
+            weight, bias, scale = panels.unpack(chosen, matrix, buffer[place:])
             own = named[matrix.direction]
-            own[matrix.name] = torch.from_numpy(weight.view(np.int16 if form.weights == "bfloat16" else weight.dtype))
-            own[matrix.name] = own[matrix.name].view(ITEMS[form.weights])
+            own[matrix.name] = weight.view(ITEMS[form.weights])
             if scale is not None:
-                own[f"{matrix.name}_scale"] = torch.from_numpy(scale)
+                own[f"{matrix.name}_scale"] = scale
             if form.biased and matrix.name != "w_hr":
-                own[matrix.name.replace("w_", "b_")] = torch.from_numpy(bias)
+                own[matrix.name.replace("w_", "b_")] = bias
         found += named
     return found
 
