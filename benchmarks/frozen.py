@@ -24,7 +24,7 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 SHAPES = ((1, 1), (50, 1), (50, 16), (200, 32))
 HIDDEN = (64, 128, 256, 512, 640, 1024)
 QUICK_SHAPES, QUICK_HIDDEN = ((1, 1), (50, 1), (50, 16)), (64, 256, 512)
-FORMATS = ("float32", "int8")
+FORMATS = ("float32", "bfloat16", "int8")
 # torch's gates in the order of ONNX: i o f c of an LSTM, z r h of a GRU.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
 # Seconds that a measurement is repeated for within one round.

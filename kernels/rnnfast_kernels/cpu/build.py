@@ -24,6 +24,7 @@ from rnnfast_kernels.cpu import (
     tasks,
     tile,
     waiting,
+    widened,
 )
 from rnnfast_kernels.cpu.target import Target, widest_panel
 from rnnfast_kernels.equations.cell import Cell
@@ -112,6 +113,9 @@ def vectors(target: Target, salt: str) -> dict:
         "HEAD": target.head,
     }
     rows = operands.ROWS
+    if target.weights:
+        namespace |= widened.operations()
+        rows = widened.ROWS
     if target.weights == "int8":
         namespace |= int8.operations(target)
         rows = int8.ROWS

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import load_all, load_first, pointer, store_all
+from rnnfast_kernels.cpu.memory import load_first, pointer
 from rnnfast_kernels.cpu.operands import copies_start
 from rnnfast_kernels.cpu.target import Target
 from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, declared, splat
@@ -29,8 +29,6 @@ ROUND = 12582912.0
 # What a row's largest magnitude is at least taken to be. Its inverse is finite.
 SMALLEST = 127 * 2.0**-126
 INFINITY_BITS = 0x7F800000
-# Sums in flight that hide the latency of a product.
-IN_FLIGHT = 10
 
 
 def integers(lanes: int) -> ir.VectorType:
@@ -104,78 +102,12 @@ def add_plain(builder, a, w, total):
     return total
 
 
-def define_tile(function: ir.Function, target: Target, rows: int, vectors: int) -> None:
-    """The product for one tile of `rows` x `vectors` registers (see `tile.tile_function`)."""
-    lanes, vector = target.lanes, target.vector
-    vec, kind = Vec("float32", lanes), integers(lanes)
-    row_pointers, _, panel, depth, out, out_step = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
-    strip = target.strip(vectors)
-    strip_bytes = builder.mul(builder.add(depth, INT64(target.head)), INT64(vector * strip))
-    strips = [builder.add(panel, builder.mul(strip_bytes, INT64(n))) for n in range(-(-vectors // strip))]
-    widths = [min(strip, vectors - strip * n) for n in range(len(strips))]
-    at_once = max(target.unroll, min(4, -(-IN_FLIGHT // (rows * vectors))))
-
-    def load_line(line: ir.Value) -> list[ir.Value]:
-        spots = [builder.add(s, builder.mul(line, INT64(vector * w))) for s, w in zip(strips, widths, strict=True)]
-        spots = [builder.add(spots[n // strip], INT64(vector * (n % strip))) for n in range(vectors)]
-        return [load_all(builder, vec, spot) for spot in spots]
-
-    def add_line(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        columns = [builder.bitcast(each, kind) for each in load_line(builder.add(k, INT64(target.head)))]
-        offset = builder.shl(k, INT64(2))
-        added = []
-        for row in range(rows):
-            quad = builder.load(pointer(builder, builder.add(left[row], offset), INT32), align=1)
-            wide = splat(builder, quad, lanes)
-            for column, total in zip(columns, sums[row * vectors : (row + 1) * vectors], strict=True):
-                added.append(add_products(builder, target, wide, column, total))
-        return added
-
-    def loop(k: ir.Value, groups: list[list[ir.Value]], count: int) -> tuple[ir.Value, list[list[ir.Value]]]:
-        """Add lines from k on, `count` in a round; each has sums of its own if there are so many groups."""
-        before = builder.block
-        head, body, rest = (function.append_basic_block(label) for label in ("head", "body", "rest"))
-        builder.branch(head)
-        builder.position_at_end(head)
-        k_now = builder.phi(INT64)
-        now = [[builder.phi(kind) for _ in group] for group in groups]
-        builder.cbranch(builder.icmp_signed("<=", builder.add(k_now, INT64(count)), depth), body, rest)
-        builder.position_at_end(body)
-        new = list(now)
-        for i in range(count):
-            new[i % len(new)] = add_line(builder.add(k_now, INT64(i)), new[i % len(new)])
-        k_next = builder.add(k_now, INT64(count))
-        builder.branch(head)
-        k_now.add_incoming(k, before)
-        k_now.add_incoming(k_next, body)
-        for phis, starts, following in zip(now, groups, new, strict=True):
-            for phi, start, value in zip(phis, starts, following, strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(value, body)
-        builder.position_at_end(rest)
-        return k_now, now
-
-    sums = [builder.bitcast(each, kind) for each in load_line(INT64(0))] * rows
-    apart = max(1, min(at_once, -(-IN_FLIGHT // (rows * vectors)), target.registers * 3 // 4 // (rows * vectors)))
-    groups = [sums, *([ir.Constant(kind, None)] * len(sums) for _ in range(apart - 1))]
-    k = INT64(0)
-    if at_once > 1:
-        k, groups = loop(k, groups, at_once)
-        for group in groups[1:]:
-            groups[0] = [builder.add(total, other) for total, other in zip(groups[0], group, strict=True)]
-    _, (sums,) = loop(k, groups[:1], 1)
-    scales, biases = load_line(INT64(1)), load_line(INT64(2))
-    for row in range(rows):
-        scale = builder.load(pointer(builder, builder.sub(left[row], INT64(4)), FLOAT), align=1)
-        wide = splat(builder, scale, lanes)
-        goal = builder.add(out, builder.mul(out_step, INT64(row)))
-        for n in range(vectors):
-            total = builder.sitofp(sums[row * vectors + n], vec.llvm)
-            value = builder.fadd(builder.fmul(total, builder.fmul(wide, scales[n])), biases[n])
-            store_all(builder, vec, builder.add(goal, INT64(vector * n)), value)
-    builder.ret_void()
+def finish(
+    builder: ir.IRBuilder, vec: Vec, total: ir.Value, scale: ir.Value, column: ir.Value, bias: ir.Value
+) -> ir.Value:
+    """The float32 result of a sum: scale is the row's, column that of the weight's rows."""
+    numbers = builder.sitofp(total, vec.llvm)
+    return builder.fadd(builder.fmul(numbers, builder.fmul(scale, column)), bias)
 
 
 def quantise_name(target: Target) -> str:
@@ -249,7 +181,7 @@ def quantise_function(module: ir.Module, target: Target) -> ir.Function:
 
 
 def operations(target: Target) -> dict:
-    """What kernels of int8 weights call in place of the functions of the same names for others."""
+    """What `as_operands` calls."""
 
     @intrinsic
     def quantise(typing, source, depth, goal):
@@ -260,16 +192,7 @@ def operations(target: Target) -> dict:
 
         return types.void(*[types.int64] * 3), lower
 
-    @intrinsic
-    def multiply_unpacked(typing, rows, row_pointers, weight, units, depth, bias, out, out_step):
-        """Weights are packed always."""
-
-        def lower(context, builder, sig, args):
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), lower
-
-    return {"quantise": quantise, "multiply_unpacked": multiply_unpacked}
+    return {"quantise": quantise}
 
 
 def named(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:

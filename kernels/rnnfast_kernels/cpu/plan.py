@@ -161,7 +161,7 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
     """Scratch for rows of so many terms in the form of operands, where there are any of another form."""
     if chosen.terms == 1 and chosen.io == chosen.dtype:
         return 0
-    row = chosen.padded(chosen.lines(depth)) * chosen.acc_bytes + chosen.operand_head
+    row = chosen.padded(chosen.lines(depth)) * chosen.operand_elements * chosen.acc_bytes + chosen.operand_head
     return recipe.buffer(8 * rows + chosen.vector + rows * row)
 
 

@@ -57,8 +57,8 @@ class Target:
     """One way to compute on one processor.
 
     io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
-    a vector register. registers: how many of those there are. terms: of a sum that one instruction adds; if two, they
-    are products of bfloat16 numbers. weights: format of panels that are packed beforehand, empty for those packed in
+    a vector register. registers: how many of those there are. terms: of a sum that stand in one element of an operand;
+    if two, they are bfloat16 numbers. weights: format of panels that are packed beforehand, empty for those packed in
     the call. dot: how int8 numbers are multiplied (see `int8`).
     """
 
@@ -74,6 +74,11 @@ class Target:
     def head(self) -> int:
         """Lines of a panel before its terms: initial values; for int8 those of the integers, scales and biases."""
         return 3 if self.weights == "int8" else 1
+
+    @property
+    def operand_elements(self) -> int:
+        """Elements of the left operand beside one of a panel: rows stay float32 where bfloat16 weights are widened."""
+        return 2 if self.weights == "bfloat16" else 1
 
     @property
     def adds_128(self) -> bool:
@@ -121,8 +126,12 @@ class Target:
         return vectors <= self.strip(vectors) or rows * vectors + vectors + 1 < self.registers
 
     def rows(self, gates: int) -> int:
-        """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums."""
-        return max(1, self.registers * 3 // 4 // self.strip(gates * widest_panel(gates)))
+        """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums.
+
+        Fewer are where each vector of a panel becomes two, of bfloat16 weights that are widened.
+        """
+        sums = self.registers * 5 // 8 if self.weights == "bfloat16" else self.registers * 3 // 4
+        return max(1, sums // self.strip(gates * widest_panel(gates)))
 
     def widths(self, gates: int) -> tuple[int, ...]:
         """Vectors of a panel of so many gates, which is the narrower the fewer units are left."""
@@ -199,5 +208,5 @@ def target(given: str, weights: str = "") -> Target:
     lanes = max(1, size // ITEM_BYTES[dtype])
     if weights == "int8":
         return Target(given, dtype, lanes, registers, 4, weights, int8_products(host.triple, features, lanes))
-    pairs = "bfloat16" in (given, weights) and has_bfloat16_products()
+    pairs = weights == "bfloat16" or (given == "bfloat16" and has_bfloat16_products())
     return Target(given, dtype, lanes, registers, 2 if pairs else 1, weights)

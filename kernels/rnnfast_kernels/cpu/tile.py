@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu import int8
+from rnnfast_kernels.cpu import held, int8
 from rnnfast_kernels.cpu.memory import load_all, load_io, pointer, store_all
 from rnnfast_kernels.cpu.operands import fused_multiply_add, load_io_terms
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
@@ -48,8 +48,8 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
     """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
     function = external(module, tile_name(target, rows, vectors), 6)
-    if target.weights == "int8":
-        int8.define_tile(function, target, rows, vectors)
+    if target.weights:
+        held.define_tile(function, target, rows, vectors)
         return function
     row_pointers, step, panel, depth, out, out_step = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
@@ -333,14 +333,14 @@ def library(target: Target, gates: set[int]) -> ir.Module:
     module = ir.Module("rnnfast")
     if target.weights == "int8":
         int8.quantise_function(module, target)
-    else:
+    if not target.weights:
         transpose_function(module, target)
     shapes = set()
     for vectors, rows, each in itertools.chain.from_iterable(tiles(target, g) for g in gates):
         shapes |= {(rows, each), (rows, (vectors - 1) % each + 1)}
     for rows, vectors in sorted(shapes):
         tile_function(module, target, rows, vectors)
-    if target.weights != "int8":
+    if not target.weights:
         for rows in range(1, MOST_UNPACKED_ROWS + 1):
             unpacked_function(module, target, rows)
     return module
