@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from llvmlite import binding
 from rnnfast_kernels.cpu import int8, panels, tile
-from rnnfast_kernels.cpu.target import X86, Target, processor
+from rnnfast_kernels.cpu.target import X86, Target, may_use_amx, processor
 
 
 def int8_target(lanes: int, registers: int, dot: str) -> Target:
@@ -17,6 +17,12 @@ def int8_target(lanes: int, registers: int, dot: str) -> Target:
 AVX512 = "+avx512f,+avx512bw,+avx512vl,+avx2,+avx,+fma"
 # Triple ("" is this machine's), processor, features, and how it multiplies.
 PROCESSORS = {
+    "amx": (
+        "",
+        "sapphirerapids",
+        f"{AVX512},+avx512vnni,+amx-int8,+amx-tile",
+        int8_target(16, 32, "amx"),
+    ),
     "avx512-vnni": ("", "x86-64-v4", f"{AVX512},+avx512vnni", int8_target(16, 32, "vpdpbusd")),
     "avx512": ("", "x86-64-v4", AVX512, int8_target(16, 32, "vpmaddwd")),
     "avx-vnni": ("", X86["avx2"][0], X86["avx2"][1] + ",+avxvnni", int8_target(8, 16, "vpdpbusd")),
@@ -25,11 +31,20 @@ PROCESSORS = {
     "neon-dot": ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+dotprod", int8_target(4, 32, "sdot")),
     "neon": ("aarch64-unknown-linux-gnu", "generic", "+neon", int8_target(4, 32, "plain")),
 }  # fmt: skip
-NEEDS = {"avx512-vnni": "avx512vnni", "avx512": "avx512bw", "avx-vnni": "avxvnni", "avx2": "avx2", "sse": "sse2"}
+NEEDS = {
+    "amx": "amx-int8",
+    "avx512-vnni": "avx512vnni",
+    "avx512": "avx512bw",
+    "avx-vnni": "avxvnni",
+    "avx2": "avx2",
+    "sse": "sse2",
+}
 INSTRUCTION = {
-    "avx512-vnni": "vpdpbusd", "avx512": "vpmaddwd", "avx-vnni": "vpdpbusd", "avx2": "vpmaddubsw", "neon-dot": "sdot",
+    "amx": "tdpbusd", "avx512-vnni": "vpdpbusd", "avx512": "vpmaddwd", "avx-vnni": "vpdpbusd", "avx2": "vpmaddubsw",
+    "neon-dot": "sdot",
 }  # fmt: skip
 GATES, UNITS, DEPTH = 4, 37, 71
+TILES = [(name, rows) for name in NEEDS for rows in (1, 2, 4, 6, 7, 16) if rows <= PROCESSORS[name][3].rows(GATES)]
 
 
 def machine(name: str) -> binding.TargetMachine:
@@ -64,10 +79,10 @@ def quantised(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return rows as the kernel quantises them: signed numbers [rows, depth], and the buffer that holds them."""
     chosen, (rows, depth) = PROCESSORS[name][3], x.shape
     row = chosen.vector + chosen.padded(chosen.lines(depth)) * 4
-    room = np.zeros((rows, row), np.uint8)
+    room = np.zeros((rows + 15, row), np.uint8)
     for n in range(rows):
         call(name, int8.quantise_name(chosen), address(x[n]), depth, address(room[n]) + chosen.vector)
-    numbers = room[:, chosen.vector : chosen.vector + depth] ^ np.uint8(0x80 if chosen.adds_128 else 0)
+    numbers = room[:rows, chosen.vector : chosen.vector + depth] ^ np.uint8(0x80 if chosen.adds_128 else 0)
     return numbers.view(np.int8), room
 
 
@@ -82,7 +97,7 @@ def product(name: str, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bia
     result = np.empty((rows, -(-UNITS // chosen.lanes), GATES, chosen.lanes), np.float32)
     place = 0
     for first, count in panels.strips(chosen, GATES, UNITS):
-        out = np.empty((rows, count, chosen.lanes), np.float32)
+        out = np.empty((max(rows, 16), count, chosen.lanes), np.float32)
         function = tile.tile_name(chosen, rows, count)
         call(
             name,
@@ -95,12 +110,14 @@ def product(name: str, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bia
             count * chosen.vector,
         )
         place += count * (chosen.head + chosen.lines(depth)) * chosen.vector
-        result.reshape(rows, -1, chosen.lanes)[:, first : first + count] = out
+        result.reshape(rows, -1, chosen.lanes)[:, first : first + count] = out[:rows]
     return result.transpose(0, 2, 1, 3).reshape(rows, GATES, -1)[:, :, :UNITS].reshape(rows, -1)
 
 
 def here(name: str) -> bool:
     """Whether this machine runs the code."""
+    if name == "amx" and not may_use_amx():
+        return False
     return not PROCESSORS[name][0] and binding.get_host_cpu_features().get(NEEDS[name], False)
 
 
@@ -115,8 +132,7 @@ def case(rows: int, depth: int):
 
 
 @pytest.mark.parametrize("depth", [1, 4, DEPTH, 640])
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize(("name", "rows"), TILES)
 def test_products_are_those_of_integers(name, rows, depth):
     """Bit by bit, whatever the instructions: sums of integers, and three roundings behind them."""
     if not here(name):
@@ -144,7 +160,7 @@ def test_rows_that_are_no_ordinary_numbers(name):
     assert numbers[1, 3] == 127
     assert scales[1] == np.float32(3e38) / np.float32(127)
     assert np.isfinite(scales[:3]).all()
-    assert np.isnan(scales[3:]).all()
+    assert np.isnan(scales[3:5]).all()
 
 
 @pytest.mark.parametrize("name", INSTRUCTION)

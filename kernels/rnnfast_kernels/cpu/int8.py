@@ -44,6 +44,7 @@ def add_products(builder: ir.IRBuilder, target: Target, a: ir.Value, w: ir.Value
     """Add to each int32 lane the products of its four numbers of `a` and `w`."""
     return {
         "vpdpbusd": add_vpdpbusd,
+        "amx": add_vpdpbusd,
         "vpmaddubsw": add_vpmaddubsw,
         "vpmaddwd": add_vpmaddwd,
         "sdot": add_sdot,

@@ -162,7 +162,8 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
     if chosen.terms == 1 and chosen.io == chosen.dtype:
         return 0
     row = chosen.padded(chosen.lines(depth)) * chosen.operand_elements * chosen.acc_bytes + chosen.operand_head
-    return recipe.buffer(8 * rows + chosen.vector + rows * row)
+    extra = 15 if chosen.dot == "amx" else 0  # rows that are read beside fewer than 16
+    return recipe.buffer(8 * rows + chosen.vector + (rows + extra) * row)
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:

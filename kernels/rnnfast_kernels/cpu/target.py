@@ -1,7 +1,9 @@
 """What processor kernels are compiled for, what vectors it has, and what register tile suits them."""
 
+import ctypes
 import functools
 import os
+import sys
 from dataclasses import dataclass
 
 from llvmlite import binding
@@ -83,7 +85,7 @@ class Target:
     @property
     def adds_128(self) -> bool:
         """Whether int8 rows are stored with 128 added to their numbers, which the instruction takes as unsigned."""
-        return self.dot == "vpdpbusd"
+        return self.dot in ("vpdpbusd", "amx")
 
     @property
     def operand_head(self) -> int:
@@ -128,8 +130,10 @@ class Target:
     def rows(self, gates: int) -> int:
         """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums.
 
-        Fewer are where each vector of a panel becomes two, of bfloat16 weights that are widened.
+        Fewer are where each vector of a panel becomes two, of bfloat16 weights that are widened. AMX takes 16 rows.
         """
+        if self.dot == "amx":
+            return 16
         sums = self.registers * 5 // 8 if self.weights == "bfloat16" else self.registers * 3 // 4
         return max(1, sums // self.strip(gates * widest_panel(gates)))
 
@@ -188,11 +192,24 @@ def int8_products(triple: str, features: set[str], lanes: int) -> str:
     """Name the instruction that multiplies int8 numbers by fours, or "plain" where there is none."""
     if triple.startswith(("aarch64", "arm64")):
         return "sdot" if "+dotprod" in features else "plain"
+    if {"+avx512f", "+avx512vnni", "+amx-int8", "+amx-tile"} <= features and may_use_amx():
+        return "amx"
     if {"+avx512f", "+avx512vnni"} <= features or (lanes == 8 and "+avxvnni" in features):
         return "vpdpbusd"
     if lanes == 8 and "+avx2" in features:
         return "vpmaddubsw"
     return "vpmaddwd" if "+avx512bw" in features else "plain"
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Ask Linux, once, to let this process use AMX's registers, which are too large for it to save unasked."""
+    try:
+        call = ctypes.CDLL(None).syscall
+    except (AttributeError, OSError, TypeError):
+        return False
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return sys.platform == "linux" and call(158, 0x1023, 18) == 0
 
 
 @functools.cache
