@@ -1,6 +1,6 @@
 """Frozen layers on the CPU against torch's quantize_dynamic and ONNX Runtime: errors and times of the same calls.
 
-    python -m benchmarks.frozen --out frozen.json [--threads 1 2] [--cells lstm gru rnn] [--rounds 15] [--quick]
+    python -m benchmarks.frozen --out frozen.json [--threads 1 2] [--cells lstm gru rnn] [--shapes 1x1 50x16]
 
 Every engine has the same weights and input. The error of an int8 engine is relative to a float32 layer of torch, as a
 relative L2 norm over the output. Engines alternate in one process; a time is the median of the rounds. Peers that are
@@ -188,8 +188,11 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--shapes", nargs="+", help="T x B, for example 1x1 50x16")
     asked = parser.parse_args()
     shapes, sizes = (QUICK_SHAPES, QUICK_HIDDEN) if asked.quick else (SHAPES, HIDDEN)
+    if asked.shapes:
+        shapes = tuple((int(steps), int(batch)) for steps, batch in (each.split("x") for each in asked.shapes))
     try:
         import onnxruntime
 

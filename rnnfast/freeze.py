@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rnnfast import modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
 from rnnfast.frozen import FIELDS, Frozen
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 FORMATS = ("float32", "bfloat16", "int8")
 # Terms of a sum that int32 holds at most.
@@ -42,6 +43,7 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
         expected = ", ".join(map(repr, FORMATS))
         raise ValueError(f"freeze: expected weights to be one of {expected}, got {weights!r}")
     found = recurrent_layers(model, "freeze")
+    found |= {name: each for name, each in model.named_modules() if isinstance(each, OfDeclaredCell)}
     reasons = {name: reason_against(layer, weights) for name, layer in found.items()}
     for name, layer in found.items():
         if reasons[name] is None:
@@ -64,6 +66,8 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
     """Say why a layer cannot be frozen, or None where it can."""
     if isinstance(layer, Frozen):
         return f"it is frozen already, in {layer.weights_format}"
+    if isinstance(layer, OfDeclaredCell):
+        return f"its cell, {layer.cell.__name__}, is a declared one; RNN, LSTM and GRU can be frozen"
     if isinstance(layer, torch.jit.ScriptModule):
         return "a scripted layer cannot change; freeze the model before torch.jit.script"
     if is_parametrized(layer):

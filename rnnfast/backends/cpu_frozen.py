@@ -77,7 +77,7 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     With int8 also w_ih_scale, w_hh_scale and w_hr_scale.
     """
     chosen = panels.held_target(form.weights)
-    buffer = torch.zeros(offsets(form)[-1], dtype=torch.uint8)
+    buffer = room(torch.empty(0), offsets(form)[-1], dtype=torch.uint8).zero_()
     for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
