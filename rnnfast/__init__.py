@@ -7,6 +7,7 @@ from rnnfast.accelerate import Finding, accelerate, restore, survey
 from rnnfast.backends.choice import use_backend
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.declare import CellError, cell, surrogate
+from rnnfast.freeze import freeze
 from rnnfast.modules import GRU, LSTM, RNN
 from rnnfast.prepare import warmup
 from rnnfast.recurrent import Recurrent
@@ -29,6 +30,7 @@ __all__ = [
     "cell",
     "cells",
     "explain",
+    "freeze",
     "functional",
     "restore",
     "surrogate",

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from rnnfast import _torch, cell_modules, modules
+from rnnfast.frozen import Frozen
 from rnnfast.modules import EXACT
 
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
@@ -32,18 +33,27 @@ TORCHS = {ours: theirs for theirs, ours in COUNTERPARTS.items()} | {
 }
 # The attribute of an accelerated layer that holds the class it had.
 ORIGINAL = "_class_before_accelerate"
+# The attribute of a layer that says why `freeze` left it alone.
+REFUSED = "_reason_against_freeze"
 
 
 class Finding(NamedTuple):
-    """What `survey` says of one recurrent layer. `reason` tells why it is not accelerated, empty where it is."""
+    """What `survey` says of one recurrent layer. `reason` tells why it is not accelerated, empty where it is.
+
+    frozen: the format of frozen weights, empty where they are not. not_frozen: why `freeze` left the layer alone.
+    """
 
     name: str
     type: str
     accelerated: bool
     reason: str
+    frozen: str = ""
+    not_frozen: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name or 'the model itself'}: {self.type}, {self.reason or 'accelerated'}"
+        told = f"frozen, {self.frozen}" if self.frozen else self.reason or "accelerated"
+        told += f"; not frozen: {self.not_frozen}" if self.not_frozen else ""
+        return f"{self.name or 'the model itself'}: {self.type}, {told}"
 
 
 def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
@@ -144,16 +154,18 @@ def survey(model: nn.Module) -> list[Finding]:
     """
     found = []
     for name, layer in recurrent_layers(model).items():
-        ours = isinstance(layer, modules.Recurrent)
+        ours = isinstance(layer, modules.Recurrent | Frozen)
         reason = "" if ours else reason_against(layer) or "accelerate() was not called"
-        found.append(Finding(name, type(layer).__name__, ours, reason))
+        frozen = layer.weights_format if isinstance(layer, Frozen) else ""
+        kind = layer._get_name() if frozen else type(layer).__name__
+        found.append(Finding(name, kind, ours, reason, frozen, layer.__dict__.get(REFUSED, "")))
     return found
 
 
-def recurrent_layers(model: nn.Module) -> dict[str, Any]:
+def recurrent_layers(model: nn.Module, caller: str = "accelerate") -> dict[str, Any]:
     """Return a model's recurrent layers by name, each once."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
     return {name: module for name, module in model.named_modules() if is_recurrent(module)}
 
 
@@ -161,11 +173,13 @@ def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
-    return isinstance(module, nn.RNNBase)
+    return isinstance(module, nn.RNNBase | Frozen)
 
 
 def reason_against(layer: nn.Module) -> str | None:
     """Say why a layer must be left alone, or None where it may be accelerated."""
+    if isinstance(layer, Frozen):
+        return "it is frozen"
     if isinstance(layer, modules.Recurrent):
         return "it is rnnfast's already"
     if isinstance(layer, torch.jit.ScriptModule):

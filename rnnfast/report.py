@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast.backends import measured
 from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
 from rnnfast.cell_modules import Cell
+from rnnfast.frozen import Frozen
 from rnnfast.functional import Call
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
@@ -30,7 +31,7 @@ class Explanation:
 
 
 def explain(
-    module: Recurrent | Cell | OfDeclaredCell,
+    module: Recurrent | Cell | OfDeclaredCell | Frozen,
     input: Tensor | PackedSequence,
     *,
     resets: Tensor | None = None,
@@ -49,6 +50,8 @@ def explain(
     elif isinstance(module, OfDeclaredCell):
         cell, projection = module.cell.identity, 0
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+    elif isinstance(module, Frozen):
+        return explain_frozen(module, data, resets is not None or all_states)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
         needs_ours = resets is not None or all_states
@@ -65,6 +68,17 @@ def sizes_of(module: Recurrent, input: Tensor) -> measured.Sizes | None:
     if module.batch_first and input.dim() == 3:
         x = x.transpose(0, 1)
     return measured.sizes_of_call(Call(module.options(), x, (), module.weights()))
+
+
+def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanation:
+    """Explain a call of a frozen layer."""
+    cell, reason = module.options().cell, module.reason_for_plain(data)
+    if reason is None:
+        kernel = f"{cell} loop over packed {module.weights_format} weights"
+        return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
+    choice = choose(cell, data.device, torch.float32, needs_ours)
+    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
+    return Explanation(choice.backend, kernel, f"weights are made float32 again: {reason}")
 
 
 def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:

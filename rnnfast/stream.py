@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 
 from rnnfast import checks, fast_path
 from rnnfast.backends.choice import backend_of, load, records
+from rnnfast.frozen import Frozen
 from rnnfast.functional import Call, initial_states, recurrent, single
 from rnnfast.modules import Recurrent
 
@@ -31,15 +32,15 @@ class Stream:
             y = stream(x)            # [B, P]
 
     Args:
-        module: an RNN, LSTM or GRU of rnnfast, of one direction.
+        module: an RNN, LSTM or GRU of rnnfast, of one direction; also a frozen one.
         batch: rows B of each step. Default 1.
 
     Raises:
         TypeError: `module` is none of rnnfast's. ValueError: it is bidirectional.
     """
 
-    def __init__(self, module: Recurrent, batch: int = 1):
-        if not isinstance(module, Recurrent):
+    def __init__(self, module: Recurrent | Frozen, batch: int = 1):
+        if not isinstance(module, Recurrent | Frozen):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
         self.module, self.batch = module, batch
         self.states: tuple[Tensor, ...] = ()  # [layers, B, P or H] each
@@ -69,7 +70,8 @@ class Stream:
         # What is kept must serve inside of inference mode and outside, wherever the stream is made.
         with torch.inference_mode(False), torch.no_grad():
             options = self.module.options()._replace(batch_first=False, training=False)
-            weights = [as_own(w) for w in self.module.weights()]
+            frozen = self.module if isinstance(self.module, Frozen) else None
+            weights = frozen.like_weights() if frozen else [as_own(w) for w in self.module.weights()]
             like = weights[0]
             x = torch.zeros(1, self.batch, like.shape[-1], dtype=like.dtype, device=like.device)
             checks.sizes(options, x, self.batch, None, weights)
@@ -81,6 +83,11 @@ class Stream:
                     own.copy_(old)
             self.options, self.weights, self.input, self.states = options, weights, x, states
             self.output = x.new_zeros(self.batch, options.width(weights))
+            if frozen and frozen.reason_for_plain(x) is None:
+                self.backend, self.step = "numba", frozen.stepper(x, self.output, self.states)
+                return
+            if frozen:
+                self.weights = frozen.dequantised()
             self.backend = backend_of(options.cell, x.device, x.dtype, False)
             self.step = self.lay_out(options) if records(self.backend) else self.call_layers
 

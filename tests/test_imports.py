@@ -17,12 +17,14 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 # From what a user imports down to the equations. A module imports from its own layer and those below, never upwards.
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
+    ("rnnfast.freeze",),
     ("rnnfast.accelerate", "rnnfast.prepare", "rnnfast.report", "rnnfast.stream"),
+    ("rnnfast.frozen",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
     ("rnnfast.checks", "rnnfast.native", "rnnfast.fast_path"),
     ("rnnfast.autograd",),
-    ("rnnfast.flops", "rnnfast.onnx_export", "rnnfast.second_order"),
+    ("rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx_export", "rnnfast.second_order"),
     ("rnnfast.declare",),
     ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
     ("rnnfast.changes", "rnnfast.layers", "rnnfast.torch_functions", "rnnfast.vmap"),

@@ -15,6 +15,7 @@ from rnnfast_kernels.cpu import (
     activations,
     elementary,
     gradients,
+    int8,
     loops,
     memory,
     operands,
@@ -24,6 +25,7 @@ from rnnfast_kernels.cpu import (
     tasks,
     tile,
     waiting,
+    widened,
 )
 from rnnfast_kernels.cpu.target import Target, widest_panel
 from rnnfast_kernels.equations.cell import Cell
@@ -113,6 +115,15 @@ def integers(function: Callable, result: types.Type = types.void) -> Signature:
     return result(*[types.int64] * function.__code__.co_argcount)
 
 
+# The functions of `HELPERS` that a forward pass over packed weights calls.
+INFERENCE = (
+    *HELPERS[: HELPERS.index(loops.start_gradients)],
+    loops.run_forward_phase,
+    loops.run_phases,
+    loops.layer_forward,
+)
+
+
 def vectors(target: Target, salt: str) -> dict:
     """Memory, waiting, arithmetic and activations."""
     namespace = {
@@ -128,7 +139,15 @@ def vectors(target: Target, salt: str) -> dict:
         "IO_BYTES": target.io_bytes,
         "LANES": target.lanes,
         "VECTOR": target.vector,
+        "HEAD": target.head,
     }
+    rows = operands.ROWS
+    if target.weights:
+        namespace |= widened.operations()
+        rows = widened.ROWS
+    if target.weights == "int8":
+        namespace |= int8.operations(target)
+        rows = int8.ROWS
     for function in (
         activations.decay,
         *activations.ACTIVATIONS,
@@ -137,7 +156,7 @@ def vectors(target: Target, salt: str) -> dict:
         *operands.LINES,
     ):
         inline(function, namespace, forceinline=True)
-    for function in operands.ROWS:
+    for function in rows:
         inline(function, namespace, integers(function, types.int64))
     for function in products.ROWS:
         inline(function, namespace, integers(function))
@@ -162,12 +181,13 @@ def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Calla
     return over
 
 
-def assemble(cell: Cell, target: Target, salt: str) -> dict:
-    """Everything that an entry point may call."""
+def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
+    """Everything that an entry point may call. Without derivatives, weights are packed beforehand."""
     base = vectors(target, salt)
-    parts = {1: (*products.PLAIN,)}
+    parts = {1: tuple(each for each in products.PLAIN if derivatives or each not in products.PACKING)}
     for gates in (cell.gates, cell.recurrent):
-        parts[gates] = (*parts.get(gates, ()), *products.GATED)
+        gated = (each for each in products.GATED if derivatives or each not in products.PACKING)
+        parts[gates] = (*parts.get(gates, ()), *gated)
     made = {gates: tiled(target, gates, base, dict.fromkeys(wanted)) for gates, wanted in parts.items() if gates}
     plain, gated, recurrent = made[1], made[cell.gates], made[cell.recurrent or cell.gates]
     extra = len(cell.states) - 1
@@ -184,12 +204,8 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "recurrent_blocks": recurrent["panel_blocks"],
         "recurrent_rows": recurrent["tile_rows"],
         "project_gate_blocks": gated["project_blocks"],
-        "pack_gate_columns": gated["pack_columns"],
         "project_plain": plain["project"],
         "project_plain_blocks": plain["project_blocks"],
-        "pack_recurrent_columns": recurrent["pack_columns"],
-        "pack_plain_columns": plain["pack_columns"],
-        "pack_rows": plain["pack_rows"],
         "load_gates": base["tuple_loader"](cell.gates),
         "load_recurrent": base["tuple_loader"](cell.recurrent),
         "load_kept": base["tuple_loader"](cell.saved),
@@ -202,6 +218,13 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         "outer_at": gradients.OUTER.reader(),
         "pack_at": products.PACK.reader(),
     }
+    if derivatives:
+        namespace |= {
+            "pack_gate_columns": gated["pack_columns"],
+            "pack_recurrent_columns": recurrent["pack_columns"],
+            "pack_plain_columns": plain["pack_columns"],
+            "pack_rows": plain["pack_rows"],
+        }
     for module in (products, gradients, loops, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
     for name, equations in (
@@ -210,15 +233,18 @@ def assemble(cell: Cell, target: Target, salt: str) -> dict:
         *((("cell_push", cell.push), ("cell_bend", cell.bend)) if cell.standard else ()),
     ):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
-    for function in HELPERS if cell.standard else (each for each in HELPERS if each not in second.HELPERS):
+    helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in second.HELPERS)
+    for function in helpers if derivatives else INFERENCE:
         inline(function, namespace)
+        if function is loops.run_forward_phase:
+            namespace["run_phase"] = namespace["run_forward_phase"]
     return namespace
 
 
 def llvm_ir(cell: Cell, target: Target, derivatives: int) -> tuple[list[str], str]:
     """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
-    salt = f"{cell.name} {target}"
+    salt = f"{cell.name} {target} {derivatives}"
     library = tile.library(target, {1, cell.gates, cell.recurrent} - {0})
-    entry = bind(tasks.ENTRIES[derivatives], assemble(cell, target, salt), salt)
+    entry = bind(tasks.ENTRIES[derivatives], assemble(cell, target, salt, derivatives), salt)
     compiled = cfunc("void(int64, int64)", error_model="numpy", pipeline_class=IntermediateCompiler)(entry)
     return [compiled.inspect_llvm(), str(library), str(schedule.module())], compiled.native_name

@@ -36,6 +36,7 @@ DIGEST_BYTES = 32
 NOT_COMPILED = (
     "__init__.py",
     "pages.py",
+    "panels.py",
     "plan.py",
     "plan_backward.py",
     "plan_forward.py",
@@ -53,12 +54,15 @@ class Kernel(NamedTuple):
     share: Callable[[int], None]
 
 
-kernels: dict[tuple[str, str, int], Kernel] = {}
+kernels: dict[tuple[str, str, int, str], Kernel] = {}
 
 
-def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
-    """The machine code of a cell and a dtype: of a layer and its gradients, or, with 2, of its second derivatives."""
-    wanted = cell_name, dtype, derivatives
+def kernel(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "") -> Kernel:
+    """The machine code of a cell and a dtype: of a layer and its gradients, or, with 2, of its second derivatives.
+
+    With 0, of the forward pass alone, over panels of the format `weights`.
+    """
+    wanted = cell_name, dtype, derivatives, weights
     found = kernels.get(wanted)
     if found is not None:
         return found
@@ -69,22 +73,23 @@ def kernel(cell_name: str, dtype: str, derivatives: int = 1) -> Kernel:
             if code is None:
                 log.info("compiling %s, for this machine and once", name)
                 start = time.perf_counter()
-                code = compile_code(CELLS[cell_name], target(dtype), derivatives)
+                code = compile_code(CELLS[cell_name], target(dtype, weights), derivatives)
                 log.info("compiled %s in %.1f s", name, time.perf_counter() - start)
                 write(name, code)
             kernels[wanted] = load(code)
         return kernels[wanted]
 
 
-def file_name(cell_name: str, dtype: str, derivatives: int) -> str:
+def file_name(cell_name: str, dtype: str, derivatives: int, weights: str = "") -> str:
     """The name of the file that keeps a kernel."""
-    order = "" if derivatives == 1 else f"-{derivatives}"
-    return f"{cell_name}-{dtype}{order}-{key(CELLS[cell_name], target(dtype), derivatives)}.bin"
+    order = "" if derivatives == 1 else f"-{weights or derivatives}"
+    return f"{cell_name}-{dtype}{order}-{key(CELLS[cell_name], target(dtype, weights), derivatives)}.bin"
 
 
-def is_kept(cell_name: str, dtype: str, derivatives: int = 1) -> bool:
+def is_kept(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "") -> bool:
     """Whether machine code is loaded or kept on disk, so that nothing has to be compiled."""
-    return (cell_name, dtype, derivatives) in kernels or read(file_name(cell_name, dtype, derivatives)) is not None
+    wanted = cell_name, dtype, derivatives, weights
+    return wanted in kernels or read(file_name(*wanted)) is not None
 
 
 def key(cell: Cell, chosen: Target, derivatives: int) -> str:

@@ -125,6 +125,11 @@ def run_phase(address, phase, backward):
         forward_phase(address, phase)
 
 
+def run_forward_phase(address, phase, backward):
+    """Stand in for `run_phase` where there is no backward pass."""
+    forward_phase(address, phase)
+
+
 def project_inputs(job, first, last):
     """Input part of the gates for the steps at places first to last, as one product."""
     count = 0
@@ -190,7 +195,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
     block = job.first_block
     while block < job.last_block:
         blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
-        panel = job.w_hh + block * (1 + lines(job.width)) * RECURRENT * VECTOR
+        panel = job.w_hh + block * (HEAD + lines(job.width)) * RECURRENT * VECTOR
         first = 0
         while first < live:
             count = recurrent_rows(live - first)

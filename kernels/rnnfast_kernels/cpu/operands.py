@@ -99,6 +99,8 @@ def as_operands(rows, row_pointers, depth, room):
 
 def io_operands(rows, row_pointers, depth, room):
     """The same for rows of given tensors."""
+    if IO_BYTES == ACC_BYTES:
+        return as_operands(rows, row_pointers, depth, room)
     if IO_BYTES * TERMS == ACC_BYTES and depth % TERMS == 0:
         return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR

@@ -37,7 +37,8 @@ class Shape:
     rows: of all steps together. sharing: successive directions that read the same input; where that is not all of them,
     their inputs stand side by side in x, each `inputs` wide. cuts: bounds of the slices of the batch. workers: threads
     that share a slice's hidden units. unpacked: whether the forward pass uses its weights too seldom to be worth
-    packing them. x_row, x_step: strides in bytes.
+    packing them. x_row, x_step: strides in bytes. weights: the format of panels that the caller holds (see `panels`),
+    empty where weights are tensors.
     """
 
     cell: str
@@ -57,6 +58,7 @@ class Shape:
     cuts: tuple[int, ...]
     workers: int
     unpacked: bool
+    weights: str = ""
 
     @property
     def row(self) -> Cell:
@@ -65,7 +67,7 @@ class Shape:
 
     @functools.cached_property
     def target(self) -> Target:
-        return target(self.dtype)
+        return target(self.dtype, "" if self.weights == self.dtype else self.weights)
 
     @property
     def acc_bytes(self) -> int:
@@ -152,14 +154,16 @@ def at_least_zeros(size: int) -> int:
 
 def panel_bytes(chosen: Target, columns: int, depth: int) -> int:
     """Memory of a matrix [depth, columns], packed."""
-    return chosen.padded(columns) * (1 + chosen.lines(depth)) * chosen.acc_bytes
+    return chosen.padded(columns) * (chosen.head + chosen.lines(depth)) * chosen.acc_bytes
 
 
 def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int:
     """Scratch for rows of so many terms in the form of operands, where there are any of another form."""
-    if chosen.io == chosen.dtype:
+    if chosen.terms == 1 and chosen.io == chosen.dtype:
         return 0
-    return recipe.buffer(8 * rows + chosen.vector + rows * chosen.padded(chosen.lines(depth)) * chosen.acc_bytes)
+    row = chosen.padded(chosen.lines(depth)) * chosen.operand_elements * chosen.acc_bytes + chosen.operand_head
+    extra = 15 if chosen.dot == "amx" else 0  # rows that are read beside fewer than 16
+    return recipe.buffer(8 * rows + chosen.vector + (rows + extra) * row)
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:

@@ -3,7 +3,7 @@
 import itertools
 from itertools import pairwise
 
-from rnnfast_kernels.cpu import products, tasks
+from rnnfast_kernels.cpu import panels, products, tasks
 from rnnfast_kernels.cpu.plan import (
     WEIGHTS,
     Shape,
@@ -33,10 +33,10 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
 
     names: of the bases, in an order that the caller chooses. They are x, h (of the last layer), and h_first, h_final,
     extra_first and extra_final, whose leading dimension goes over all layers and directions; and `layer_name` of
-    every weight. zero: the initial states are zero, and not given.
+    every weight, or `panels`, of all layers one after another. zero: the initial states are zero, and not given.
     """
     recipe = Recipe(shapes[0].threads, names)
-    x = Ref("x")
+    x, place = Ref("x"), 0
     for n, shape in enumerate(shapes):
         rows = shape.directions * shape.batch * shape.io_bytes
         h = (
@@ -52,6 +52,9 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
                 bases[f"{name}_first"] = Ref(NOWHERE, zeros(rows * width) if zero else 0)
         for name, d in itertools.product(WEIGHTS, range(shape.directions)):
             bases[f"{name}{d}"] = Ref(layer_name(f"{name}{d}", n))
+        if shape.weights:
+            bases["panels"] = Ref("panels", place)
+            place += panel_layout(shape).size
         with recipe.renamed(bases):
             write_forward(recipe, shape, biased, ())
         x = h
@@ -67,6 +70,20 @@ def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
     """Fields for every direction's weights as they are."""
     names = WEIGHTS[:4] if biased else WEIGHTS[:2]
     return [{"unpacked": 1} | {name: Ref(f"{name}{d}") for name in names} for d in range(shape.directions)]
+
+
+def held_weights(shape: Shape) -> list[dict[str, int | Ref]]:
+    """Fields for every direction's panels, which the base `panels` holds."""
+    weights: list[dict[str, int | Ref]] = [{} for _ in range(shape.directions)]
+    for matrix in panel_layout(shape).matrices:
+        weights[matrix.direction][matrix.name] = Ref("panels", matrix.offset)
+    return weights
+
+
+def panel_layout(shape: Shape) -> panels.Layout:
+    """Where a layer's panels are that were packed beforehand."""
+    sizes = shape.inputs, shape.hidden, shape.width, shape.projected, shape.directions
+    return panels.layout(shape.target, shape.cell, *sizes)
 
 
 def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
@@ -87,7 +104,10 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
 
 def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
     """Add a layer's forward pass."""
-    weights = pass_weights(shape, biased) if shape.unpacked else pack_forward(recipe, shape, biased)
+    if shape.weights:
+        weights = held_weights(shape)
+    else:
+        weights = pass_weights(shape, biased) if shape.unpacked else pack_forward(recipe, shape, biased)
     depth = max(shape.inputs, shape.width, shape.hidden)
     jobs, signals = [], signal_fields(recipe, shape)
     for d in range(shape.directions):

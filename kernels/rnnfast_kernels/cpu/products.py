@@ -31,7 +31,7 @@ def tile_rows(rows):
 
 def strip_address(panel, vector, depth):
     """Where a panel's strips hold one of its vectors: its initial value, before those of all lines."""
-    return panel + vector // STRIP * STRIP * (1 + lines(depth)) * VECTOR + vector % STRIP * VECTOR
+    return panel + vector // STRIP * STRIP * (HEAD + lines(depth)) * VECTOR + vector % STRIP * VECTOR
 
 
 def strip_line(vectors, vector):
@@ -44,7 +44,7 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (1 + lines(depth)) * GATES * VECTOR
+        panel = panels + block * (HEAD + lines(depth)) * GATES * VECTOR
         for vector in range(blocks * GATES):
             line = strip_line(blocks * GATES, vector)
             unit = (block + vector // GATES) * LANES
@@ -54,7 +54,7 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
             store(goal, load_io(bias + row * IO_BYTES, count) if bias else zeros(), LANES)
             for k in range(0, depth, LANES * TERMS):
                 source = weight + (row * depth + k) * IO_BYTES
-                spot = goal + line * (1 + k // TERMS)
+                spot = goal + line * (HEAD + k // TERMS)
                 transpose_square(source, depth * IO_BYTES, count, min(LANES * TERMS, depth - k), spot, line)
         block += blocks
 
@@ -64,13 +64,13 @@ def pack_rows(row_pointers, depth, units, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (1 + lines(depth)) * VECTOR
+        panel = panels + block * (HEAD + lines(depth)) * VECTOR
         for i in range(blocks):
             store(strip_address(panel, i, depth), zeros(), LANES)
         for k in range(0, depth, TERMS):
             for i in range(blocks):
                 unit = (block + i) * LANES
-                goal = strip_address(panel, i, depth) + (1 + k // TERMS) * strip_line(blocks, i)
+                goal = strip_address(panel, i, depth) + (HEAD + k // TERMS) * strip_line(blocks, i)
                 store(goal, load_io_line(row_pointers, k, depth, unit, units - unit), LANES)
         block += blocks
 
@@ -89,7 +89,7 @@ def project_blocks(
     """Do that for some blocks of the units. They begin and end where panels do."""
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (1 + lines(depth)) * GATES * VECTOR
+        panel = panels + block * (HEAD + lines(depth)) * GATES * VECTOR
         first = 0
         while first < rows:
             count = tile_rows(rows - first)
@@ -187,5 +187,6 @@ def pack(address):
 
 ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
+PACKING = (pack_columns, pack_rows)
 PLAIN = (pack_columns, pack_rows, project_blocks, project)
 GATED = (pack_columns, project_blocks, multiply_block, project_unpacked)

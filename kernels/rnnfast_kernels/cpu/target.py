@@ -1,7 +1,9 @@
 """What processor kernels are compiled for, what vectors it has, and what register tile suits them."""
 
+import ctypes
 import functools
 import os
+import sys
 from dataclasses import dataclass
 
 from llvmlite import binding
@@ -57,8 +59,9 @@ class Target:
     """One way to compute on one processor.
 
     io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
-    a vector register. registers: how many of those there are. terms: of a sum that one instruction adds; if two, they
-    are products of bfloat16 numbers.
+    a vector register. registers: how many of those there are. terms: of a sum that stand in one element of an operand;
+    if two, they are bfloat16 numbers. weights: format of panels that are packed beforehand, empty for those packed in
+    the call. dot: how int8 numbers are multiplied (see `int8`).
     """
 
     io: str
@@ -66,6 +69,28 @@ class Target:
     lanes: int
     registers: int
     terms: int = 1
+    weights: str = ""
+    dot: str = ""
+
+    @property
+    def head(self) -> int:
+        """Lines of a panel before its terms: initial values; for int8 those of the integers, scales and biases."""
+        return 3 if self.weights == "int8" else 1
+
+    @property
+    def operand_elements(self) -> int:
+        """Elements of the left operand beside one of a panel: rows stay float32 where bfloat16 weights are widened."""
+        return 2 if self.weights == "bfloat16" else 1
+
+    @property
+    def adds_128(self) -> bool:
+        """Whether int8 rows are stored with 128 added to their numbers, which the instruction takes as unsigned."""
+        return self.dot in ("vpdpbusd", "amx")
+
+    @property
+    def operand_head(self) -> int:
+        """Bytes before each row of the left operand, whose last four hold the scale of an int8 row."""
+        return self.vector if self.weights == "int8" else 0
 
     @property
     def acc_bytes(self) -> int:
@@ -103,8 +128,14 @@ class Target:
         return vectors <= self.strip(vectors) or rows * vectors + vectors + 1 < self.registers
 
     def rows(self, gates: int) -> int:
-        """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums."""
-        return max(1, self.registers * 3 // 4 // self.strip(gates * widest_panel(gates)))
+        """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums.
+
+        Fewer are where each vector of a panel becomes two, of bfloat16 weights that are widened. AMX takes 16 rows.
+        """
+        if self.dot == "amx":
+            return 16
+        sums = self.registers * 5 // 8 if self.weights == "bfloat16" else self.registers * 3 // 4
+        return max(1, sums // self.strip(gates * widest_panel(gates)))
 
     def widths(self, gates: int) -> tuple[int, ...]:
         """Vectors of a panel of so many gates, which is the narrower the fewer units are left."""
@@ -157,11 +188,42 @@ def has_float16() -> bool:
     return not host.triple.startswith("x86_64") or bool({"+f16c", "+avx512f"} & set(host.features.split(",")))
 
 
+def int8_products(triple: str, features: set[str], lanes: int) -> str:
+    """Name the instruction that multiplies int8 numbers by fours, or "plain" where there is none."""
+    if triple.startswith(("aarch64", "arm64")):
+        return "sdot" if "+dotprod" in features else "plain"
+    if {"+avx512f", "+avx512vnni", "+amx-int8", "+amx-tile"} <= features and may_use_amx():
+        return "amx"
+    if {"+avx512f", "+avx512vnni"} <= features or (lanes == 8 and "+avxvnni" in features):
+        return "vpdpbusd"
+    if lanes == 8 and "+avx2" in features:
+        return "vpmaddubsw"
+    return "vpmaddwd" if "+avx512bw" in features else "plain"
+
+
 @functools.cache
-def target(given: str) -> Target:
-    """Describe how the processor computes layers of a dtype: half precision in float32."""
+def may_use_amx() -> bool:
+    """Ask Linux, once, to let this process use AMX's registers, which are too large for it to save unasked."""
+    try:
+        call = ctypes.CDLL(None).syscall
+    except (AttributeError, OSError, TypeError):
+        return False
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return sys.platform == "linux" and call(158, 0x1023, 18) == 0
+
+
+@functools.cache
+def target(given: str, weights: str = "") -> Target:
+    """Describe how the processor computes layers of a dtype: half precision in float32.
+
+    weights: the format of weights that are packed beforehand.
+    """
     host = processor()
+    features = set(host.features.split(","))
     dtype = given if given == "float64" else "float32"
-    terms = 2 if given == "bfloat16" and has_bfloat16_products() else 1
-    size, registers = vector_bytes_and_registers(host.triple, set(host.features.split(",")))
-    return Target(given, dtype, max(1, size // ITEM_BYTES[dtype]), registers, terms)
+    size, registers = vector_bytes_and_registers(host.triple, features)
+    lanes = max(1, size // ITEM_BYTES[dtype])
+    if weights == "int8":
+        return Target(given, dtype, lanes, registers, 4, weights, int8_products(host.triple, features, lanes))
+    pairs = weights == "bfloat16" or (given == "bfloat16" and has_bfloat16_products())
+    return Target(given, dtype, lanes, registers, 2 if pairs else 1, weights)

@@ -23,6 +23,11 @@ def run_job(task, address):
         outer_product(address)
 
 
+def run_inference_job(task, address):
+    """Do the one task that layers with packed weights have."""
+    layer_forward(address)
+
+
 def run_second_job(task, address):
     """Do a task of the second derivative."""
     if task == PACK_WEIGHT:
@@ -38,4 +43,4 @@ def run_second_job(task, address):
 
 
 # By the number of derivatives.
-ENTRIES = {1: run_job, 2: run_second_job}
+ENTRIES = {0: run_inference_job, 1: run_job, 2: run_second_job}

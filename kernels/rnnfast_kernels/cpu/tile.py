@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from rnnfast_kernels.cpu import held, int8
 from rnnfast_kernels.cpu.memory import load_all, load_io, pointer, store_all
 from rnnfast_kernels.cpu.operands import fused_multiply_add, load_io_terms
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
@@ -36,7 +37,7 @@ def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
 
 
 def kind_of(target: Target) -> str:
-    return f"{target.io}_{target.dtype}x{target.lanes}x{target.terms}"
+    return f"{target.io}_{target.dtype}x{target.lanes}x{target.terms}{target.weights}"
 
 
 def tile_name(target: Target, rows: int, vectors: int) -> str:
@@ -47,6 +48,9 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
     """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
     function = external(module, tile_name(target, rows, vectors), 6)
+    if target.weights:
+        held.define_tile(function, target, rows, vectors)
+        return function
     row_pointers, step, panel, depth, out, out_step = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
@@ -137,7 +141,7 @@ def multiplier(target: Target, gates: int):
                     out_step = INT64(vectors * target.vector)
                     for first in range(0, vectors, each):
                         tile = external(builder.module, tile_name(target, rows, min(each, vectors - first)), 6)
-                        before = builder.mul(builder.add(depth, INT64(1)), INT64(first * target.vector))
+                        before = builder.mul(builder.add(depth, INT64(target.head)), INT64(first * target.vector))
                         goal = builder.add(out, INT64(first * target.vector))
                         builder.call(tile, [row_pointers, step, builder.add(panel, before), depth, goal, out_step])
                     builder.branch(end)
@@ -327,12 +331,16 @@ def library(target: Target, gates: set[int]) -> ir.Module:
     They are a module of their own because Numba optimises what a function contains again for each of its callers.
     """
     module = ir.Module("rnnfast")
-    transpose_function(module, target)
+    if target.weights == "int8":
+        int8.quantise_function(module, target)
+    if not target.weights:
+        transpose_function(module, target)
     shapes = set()
     for vectors, rows, each in itertools.chain.from_iterable(tiles(target, g) for g in gates):
         shapes |= {(rows, each), (rows, (vectors - 1) % each + 1)}
     for rows, vectors in sorted(shapes):
         tile_function(module, target, rows, vectors)
-    for rows in range(1, MOST_UNPACKED_ROWS + 1):
-        unpacked_function(module, target, rows)
+    if not target.weights:
+        for rows in range(1, MOST_UNPACKED_ROWS + 1):
+            unpacked_function(module, target, rows)
     return module

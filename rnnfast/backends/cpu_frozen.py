@@ -1,0 +1,256 @@
+"""Layers with frozen weights as calls of the Numba kernels: packing once, then calls that name one buffer of panels.
+
+A `Form` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
+another (see `rnnfast_kernels.cpu.panels`). Their layout depends on the form and the processor, not on the calls.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu import panels, plan, plan_forward, pool
+from rnnfast_kernels.cpu.compiled import Kernel, kernel
+from rnnfast_kernels.cpu.recipe import Recipe
+from torch import Tensor
+
+from rnnfast.backends.cpu.arguments import row_cuts
+from rnnfast.backends.cpu.executable import room, shape_of
+from rnnfast.spec import Form as LayerForm
+from rnnfast.spec import Signature
+
+# Elements of the scratch memory that a prepared call keeps.
+MOST_SPARE = 1 << 18
+ITEMS = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
+
+
+class Form(NamedTuple):
+    """What a stack of frozen layers is. weights: the format. width: P. inputs: I of the first layer."""
+
+    cell: str
+    weights: str
+    layers: int
+    directions: int
+    inputs: int
+    hidden: int
+    width: int
+    projected: bool
+    biased: bool
+
+    def each(self) -> Iterator["Form"]:
+        """Yield each layer by itself."""
+        inputs = self.inputs
+        for _ in range(self.layers):
+            yield self._replace(layers=1, inputs=inputs)
+            inputs = self.directions * self.width
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Return the width of each state."""
+        return (self.width, self.hidden)[: len(CELLS[self.cell].states)]
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(form: Form) -> panels.Layout:
+    """Where the panels of one layer are."""
+    chosen = panels.held_target(form.weights)
+    return panels.layout(chosen, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
+
+
+@functools.lru_cache(maxsize=1024)
+def offsets(form: Form) -> tuple[int, ...]:
+    """Where each layer's panels begin, and where the last ones end."""
+    found = [0]
+    for one in form.each():
+        found.append(found[-1] + layout(one).size)
+    return tuple(found)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array that shares its memory; bfloat16 as int16."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Pack all layers. weights: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, what of them there is.
+
+    With int8 also w_ih_scale, w_hh_scale and w_hr_scale.
+    """
+    chosen = panels.held_target(form.weights)
+    buffer = room(torch.empty(0), offsets(form)[-1], dtype=torch.uint8).zero_()
+    for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
+        for matrix in layout(one).matrices:
+            named = weights[n * form.directions + matrix.direction]
+            bias, scale = named.get(matrix.name.replace("w_", "b_")), named.get(f"{matrix.name}_scale")
+            panels.pack(
+                chosen,
+                matrix,
+                buffer[place:].numpy(),
+                as_array(named[matrix.name]),
+                None if bias is None else as_array(bias),
+                None if scale is None else as_array(scale),
+            )
+    return buffer
+
+
+def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
+    """Return what `pack` was given."""
+    found = []
+    for arrays in unpacked(form, buffer):
+        named = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        found.append(
+            {name: each.view(torch.bfloat16) if each.dtype == torch.int16 else each for name, each in named.items()}
+        )
+    return found
+
+
+def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Return the same as arrays, bfloat16 as int16."""
+    chosen = panels.held_target(form.weights)
+    found = []
+    for one, place in zip(form.each(), offsets(form), strict=False):
+        named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
+        for matrix in layout(one).matrices:
+            weight, bias, scale = panels.unpack(chosen, matrix, buffer[place:])
+            own = named[matrix.direction]
+            own[matrix.name] = weight.view(ITEMS[form.weights])
+            if scale is not None:
+                own[f"{matrix.name}_scale"] = scale
+            if form.biased and matrix.name != "w_hr":
+                own[matrix.name.replace("w_", "b_")] = bias
+        found += named
+    return found
+
+
+def kernel_of(form: Form) -> Kernel:
+    """Load, or compile, the machine code of a form."""
+    return (
+        kernel(form.cell, "float32", 1) if form.weights == "float32" else kernel(form.cell, "float32", 0, form.weights)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def shape(
+    form: Form,
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    steps: int,
+    batch: int,
+    threads: int,
+    options: tuple[bool, bool] = (False, False),
+    cuts: tuple[int, ...] | None = None,
+) -> plan.Shape:
+    """The plan's shape of one layer. options: whether there are batch_sizes, and resets."""
+    reverse, biased = (False, True)[: form.directions], form.biased
+    layer = LayerForm(form.cell, reverse, (True, True, biased, biased, form.projected, False, *options))
+    sizes = (steps, batch, form.hidden, form.width, 1, False, threads)
+    signature = Signature(layer, torch.float32, x_shape, x_strides, *sizes, cuts=cuts, repeated=True)
+    return replace(shape_of(signature), weights=form.weights)
+
+
+class Prepared:
+    """A call of known sizes over the whole stack: dense, without lengths and resets.
+
+    x_strides: of [T, B, I] in elements, of which the last is 1. zero: whether the initial states are zero.
+    """
+
+    def __init__(self, form: Form, steps: int, batch: int, x_strides: tuple[int, ...], zero: bool, threads: int):
+        shapes, x_shape = [], (steps, batch, form.inputs)
+        for one in form.each():
+            shapes.append(shape(one, x_shape, x_strides, steps, batch, threads))
+            columns = form.directions * form.width
+            x_shape, x_strides = (steps, batch, columns), (batch * columns, columns, 1)
+        states = ("h", "extra")[: len(form.state_sizes)]
+        names = ["x", "h", *(f"{state}_final" for state in states)]
+        names += [] if zero else [f"{state}_first" for state in states]
+        self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
+        self.kernel = kernel_of(form)
+        self.scratch = -(-self.recipe.scratch // 4)
+        self.spare: list[Tensor] = []  # scratch memory of earlier calls
+        self.output = (steps, batch, form.directions * form.width)
+        self.finals = [(form.layers * form.directions, batch, size) for size in form.state_sizes]
+
+    def __call__(self, x: Tensor, initial: Sequence[Tensor], panels: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output [T, B, D*P] and the final states. panels: their address."""
+        new = x.new_empty
+        output = new(*self.output)
+        finals = tuple([new(*size) for size in self.finals])
+        try:
+            scratch = self.spare.pop()
+        except IndexError:  # the first call, or one beside another in another thread
+            scratch = room(x, self.scratch)
+        addresses = [tensor.data_ptr() for tensor in (x, output, *finals, *initial)]
+        addresses.append(panels)
+        self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
+        if self.scratch <= MOST_SPARE:
+            self.spare.append(scratch)
+        return output, finals
+
+    def stepper(
+        self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor], panels: Tensor
+    ) -> Callable[[], None]:
+        """Return a function that runs over these tensors again and again, on one thread."""
+        tensors = (x, output, *finals, *initial, panels)
+        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
+        addresses = [each.data_ptr() for each in tensors]
+        records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
+
+        def step(run=self.kernel.run, program=records + self.recipe.whole.place.offset, _kept=(scratch, tensors)):
+            run(program)
+
+        return step
+
+
+@functools.lru_cache(maxsize=1024)
+def recorded(planned: plan.Shape, kept: tuple[str, ...]) -> Recipe:
+    """Record a layer. kept: names of what it leaves beside h."""
+    return plan_forward.forward(planned, False, kept)
+
+
+def run_layer(
+    form: Form,
+    x: Tensor,
+    initial: Sequence[Tensor],
+    panels: Tensor,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    all_states: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Run one layer: its output [*L, D, P], with `all_states` its extra state [*L, D, H], and the final states."""
+    x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+    initial = [state.contiguous() for state in initial]
+    batch, directions = initial[0].shape[1], form.directions
+    sizes = starts = cuts = None
+    threads = pool.usable(torch.get_num_threads())
+    if batch_sizes is not None:
+        sizes = batch_sizes.contiguous()
+        starts = None if x.dim() == 3 else sizes.cumsum(0) - sizes
+        cuts = row_cuts(sizes, batch, -(-threads // directions)) if threads > 1 else None
+    steps = x.shape[0] if starts is None else len(starts)
+    options = sizes is not None, resets is not None
+    planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
+    output = room(x, *x.shape[:-1], directions, form.width)
+    finals = tuple(torch.empty_like(state) for state in initial)
+    extra = x.new_empty(0)
+    kept: tuple[str, ...] = ()
+    if all_states and planned.extra:
+        extra, kept = room(x, *x.shape[:-1], directions, form.hidden), ("extra",)
+    tensors = {"x": x, "h": output, "extra": extra, "panels": panels, "sizes": sizes, "starts": starts}
+    tensors["resets"] = None if resets is None else resets.contiguous()
+    tensors |= zip(("h_first", "extra_first"), initial, strict=False)
+    tensors |= zip(("h_final", "extra_final"), finals, strict=False)
+    recipe = recorded(planned, kept)
+    scratch = room(x, recipe.scratch, dtype=torch.uint8)
+    recipe.call(kernel_of(form), scratch.data_ptr(), recipe.addresses(tensors))
+    return output, extra, finals
+
+
+@functools.cache
+def processor_of(form: Form) -> str:
+    """Name all that the layout of panels depends on beside the form."""
+    chosen = panels.held_target(form.weights)
+    return f"{chosen.lanes} lanes, {chosen.registers} registers, {chosen.terms} terms, {chosen.dot or 'fma'}"

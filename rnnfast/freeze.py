@@ -1,0 +1,139 @@
+"""`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast import modules
+from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
+from rnnfast.frozen import FIELDS, Frozen
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
+
+FORMATS = ("float32", "bfloat16", "int8")
+# Terms of a sum that int32 holds at most.
+MOST_TERMS = 1 << 16
+
+
+def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
+    """Pack the weights of every RNN, LSTM and GRU in `model`, torch's or rnnfast's, in place.
+
+    A frozen layer stays the object it was, with its hooks, and takes the same calls. It has no parameters any more,
+    is in eval mode, and cannot be trained. `state_dict` has its weights in the format chosen. `survey(model)` lists
+    what was frozen, and why other layers were not.
+
+    Args:
+        model: any module, also a recurrent layer itself, with float32 parameters on the CPU.
+        weights: the format.
+            "float32": results are bitwise those of the layer before. No call packs weights any more.
+            "bfloat16": half the memory. Weights are rounded to bfloat16, sums are float32.
+            "int8": a quarter of the memory. Each row of a weight is rounded to 127 steps of its largest magnitude; in
+            the call so is each row of the input and of the state. Products are of int8 numbers and sums of int32;
+            activation functions and states are float32. A row of the input with infinity gives NaN.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+        ValueError: `weights` is none of these, or a weight has NaN or infinity, and is named. Nothing is changed then.
+    """
+    if weights not in FORMATS:
+        expected = ", ".join(map(repr, FORMATS))
+        raise ValueError(f"freeze: expected weights to be one of {expected}, got {weights!r}")
+    found = recurrent_layers(model, "freeze")
+    found |= {name: each for name, each in model.named_modules() if isinstance(each, OfDeclaredCell)}
+    reasons = {name: reason_against(layer, weights) for name, layer in found.items()}
+    for name, layer in found.items():
+        if reasons[name] is None:
+            check_finite(name, layer)
+    if not found:
+        warnings.warn("freeze: the model has no recurrent layer", RuntimeWarning, stacklevel=2)
+    for name, layer in found.items():
+        reason = reasons[name]
+        if reason is None:
+            convert(layer, weights)
+        elif not (isinstance(layer, Frozen) and layer.weights_format == weights):
+            layer.__dict__[REFUSED] = reason
+            warnings.warn(
+                f"freeze: {name or 'the model itself'} was not frozen: {reason}", RuntimeWarning, stacklevel=2
+            )
+    return model
+
+
+def reason_against(layer: nn.Module, weights: str) -> str | None:
+    """Say why a layer cannot be frozen, or None where it can."""
+    if isinstance(layer, Frozen):
+        return f"it is frozen already, in {layer.weights_format}"
+    if isinstance(layer, OfDeclaredCell):
+        return f"its cell, {layer.cell.__name__}, is a declared one; RNN, LSTM and GRU can be frozen"
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "a scripted layer cannot change; freeze the model before torch.jit.script"
+    if is_parametrized(layer):
+        return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    known = (*COUNTERPARTS, *COUNTERPARTS.values())
+    plain = layer.__dict__.get(ORIGINAL, type(layer))
+    if plain not in known:
+        return f"freezing would lose the methods of its class, {type(layer).__name__}"
+    if "forward" in layer.__dict__:
+        return "the instance has a forward of its own"
+    tensors = named_weights(layer)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            return f"{name} is not a tensor"
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}; frozen weights are for the CPU"
+        if tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}; layers of torch.float32 can be frozen"
+        if tensor.dim() == 2 and weights == "int8" and tensor.shape[1] > MOST_TERMS:
+            return f"{name} has rows of {tensor.shape[1]} numbers; sums of int8 products hold {MOST_TERMS}"
+    return "a weight is empty" if any(tensor.numel() == 0 for tensor in tensors.values()) else None
+
+
+def named_weights(layer: Any) -> dict[str, Any]:
+    """Return a layer's weights by name."""
+    return {name: getattr(layer, name, None) for names in layer._all_weights for name in names}
+
+
+def check_finite(place: str, layer: nn.Module) -> None:
+    """Raise ValueError where a weight has NaN or infinity."""
+    for name, tensor in named_weights(layer).items():
+        if not tensor.isfinite().all():
+            full = f"{place}.{name}" if place else name
+            raise ValueError(f"freeze: expected finite weights, got NaN or infinity in {full}")
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of a weight to -127 .. 127 times a scale of its own: integers and scales."""
+    scale = weight.abs().amax(1).clamp(min=2.0**-100) / 127
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+@torch.no_grad()
+def convert(layer: Any, weights: str) -> None:
+    """Make a layer a frozen one."""
+    shorts = {long: short for short, long in FIELDS.items()}
+    held = []
+    for names in layer._all_weights:
+        named: dict[str, Tensor] = {}
+        for name in names:
+            short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach()
+            if short.startswith("b_"):
+                named[short] = tensor.clone()
+            elif weights == "int8":
+                named[short], named[f"{short}_scale"] = quantised(tensor)
+            else:
+                named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
+        held.append(named)
+    names = {name for each in layer._all_weights for name in each}
+    for name in names:
+        layer._parameters.pop(name, None)
+        layer.__dict__.pop(name, None)
+    for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",
+                 "_flat_weight_refs", "_kept_weights"):  # fmt: skip
+        layer.__dict__.pop(name, None)
+    layer.__class__ = Frozen
+    layer.__dict__["weights_format"] = weights
+    layer.training = False
+    layer.hold(held)

@@ -1,0 +1,112 @@
+"""The operator `rnnfast::frozen_layer`: one layer over packed weights, as one node of a graph.
+
+It takes either the panels of this machine or, in exported programs, the weights as `state_dict` has them. Those are
+packed when they are first met, and the panels kept for as long as the tensors live.
+"""
+
+import importlib
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rnnfast.operators import expect, library
+
+SCHEMA = (
+    "frozen_layer(str cell, str weights, int inputs, int hidden, int width, bool projected, bool biased, "
+    "bool[] reverse, bool all_states, str processor, Tensor x, Tensor[] hx, Tensor[] held, Tensor? batch_sizes, "
+    "Tensor? resets) -> Tensor[]"
+)
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+packed: "weakref.WeakKeyDictionary[Tensor, tuple[tuple, Tensor]]" = weakref.WeakKeyDictionary()
+
+
+@cache
+def kernels() -> ModuleType:
+    """Import what runs frozen layers on the CPU."""
+    return importlib.import_module("rnnfast.backends.cpu_frozen")
+
+
+def meaning_names(weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
+    """Name a direction's tensors in order: matrices, their scales, biases."""
+    matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2]
+    scales = tuple(f"{name}_scale" for name in matrices) if weights == "int8" else ()
+    return (*matrices, *scales, *(("b_ih", "b_hh") if biased else ()))
+
+
+def frozen_layer(
+    cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
+    resets,
+) -> list[Tensor]:  # fmt: skip
+    """Run one layer: h of every step, the extra state or an empty tensor, and the final states."""
+    backend = kernels()
+    form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
+    check(form, x, hx, batch_sizes, resets)
+    if processor:
+        here = backend.processor_of(form)
+        if processor != here:
+            raise RuntimeError(f"rnnfast: weights were packed for {processor}, and this processor is {here}")
+        panels = held[0]
+        expect("panels", panels, (backend.offsets(form)[-1],), None, torch.uint8)
+    else:
+        panels = panels_of(form, held)
+    output, extra, finals = backend.run_layer(form, x, hx, panels, batch_sizes, resets, all_states)
+    return [output, extra, *finals]
+
+
+def check(form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, resets: Tensor | None) -> None:
+    """Raise RuntimeError where tensors do not fit: a graph may be called with other sizes than those traced."""
+    if x.dim() not in (2, 3) or x.shape[-1] != form.inputs or x.dtype != torch.float32:
+        raise RuntimeError(
+            f"rnnfast: expected x of shape [T, B, {form.inputs}] or [rows, {form.inputs}], torch.float32, "
+            f"got {list(x.shape)}, {x.dtype}"
+        )
+    if len(hx) != len(form.state_sizes):
+        raise RuntimeError(f"rnnfast: expected {len(form.state_sizes)} initial states, got {len(hx)}")
+    batch = hx[0].shape[1] if x.dim() == 2 else x.shape[1]
+    for n, (state, size) in enumerate(zip(hx, form.state_sizes, strict=True)):
+        expect(f"hx[{n}]", state, (form.directions, batch, size), x)
+    steps = x.shape[0]
+    if x.dim() == 2:
+        if batch_sizes is None:
+            raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
+        steps = len(batch_sizes)
+        if int(batch_sizes.sum()) != len(x) or (steps and int(batch_sizes.max()) > batch):
+            raise RuntimeError(f"rnnfast: batch_sizes do not fit {len(x)} rows of {batch} sequences")
+    if batch_sizes is not None:
+        expect("batch_sizes", batch_sizes, (steps,), None, torch.int64)
+    if resets is not None:
+        expect("resets", resets, (steps, batch), None, torch.bool)
+
+
+def panels_of(form, held: Sequence[Tensor]) -> Tensor:
+    """Return the panels of weights, packed once."""
+    key = (form, *((id(tensor), tensor._version) for tensor in held))
+    kept = packed.get(held[0])
+    if kept is None or kept[0] != key:
+        names = meaning_names(form.weights, form.projected, form.biased)
+        groups = [held[n : n + len(names)] for n in range(0, len(held), len(names))]
+        kept = key, kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
+        packed[held[0]] = kept
+    return kept[1]
+
+
+def frozen_layer_fake(
+    cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
+    resets,
+) -> list[Tensor]:  # fmt: skip
+    """Shapes of `frozen_layer`."""
+    extra = (*x.shape[:-1], len(reverse), hidden) if all_states and len(hx) > 1 else (0,)
+    return [
+        x.new_empty((*x.shape[:-1], len(reverse), width)),
+        x.new_empty(extra),
+        *(x.new_empty(state.shape) for state in hx),
+    ]
+
+
+library.impl("frozen_layer", frozen_layer, "CPU")
+torch.library.register_fake("rnnfast::frozen_layer", frozen_layer_fake, lib=library)
