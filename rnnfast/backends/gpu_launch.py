@@ -149,6 +149,8 @@ def warn_refused(reason: str) -> None:
 
 def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: Tensor) -> dict[str, Tensor]:
     """The zeroed counters and exchange buffers of a cooperative loop, from one allocation."""
+    if chosen.gluon:
+        return gluon_workspace(chosen, like)
     groups, slices, rows = chosen.programs // chosen.members, chosen.slices, chosen.block_b
     barriers = groups * (1 if slices == 1 else slices + chosen.columns)
     entries = recurrence.cell.gates if backward else 1
@@ -161,6 +163,20 @@ def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: T
     sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes.values()]
     memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device).split(sizes)
     return {name: part.view(shapes[name][0]).view(shapes[name][1]) for name, part in zip(shapes, memory, strict=True)}
+
+
+def gluon_workspace(chosen: plan.Plan, like: Tensor) -> dict[str, Tensor]:
+    """The counters and exchange buffers of a Gluon loop; see `gluon_exchange` for the order of a tile's words."""
+    groups, words = chosen.programs // chosen.members, chosen.width * like.itemsize // 4
+    counters = torch.zeros(groups, COUNTER_STRIDE.value, dtype=torch.int32, device=like.device)
+    shape = (4 if chosen.polled else 2, groups, chosen.block_b // 2, words // 8, 4, 2, 2)
+    exchange = torch.full(shape, -1 if chosen.polled else 0, dtype=torch.int32, device=like.device)
+    if chosen.polled:
+        # Words of units that no program has: nobody publishes them, and nobody waits for them.
+        tiles, halves = divmod(chosen.members * chosen.block_n * like.itemsize // 16, 2)
+        exchange[:, :, :, tiles + halves :] = 0
+        exchange[:, :, :, tiles : tiles + halves, :, 1] = 0
+    return {"counters": counters, "exchange": exchange}
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:

@@ -2,7 +2,18 @@
 
 from dataclasses import replace
 
-from rnnfast_kernels.gpu.plan import STAGES, Plan, Problem, best, cooperative, fits, resident, row_tiles, streamed
+from rnnfast_kernels.gpu.plan import (
+    STAGES,
+    Plan,
+    Problem,
+    best,
+    cooperative,
+    fits,
+    gluon,
+    resident,
+    row_tiles,
+    streamed,
+)
 
 # What may be told, and which of a plan's fields that is.
 CHOICES = {
@@ -16,7 +27,10 @@ CHOICES = {
     "kept": "kept",
     "stages": "stages",
     "registers": "registers",
+    "polled": "polled",
 }
+# What a Gluon loop is made from.
+OF_GLUON = {"block_b", "block_n", "polled"}
 
 
 def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -> Plan:
@@ -32,7 +46,10 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     given = {CHOICES[name]: value for name, value in choices.items()}
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
     fewest = row_tiles(problem)[0]
-    if loop == "cooperative":
+    if plan.gluon and loop == "cooperative" and set(given) <= OF_GLUON:
+        plan = gluon(problem, max(rows, fewest), units, bool(given.get("polled", plan.polled)))
+        given = {}
+    elif loop == "cooperative":
         k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
         eager = bool(given.get("eager", plan.eager or plan.kept < plan.chunks))
         ahead, slices = given.get("stages", STAGES), given.get("slices", plan.slices)
