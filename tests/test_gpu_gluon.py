@@ -18,8 +18,9 @@ pytest.importorskip("triton", minversion="3.6")
 
 from compiled_kernels import compiled_for
 from ptx.machine import Deadlock
-from rnnfast_kernels.gpu import gluon_exchange, gluon_forward, plan
-from rnnfast_kernels.gpu.gluon_exchange import publish_text, read_text
+from rnnfast_kernels.gpu import gluon_backward, gluon_exchange, gluon_forward, plan
+from rnnfast_kernels.gpu.gluon_exchange import fence_text, publish_text, read_text
+from rnnfast_kernels.gpu.vary import varied
 from triton.experimental import gluon
 
 from rnnfast.backends import gpu, gpu_products
@@ -48,8 +49,8 @@ def small(cell, **changes):
 @pytest.mark.parametrize(
     ("case", "polled", "target"),
     [
-        (small("lstm"), POLLED, "sm_90"),
-        (small("gru", layout="packed", dtype=torch.float16), COUNTER, "sm_80"),
+        (small("lstm", T=3, H=17, reverse=(True,)), POLLED, "sm_90"),
+        (small("gru", T=3, H=17, layout="packed", dtype=torch.float16), COUNTER, "sm_80"),
         *(
             pytest.param(small(cell, dtype=dtype), polled, target, marks=pytest.mark.long)
             for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru")
@@ -85,7 +86,7 @@ def test_tf32(polled, monkeypatch):
     monkeypatch.setattr(gpu_products, "tf32_wanted", lambda: True)
     monkeypatch.setattr("rnnfast.backends.gpu_launch.make_problem", in_tf32)
     with plan.override(by_gluon(polled)), compiled_for("sm_90"):
-        check(gpu, make(small("lstm", dtype=torch.float32, reverse=(False,)), CPU), tolerance=1e-3)
+        check(gpu, make(small("lstm", T=2, H=17, dtype=torch.float32, reverse=(False,)), CPU), tolerance=1e-3)
 
 
 def in_tf32(recurrence, like, backward):
@@ -108,8 +109,8 @@ def with_globals(function, **changes):
 
 
 @gluon.constexpr_function
-def without_fence(count, owners, every, polled):
-    return publish_text(count, owners, every, polled).replace("fence.acq_rel.gpu;\n", "")
+def without_fence(count):
+    return fence_text(count).replace("fence.acq_rel.gpu;\n", "")
 
 
 @gluon.constexpr_function
@@ -134,18 +135,32 @@ def without_loop(count, polled):
 
 
 BROKEN = {
-    "no fence": ({"publish_text": without_fence}, AssertionError, "relative error"),
+    "no fence": ({"fence_text": without_fence}, AssertionError, "relative error"),
     "no poison": ({"publish_text": without_poison}, AssertionError, "relative error"),
     "poison behind the value": ({"publish_text": poison_of_the_next}, Deadlock, "wait forever"),
     "no loop": ({"read_text": without_loop}, AssertionError, "relative error"),
 }
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_exchange_is_found(changes, error, message, monkeypatch):
+LOOPS = {"forward": (gluon_forward, "forward_loop"), "backward": (gluon_backward, "backward_loop")}
+
+
+@pytest.mark.parametrize(
+    ("broken", "loop"),
+    [
+        pytest.param(broken, loop, marks=() if (loop == "forward") == (broken != "no fence") else pytest.mark.long)
+        for broken in BROKEN
+        for loop in LOOPS
+    ],
+)
+def test_a_broken_exchange_is_found(broken, loop, monkeypatch):
     """By at least one of a few orders."""
-    broken = {name: with_globals(getattr(gluon_exchange, name), **changes) for name in ("publish", "read_piece")}
-    monkeypatch.setattr(gluon_forward, "forward_loop", with_globals(gluon_forward.forward_loop, **broken))
+    (changes, error, message), (module, kernel) = BROKEN[broken], LOOPS[loop]
+    functions = {
+        name: with_globals(getattr(gluon_exchange, name), **changes)
+        for name in ("publish", "read_piece", "finish_step")
+    }
+    monkeypatch.setattr(module, kernel, with_globals(getattr(module, kernel), **functions))
     layer = make(small("rnn_tanh", T=12, B=2, H=16, layout="dense", resets=False, reverse=(False,)), CPU)
     with plan.override(by_gluon(POLLED)), pytest.raises(error, match=message):
         check_in_orders(layer, range(8))
@@ -155,3 +170,24 @@ def check_in_orders(layer, seeds):
     for seed in seeds:
         with compiled_for("sm_90", seed):
             check(gpu, layer)
+
+
+def test_the_loops_are_named(monkeypatch):
+    """Those of an older Triton too."""
+    asked = ("lstm", 512, 0, CPU, torch.bfloat16)
+    with compiled_for("sm_90"):
+        assert "forward in Gluon, backward in Gluon" in gpu.describe(*asked)
+        plan.best.cache_clear()
+        monkeypatch.setattr(plan, "TRITON", (3, 5))
+        assert "forward cooperative, backward cooperative" in gpu.describe(*asked)
+    plan.best.cache_clear()
+
+
+def test_a_choice_of_triton_loops():
+    asked = plan.Problem("lstm", 1024, 16, 1, "bfloat16", "ieee", False, plan.Device("sm_90", 132, 232448))
+    chosen = plan.best(asked)
+    assert (chosen.gluon, chosen.polled, chosen.block_b, chosen.block_n) == (True, False, 16, 8)
+    assert varied(asked, {"polled": 1}) == plan.gluon(asked, 16, 8, True)
+    assert varied(asked, {"units": 16}) == plan.gluon(asked, 16, 16)
+    assert varied(asked, {"gluon": 0}) == plan.best(asked, False)
+    assert not varied(asked, {"warps": 4}).gluon

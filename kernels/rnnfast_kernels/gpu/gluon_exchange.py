@@ -74,8 +74,6 @@ def publish_text(count, owners, every, polled):
         lines.append(f"@p st.relaxed.gpu.global.b32 [{place}], {word};")
         if polled:
             lines.append(f"@p st.relaxed.gpu.global.b32 [{poisoned}], {POISON.value:#x};")
-    if polled:
-        lines.append("fence.acq_rel.gpu;")
     lines += [f"mov.b32 ${n}, ${count + n};" for n in range(count)]
     return "\n".join(["{", *lines, "}"])
 
@@ -83,6 +81,16 @@ def publish_text(count, owners, every, polled):
 @gluon.constexpr_function
 def publish_operands(count):
     return ",".join(["=r"] * count + ["r"] * count + ["l"] * (2 * count))
+
+
+@gluon.constexpr_function
+def fence_text(count):
+    return "\n".join(["fence.acq_rel.gpu;", *(f"mov.b32 ${n}, ${count + n};" for n in range(count))])
+
+
+@gluon.constexpr_function
+def fence_operands(count):
+    return ",".join(["=r"] * count + ["r"] * count)
 
 
 @gluon.constexpr_function
@@ -130,11 +138,11 @@ def place_of(b, word, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WORDS: gl.constexpr, UNITS: gl.constexpr,
+def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WORDS: gl.constexpr, SIZES: gl.constexpr,
                WARPS: gl.constexpr, POLLED: gl.constexpr):  # fmt: skip
     """Piece j of an exchanged tile [R, WORDS] as the left operand of a product, [W, R, K]."""
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
-    K: gl.constexpr = size_of(UNITS, j)
+    K: gl.constexpr = size_of(SIZES, j)
     QUADS: gl.constexpr = K // (2 * EACH)
     COUNT: gl.constexpr = R * QUADS // 64
     layout: gl.constexpr = operand_layout(0, WARPS, 4 // EACH)
@@ -142,7 +150,7 @@ def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WO
     s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, quads)))[:, None, None]
     b = gl.arange(0, R // 2, gl.SliceLayout(0, gl.SliceLayout(2, quads)))[None, :, None]
     c = gl.arange(0, QUADS, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
-    first = (WARPS * start_of(UNITS, j) + s * K) // (2 * EACH)
+    first = (WARPS * start_of(SIZES, j) + s * K) // (2 * EACH)
     w0, w1, w2, w3 = gl.inline_asm_elementwise(
         read_text(COUNT, POLLED), read_operands(COUNT), [p_slot + b * (2 * WORDS) + (first + c) * 4],
         (gl.int32, gl.int32, gl.int32, gl.int32), False, COUNT,
@@ -161,18 +169,26 @@ def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WO
 
 
 @gluon.jit
-def publish(p_tile, k, slot, offsets, words, counter, R: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr,
+def publish(p_tile, k, slot, offsets, words, R: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr,
             POLLED: gl.constexpr):  # fmt: skip
-    """Publish this program's words to slot k + 1 of a tile, whose slots are `slot` words apart; slot k - 1 is free."""
+    """Publish this program's words to slot k of a tile, whose slots are `slot` words apart; slot k - 2 is free."""
     COUNT: gl.constexpr = words_of_thread(R, U, WARPS)
     EVERY: gl.constexpr = U // words.shape[1]
-    place = p_tile + (k + 1) % (4 if POLLED else 2) * slot + offsets
-    poisoned = p_tile + (k + 3) % 4 * slot + offsets if POLLED else place
+    place = p_tile + k % (4 if POLLED else 2) * slot + offsets
+    poisoned = p_tile + (k + 2) % 4 * slot + offsets if POLLED else place
     gl.inline_asm_elementwise(
         publish_text(COUNT, owners_of(R, U, WARPS), EVERY, POLLED), publish_operands(COUNT), [words, place, poisoned],
         gl.int32, False, COUNT,
     )  # fmt: skip
-    if not POLLED:
+
+
+@gluon.jit
+def finish_step(counter, words, R: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr, POLLED: gl.constexpr):
+    """What follows all that a program publishes for a step, the last of it `words`."""
+    if POLLED:
+        COUNT: gl.constexpr = words_of_thread(R, U, WARPS)
+        gl.inline_asm_elementwise(fence_text(COUNT), fence_operands(COUNT), [words], gl.int32, False, COUNT)
+    else:
         arrive(counter)
 
 
@@ -181,3 +197,17 @@ def await_step(counter, k, MEMBERS: gl.constexpr, POLLED: gl.constexpr):
     """Return when step k may be read; where it is polled, reading waits by itself."""
     if not POLLED:
         wait(counter, (k + 1) * MEMBERS)
+
+
+@gluon.jit
+def slot_of(p_tile, k, slot, POLLED: gl.constexpr):
+    return p_tile + k % (4 if POLLED else 2) * slot
+
+
+@gluon.jit
+def own_places(words, n0, U: gl.constexpr, WORDS: gl.constexpr):
+    """Where a program's words are in a tile of WORDS words to a row: of hidden units n0 to n0 + U."""
+    EACH: gl.constexpr = U // words.shape[1]
+    b = gl.arange(0, words.shape[0], gl.SliceLayout(1, words.type.layout))[:, None]
+    word = gl.arange(0, words.shape[1], gl.SliceLayout(0, words.type.layout))[None, :]
+    return place_of(b, n0 // EACH + word, WORDS)

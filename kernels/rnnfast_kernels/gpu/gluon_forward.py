@@ -9,7 +9,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE
-from rnnfast_kernels.gpu.gluon_exchange import await_step, place_of, publish, read_piece, to_words
+from rnnfast_kernels.gpu.gluon_exchange import (
+    await_step,
+    finish_step,
+    own_places,
+    publish,
+    read_piece,
+    slot_of,
+    to_words,
+)
 from rnnfast_kernels.gpu.gluon_tiles import (
     UNIT,
     add_products,
@@ -17,6 +25,7 @@ from rnnfast_kernels.gpu.gluon_tiles import (
     count_of,
     load_weights,
     memory_for_sums,
+    piece_sizes,
     sums_layout,
     zero_sums,
 )
@@ -58,7 +67,10 @@ def forward_loop(
 ):
     """What `forward.forward_loop` computes."""
     DTYPE: gl.constexpr = p.w_hh.dtype.element_ty
-    WORDS: gl.constexpr = UNITS * UNIT * WARPS * DTYPE.primitive_bitwidth // 32
+    EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
+    WIDTH: gl.constexpr = UNITS * UNIT * WARPS
+    WORDS: gl.constexpr = WIDTH // EACH
+    SIZES: gl.constexpr = piece_sizes(UNITS * UNIT, BLOCK_B, EACH)
     cell: gl.constexpr = gl.SliceLayout(0, sums_layout(WARPS, BLOCK_N))
     group = gl.program_id(0) // MEMBERS
     n0 = gl.program_id(0) % MEMBERS * BLOCK_N
@@ -69,7 +81,8 @@ def forward_loop(
     reverse = ((reversals >> d) & 1) != 0
     whole = all_rows(d, b0, B)
 
-    weights = load_weights(p.w_hh + d.to(gl.int64) * (GATES * H * ROW), n0, GATES, H, ROW, UNITS, BLOCK_N, WARPS)
+    p_w = p.w_hh + d.to(gl.int64) * (GATES * H * ROW)
+    weights = load_weights(p_w, n0, GATES, H, ROW, WIDTH, SIZES, BLOCK_N, WARPS)
     bias = ()
     for g in gl.static_range(GATES):
         if p.b_hh is None:
@@ -89,18 +102,16 @@ def forward_loop(
     slot = (gl.num_programs(0) // MEMBERS).to(gl.int64) * (BLOCK_B * WORDS)
     counter = p.counters + group * COUNTER_STRIDE
     words = to_words(state[0], DTYPE)
-    EACH: gl.constexpr = BLOCK_N // words.shape[1]
-    own_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, words.type.layout))[:, None]
-    own_n = gl.arange(0, BLOCK_N // EACH, gl.SliceLayout(0, words.type.layout))[None, :]
-    own = place_of(own_b, n0 // EACH + own_n, WORDS)
-    publish(tile, -1, slot, own, words, counter, BLOCK_B, BLOCK_N, WARPS, POLLED)
+    own = own_places(words, n0, BLOCK_N, WORDS)
+    publish(tile, 0, slot, own, words, BLOCK_B, BLOCK_N, WARPS, POLLED)
+    finish_step(counter, words, BLOCK_B, BLOCK_N, WARPS, POLLED)
 
     for k in range(T):
         await_step(counter, k, MEMBERS, POLLED)
-        p_slot = tile + k % (4 if POLLED else 2) * slot
+        p_slot = slot_of(tile, k, slot, POLLED)
         sums = zero_sums(GATES, BLOCK_B, BLOCK_N, WARPS)
-        for j in gl.static_range(count_of(UNITS)):
-            h = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, UNITS, WARPS, POLLED)
+        for j in gl.static_range(count_of(SIZES)):
+            h = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, SIZES, WARPS, POLLED)
             sums = add_products(h, weights, sums, j, GATES, PRECISION)
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
         after_next = rows_of_step(p, k + 2, reverse, T, B, b0)
@@ -115,7 +126,9 @@ def forward_loop(
         state = new_state_or_kept
         if p.resets is not None:
             state = clear(next_reset, state, STATES)
-        publish(tile, k, slot, own, to_words(state[0], DTYPE), counter, BLOCK_B, BLOCK_N, WARPS, POLLED)
+        words = to_words(state[0], DTYPE)
+        publish(tile, k + 1, slot, own, words, BLOCK_B, BLOCK_N, WARPS, POLLED)
+        finish_step(counter, words, BLOCK_B, BLOCK_N, WARPS, POLLED)
         store_states(p.states, new_state, span, b, n, d, D, STATES, H)
         if SAVED > 0:
             store_gates(p.gates, saved, span, b, n, d, D, GATES, 0, H, SAVED)

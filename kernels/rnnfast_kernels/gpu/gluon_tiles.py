@@ -9,34 +9,37 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-# Hidden units of a warp's smallest piece of k, and of its largest.
-UNIT, LARGEST = gl.constexpr(16), gl.constexpr(128)
+# Values of k that a warp has are a multiple of this.
+UNIT = gl.constexpr(16)
 
 
 @gluon.constexpr_function
-def piece_sizes(units):
-    """The pieces of a warp's `units` * UNIT hidden units, largest first: powers of two."""
-    unit, sizes = UNIT.value, []
-    while units:
-        sizes.append(min(LARGEST.value // unit, 1 << units.bit_length() - 1))
-        units -= sizes[-1]
-    return tuple(size * unit for size in sizes)
+def piece_sizes(width, R, entries):
+    """The pieces of a warp's `width` values of k, largest first: powers of two that take 64 registers at most.
+
+    R rows of an operand whose registers hold `entries` values of k.
+    """
+    sizes = []
+    while width > sum(sizes):
+        left = width - sum(sizes)
+        sizes.append(min(2048 * entries // R, 1 << left.bit_length() - 1))
+    return tuple(sizes)
 
 
 @gluon.constexpr_function
-def count_of(units):
-    return len(piece_sizes(units))
+def count_of(sizes):
+    return len(sizes)
 
 
 @gluon.constexpr_function
-def size_of(units, j):
-    return piece_sizes(units)[j]
+def size_of(sizes, j):
+    return sizes[j]
 
 
 @gluon.constexpr_function
-def start_of(units, j):
-    """Hidden units of a warp in front of piece j."""
-    return sum(piece_sizes(units)[:j])
+def start_of(sizes, j):
+    """A warp's values of k in front of piece j."""
+    return sum(sizes[:j])
 
 
 @gluon.constexpr_function
@@ -76,27 +79,31 @@ def sums_layout(warps, U):
 
 
 @gluon.jit
-def load_piece(p_w, n0, j: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, UNITS: gl.constexpr, U: gl.constexpr,
-               WARPS: gl.constexpr):  # fmt: skip
-    """Piece j of one gate's recurrent weights, [W, K, U], for hidden units n0, n0 + 1, ...; in rows along k."""
-    K: gl.constexpr = size_of(UNITS, j)
+def load_piece(p_w, n0, j: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, WIDTH: gl.constexpr, SIZES: gl.constexpr,
+               U: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Piece j of recurrent weights, [W, K, U], for hidden units n0, n0 + 1, ... in rows along k.
+
+    Gates follow one another: WIDTH values of k for each, of which a row has ROW.
+    """
+    K: gl.constexpr = size_of(SIZES, j)
     layout: gl.constexpr = operand_layout(1, WARPS, p_w.dtype.element_ty.primitive_bitwidth // 8)
     s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     n = n0 + gl.arange(0, U, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    k = WARPS * start_of(UNITS, j) + s * K + k
-    return gl.load(p_w + n * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
+    k = WARPS * start_of(SIZES, j) + s * K + k
+    gate, k = k // WIDTH, k % WIDTH
+    return gl.load(p_w + (gate * H + n) * ROW + k, mask=(k < ROW) & (n < H), other=0.0)
 
 
 @gluon.jit
-def load_weights(p_w, n0, GATES: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, UNITS: gl.constexpr,
-                 U: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """Every piece of every gate's recurrent weights."""
+def load_weights(p_w, n0, COUNT: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, WIDTH: gl.constexpr,
+                 SIZES: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Every piece of COUNT products' weights: one for each gate, or for all gates as one."""
     weights = ()
-    for g in gl.static_range(GATES):
+    for g in gl.static_range(COUNT):
         pieces = ()
-        for j in gl.static_range(count_of(UNITS)):
-            pieces = pieces + (load_piece(p_w + g * H * ROW, n0, j, H, ROW, UNITS, U, WARPS),)
+        for j in gl.static_range(count_of(SIZES)):
+            pieces = pieces + (load_piece(p_w + g * H * ROW, n0, j, H, ROW, WIDTH, SIZES, U, WARPS),)
         weights = weights + (pieces,)
     return weights
 
@@ -110,10 +117,10 @@ def zero_sums(COUNT: gl.constexpr, R: gl.constexpr, U: gl.constexpr, WARPS: gl.c
 
 
 @gluon.jit
-def add_products(operand, weights, sums, j: gl.constexpr, GATES: gl.constexpr, PRECISION: gl.constexpr):
-    """sums[g] + operand @ piece j of the weights of gate g, each warp for itself."""
+def add_products(operand, weights, sums, j: gl.constexpr, COUNT: gl.constexpr, PRECISION: gl.constexpr):
+    """sums[g] + operand @ piece j of weights[g], each warp for itself."""
     result = ()
-    for g in gl.static_range(GATES):
+    for g in gl.static_range(COUNT):
         result = result + (mma_v2(operand, weights[g][j], sums[g], PRECISION),)
     return result
 

@@ -102,10 +102,11 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
     function = BOUND[cell].backward if backward else BOUND[cell].forward
     layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row)
     if plan.gluon:
-        from rnnfast_kernels.gpu import gluon_forward
+        from rnnfast_kernels.gpu import gluon_backward, gluon_forward
 
         own = (plan.precision, plan.block_b, plan.block_n, plan.chunks, plan.warps, plan.members, plan.polled)
-        return Launch(gluon_forward.forward_loop, (plan.programs,), (tensors, *extent, *layer, *own), options(plan))
+        kernel = gluon_backward.backward_loop if backward else gluon_forward.forward_loop
+        return Launch(kernel, (plan.programs,), (tensors, *extent, *layer, *own), options(plan))
     args = (
         tensors,
         *extent,

@@ -45,8 +45,10 @@ RATES = {
 # Whether the programs of a Gluon loop poll values rather than a counter: not before a GPU has run it.
 POLLED = False
 # Warps of a Gluon loop, values of k that one of them has at least, and registers of a thread for weights, sums, an
-# operand and elements, each with what belongs to it.
-WARPS, UNIT, ROOM, ELEMENT = 8, 16, 216, 24
+# operand and elements, each with what belongs to it, by pass.
+WARPS, UNIT, ROOM, ELEMENT = 8, 16, 216, {False: 24, True: 40}
+# Rows of a Gluon loop's tile, by pass.
+MOST_ROWS = {False: 32, True: 16}
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
 STAGES = 3
 
@@ -153,7 +155,7 @@ def cooperative(
 def can_gluon(problem: Problem) -> bool:
     """Whether a problem has a Gluon loop: matrix instructions of NVIDIA since sm_80, in a Triton that has Gluon."""
     arch = problem.device.arch
-    if problem.backward or problem.plain or problem.itemsize == 8 or not arch.startswith("sm_") or int(arch[3:]) < 80:
+    if problem.plain or problem.itemsize == 8 or not arch.startswith("sm_") or int(arch[3:]) < 80:
         return False
     return TRITON >= FIRST_WITH_GLUON and not knobs.runtime.interpret
 
@@ -174,7 +176,7 @@ def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = No
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
-        shared=problem.gates * WARPS * block_b * block_n * 4,
+        shared=(1 if problem.backward else problem.gates) * WARPS * block_b * block_n * 4,
         registers=registers.per_program(problem.device, WARPS),
         gluon=True,
         polled=POLLED if polled is None else polled,
@@ -185,10 +187,10 @@ def holds_weights(problem: Problem, plan: Plan) -> bool:
     """Whether a thread of a Gluon loop has the registers for its weights, the sums of its warp and an operand."""
     threads, words = 32 * WARPS, problem.itemsize / 4
     weights = problem.gates * plan.block_n * plan.width * words / threads
-    sums = problem.gates * plan.block_b * plan.block_n / 32
-    operand = plan.block_b * min(plan.chunks, 8) * UNIT * words / 32
+    sums = (1 if problem.backward else problem.gates) * plan.block_b * plan.block_n / 32
+    operand = min(64, plan.block_b * plan.chunks * UNIT * words / 32 * (problem.gates if problem.backward else 1))
     elements = cdiv(plan.block_b * plan.block_n, threads)
-    return weights + sums + operand + ELEMENT * elements <= ROOM
+    return weights + sums + operand + ELEMENT[problem.backward] * elements <= ROOM
 
 
 def fits(problem: Problem, plan: Plan) -> bool:
@@ -222,7 +224,7 @@ def step_time(problem: Problem, plan: Plan) -> float:
     passed = operands + 2 * parts * (1 if problem.backward else problem.gates)
     passed += operands * readers.rows + kept * readers.units
     if plan.gluon:
-        passed = 2 * parts * problem.gates
+        passed = 2 * parts * (1 if problem.backward else problem.gates)
     time = rate.overhead + passed / rate.shared + repeated / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
@@ -268,7 +270,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
             wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
-        if can_gluon(problem):
+        if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
             for block_n in (8, 16, 32):
                 plan = gluon(problem, block_b, block_n)
                 if plan.members > 1 and holds_weights(problem, plan):
@@ -302,12 +304,10 @@ def choose(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def best(problem: Problem) -> Plan:
+def best(problem: Problem, with_gluon: bool = True) -> Plan:
     if problem.dtype == "float64":
         return streamed(problem)
-    fitting = [plan for plan in candidates(problem) if fits(problem, plan)]
-    if any(plan.gluon for plan in fitting):
-        fitting = [plan for plan in fitting if plan.gluon or plan.loop == "resident"]
+    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and (with_gluon or not plan.gluon))
     # A tenth of a microsecond is less than the model can tell.
     return min(fitting, key=lambda plan: round(step_time(problem, plan), 1))
 

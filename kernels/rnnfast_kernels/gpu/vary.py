@@ -27,10 +27,11 @@ CHOICES = {
     "kept": "kept",
     "stages": "stages",
     "registers": "registers",
+    "gluon": "gluon",
     "polled": "polled",
 }
 # What a Gluon loop is made from.
-OF_GLUON = {"block_b", "block_n", "polled"}
+OF_GLUON = {"block_b", "block_n", "gluon", "polled"}
 
 
 def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -> Plan:
@@ -41,12 +42,13 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     unknown = [name for name in choices if name not in CHOICES]
     if unknown:
         raise ValueError(f"unknown choice {unknown[0]!r}; choose from {', '.join(CHOICES)}")
-    plan = best(problem)
-    loop = loop or plan.loop
     given = {CHOICES[name]: value for name, value in choices.items()}
+    # Other choices are those of Triton's loops.
+    plan = best(problem, set(given) <= OF_GLUON and given.pop("gluon", True))
+    loop = loop or plan.loop
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
     fewest = row_tiles(problem)[0]
-    if plan.gluon and loop == "cooperative" and set(given) <= OF_GLUON:
+    if plan.gluon and loop == "cooperative":
         plan = gluon(problem, max(rows, fewest), units, bool(given.get("polled", plan.polled)))
         given = {}
     elif loop == "cooperative":
