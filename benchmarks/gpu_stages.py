@@ -93,6 +93,8 @@ LOOPS = {
     "resident": (24, 3, lambda problem: plan.resident(problem, 16, 4)),
     "of the plan": (256, 3, plan.best),
     "largest": (1024, 16, plan.best),
+    "polled": (256, 3, lambda problem: vary.varied(problem, {"polled": 1})),
+    "without Gluon": (256, 3, lambda problem: plan.best(problem, False)),
     "streamed": (40, 3, plan.streamed),
 }
 
@@ -181,6 +183,8 @@ def sweep(share: tuple[int, int]) -> None:
 CHOICES: tuple[dict, ...] = (
     {},
     *({"units": n} for n in (8, 16, 32)),
+    {"polled": 1},
+    {"gluon": 0},
     *({"warps": n} for n in (4, 8)),
     *({"split": n} for n in (1, 2, 4, 8)),
     {"eager": 0},

@@ -54,8 +54,9 @@ def test_what_is_spilled_around_the_loop_is_told_from_what_is_spilled_in_it():
     assert aot.cuda_listing(code.replace("BRA 0x20", "BRA 0x40")).in_loops("STL|LDL") == 3
     around = ".LBB0_1:\n s_barrier\n s_cbranch_scc0 .LBB0_1\n v_mov v1 ; 4-byte Folded Spill\n"
     counts = ".vgpr_count: 84\n .vgpr_spill_count: 3\n"
-    assert aot.amd_usage(around + counts) == (84, 12, 0, 3, 1)
-    assert aot.amd_usage(around.replace("s_barrier", "v_mov v1 ; 4-byte Folded Reload") + counts) == (84, 12, 1, 3, 0)
+    assert aot.amd_usage(around + counts) == (84, 12, 0, 3, 1, 0, 0)
+    reload = around.replace("s_barrier", "v_mov v1 ; 4-byte Folded Reload")
+    assert aot.amd_usage(reload + counts) == (84, 12, 1, 3, 0, 0, 0)
 
 
 def test_a_step_is_the_longest_loop():

@@ -20,9 +20,9 @@ from triton import knobs
 
 from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 from rnnfast.backends import gpu_projection as projection
-from rnnfast.backends.gpu_launch import run_backward, run_forward, shift_rows
+from rnnfast.backends.gpu_launch import loops, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_products import multiply, multiply_add
-from rnnfast.backends.gpu_rows import Call, describe
+from rnnfast.backends.gpu_rows import Call, lay_out
 
 TAKES_ENSEMBLES = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,6 +37,12 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
     if cell not in CELLS:
         return f"it has no cell {cell!r}"
     return None if CELLS[cell].standard else "it has no kernels for cells of this form"
+
+
+def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the loops of a layer with 16 batch rows."""
+    forward, backward = loops(CELLS[cell], hidden, 16, torch.empty(0, dtype=dtype, device=device))
+    return f"Triton kernels of {cell}, forward {forward}, backward {backward} at a batch of 16"
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -59,7 +65,7 @@ def device_of(x: Tensor):
 
 def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
     """Run the layer."""
-    call = describe(layer)
+    call = lay_out(layer)
     x, cell = layer.x, call.cell
     with device_of(x):
         wanted = [s == 0 or save or all_states for s in range(len(layer.hx))]
@@ -134,7 +140,7 @@ def backward(
     groups: int = 1,
 ) -> Gradients:
     """Differentiate the layer: the loop in reverse, then every other gradient as large matrix products."""
-    call = describe(layer)
+    call = lay_out(layer)
     with device_of(layer.x):
         states, saved = tuple(t.contiguous() for t in states), tuple(t.contiguous() for t in saved)
         dstates = tuple(None if t is None else t.contiguous() for t in dstates)

@@ -66,6 +66,13 @@ def make_problem(recurrence: Recurrence, like: Tensor, backward: bool) -> plan.P
     return plan.Problem(cell, recurrence.H, extent.B, extent.D, dtype, precision, backward, device)
 
 
+def loops(cell: Cell, H: int, B: int, like: Tensor) -> list[str]:
+    """The loops of forward and of backward, by name: those written in Gluon, or one of Triton's."""
+    recurrence = Recurrence(cell, H, Extent(1, B, 1, 0))
+    chosen = [plan.choose(make_problem(recurrence, like, backward)) for backward in (False, True)]
+    return ["in Gluon" if each.gluon else each.loop for each in chosen]
+
+
 def run_forward(recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
     """Run the forward loop: fills states, finals and what is saved."""
     problem, tensors = make_problem(recurrence, tensors.w_hh, False), align(tensors)
@@ -149,6 +156,8 @@ def warn_refused(reason: str) -> None:
 
 def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: Tensor) -> dict[str, Tensor]:
     """The zeroed counters and exchange buffers of a cooperative loop, from one allocation."""
+    if chosen.gluon:
+        return gluon_workspace(chosen, recurrence.cell.gates if backward else 1, like)
     groups, slices, rows = chosen.programs // chosen.members, chosen.slices, chosen.block_b
     barriers = groups * (1 if slices == 1 else slices + chosen.columns)
     entries = recurrence.cell.gates if backward else 1
@@ -161,6 +170,20 @@ def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: T
     sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes.values()]
     memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=like.device).split(sizes)
     return {name: part.view(shapes[name][0]).view(shapes[name][1]) for name, part in zip(shapes, memory, strict=True)}
+
+
+def gluon_workspace(chosen: plan.Plan, tiles: int, like: Tensor) -> dict[str, Tensor]:
+    """The counters and exchange buffers of a Gluon loop that exchanges some tiles at once; see `gluon_exchange`."""
+    groups, words = chosen.programs // chosen.members, chosen.width * like.itemsize // 4
+    counters = torch.zeros(groups, COUNTER_STRIDE.value, dtype=torch.int32, device=like.device)
+    shape = (4 if chosen.polled else 2, groups, chosen.block_b // 2, tiles, words // 8, 4, 2, 2)
+    exchange = torch.full(shape, -1 if chosen.polled else 0, dtype=torch.int32, device=like.device)
+    if chosen.polled:
+        # Words of units that no program has: nobody publishes them, and nobody waits for them.
+        full, half = divmod(chosen.members * chosen.block_n * like.itemsize // 16, 2)
+        exchange[..., full + half :, :, :, :] = 0
+        exchange[..., full : full + half, :, 1, :] = 0
+    return {"counters": counters, "exchange": exchange}
 
 
 def operand_dtype(like: Tensor) -> torch.dtype:

@@ -98,6 +98,6 @@ class Call:
         return tensor.reshape(self.rows.total, *tensor.shape[self.layer.x.dim() - 1 :])
 
 
-def describe(layer: Layer) -> Call:
+def lay_out(layer: Layer) -> Call:
     cell = CELLS[layer.cell]
     return Call(layer, cell, find_rows(layer), layer.weights[0].w_ih.shape[0] // cell.gates)

@@ -7,9 +7,12 @@ import numpy as np
 from ptx.code import Address
 from ptx.memory import Device, Region, View
 from ptx.operations import BITS, dtype_of
+from ptx.relaxed import Sight, words_of
 
 # Shared memory that nobody has written, and registers: NaN in every type.
 POISON = 0xFF
+# Relaxed loads of a loop that polls, at most.
+MOST_LOADS = 64
 
 
 class Registers(dict):
@@ -40,11 +43,26 @@ class Block:
         # Asynchronous copies by group, the last of which is open; and what had changed at the last poll.
         self.copies: list[list] = [[]]
         self.polled = -1
+        # Relaxed loads since then, which gave the latest values; and what threads see of such words, by region.
+        self.fruitless = 0
+        self.sights: dict[str, Sight] = {}
 
     def pass_barrier(self) -> None:
         """All threads see what each of them has done or acquired."""
         np.maximum(self.view.clock, self.acquired, out=self.view.clock)
         self.view.clock[self.view.block] += 1
+        for sight in self.sights.values():
+            sight.join()
+
+    def waits(self, relaxed: bool) -> bool:
+        """Whether to poll again can give nothing new; a loop polls by one acquire, or by many relaxed loads."""
+        return self.polled == self.device.changes and (not relaxed or self.fruitless >= MOST_LOADS)
+
+    def sight(self, region: Region) -> Sight:
+        """What the threads see of a region's words, which they exchange by relaxed accesses."""
+        if region.name not in self.sights:
+            self.sights[region.name] = Sight(words_of(self.device, region), self.threads.size)
+        return self.sights[region.name]
 
     def assign(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
         """Write a register of the active threads; `value` has an entry for each thread, or one for all."""

@@ -68,8 +68,10 @@ def load(opcode: tuple[str, ...], operands: tuple) -> Callable:
 
     def memory(block: Block, active: np.ndarray) -> None:
         threads, addresses = block.threads[active], block.address(source)[active]
-        if "acquire" in opcode:
-            content = acquire(block, opcode, addresses, element)
+        if opcode[1] == "relaxed":
+            content = load_relaxed(block, threads, addresses, opcode, count)
+        elif "acquire" in opcode:
+            content = acquire(block, opcode, threads, addresses, element)
         elif opcode[1] == "global":
             content = block.device.memory.region(addresses).load(block.view, threads, addresses, element * count)
         else:
@@ -82,19 +84,51 @@ def load(opcode: tuple[str, ...], operands: tuple) -> Callable:
     return parameter if opcode[1] == "param" else memory
 
 
+def load_relaxed(block: Block, threads: np.ndarray, addresses: np.ndarray, opcode: tuple[str, ...], count: int):
+    """Words that other blocks may change meanwhile."""
+    check_relaxed(opcode)
+    content, latest = block.sight(block.device.memory.region(addresses)).load(threads, addresses, count)
+    if not latest or block.polled != block.device.changes:
+        block.polled, block.fruitless = block.device.changes, 0
+    block.fruitless += 1
+    return content
+
+
+def check_relaxed(opcode: tuple[str, ...]) -> None:
+    if opcode[1:4] != ("relaxed", "gpu", "global") or opcode[-1] not in ("b32", "u32"):
+        raise Unknown(".".join(opcode))
+
+
+def fence(opcode: tuple[str, ...], operands: tuple) -> Callable:
+    """fence.acq_rel.gpu: of words that are exchanged by relaxed accesses; blocks have other means for all else."""
+    if opcode[1:] != ("acq_rel", "gpu"):
+        raise Unknown(".".join(opcode))
+
+    def act(block: Block, active: np.ndarray) -> None:
+        for sight in block.sights.values():
+            sight.fence(block.threads[active])
+
+    return act
+
+
 def ordered(opcode: tuple[str, ...], order: str) -> bool:
     """Whether an access acquires or releases, for all blocks of a device to see."""
     return (order in opcode or "acq_rel" in opcode) and ("gpu" in opcode or "sys" in opcode)
 
 
-def acquire(block: Block, opcode: tuple[str, ...], addresses: np.ndarray, width: int) -> np.ndarray:
+def acquire(
+    block: Block, opcode: tuple[str, ...], threads: np.ndarray, addresses: np.ndarray, width: int
+) -> np.ndarray:
     """Read what atomic operations write, and see, behind the next barrier, what was done before they released it."""
     device = block.device
     region = device.memory.region(addresses)
     if ordered(opcode, "acquire"):
         for address in addresses.tolist():
             np.maximum(block.acquired, device.released.get(address, 0), out=block.acquired)
-    block.polled = device.changes
+            for (released, name), view in device.views.items():
+                if released == address:
+                    block.sight(device.exchanged[name].region).heed(threads, view)
+    block.polled, block.fruitless = device.changes, 0
     return region.content[region.offsets(addresses, width)[:, None] + np.arange(width)]
 
 
@@ -108,7 +142,11 @@ def store(opcode: tuple[str, ...], operands: tuple) -> Callable:
         threads, addresses = block.threads[active], block.address(target)[active]
         values = np.stack([np.broadcast_to(read(block), active.shape)[active] for read in readers], axis=1)
         values = values.view(np.uint8)
-        if opcode[1] == "global":
+        if opcode[1] == "relaxed":
+            check_relaxed(opcode)
+            block.sight(block.device.memory.region(addresses)).store(threads, addresses, values.view(np.uint32)[:, 0])
+            block.device.changes += 1
+        elif opcode[1] == "global":
             block.device.memory.region(addresses).store(block.view, threads, addresses, values)
         else:
             block.shared.store(block.inside, threads, addresses, values)
@@ -131,7 +169,7 @@ def atomic(opcode: tuple[str, ...], operands: tuple) -> Callable:
         added = np.broadcast_to(read(block), active.shape)[active]
         before = np.zeros(active.size, np.uint32)
         if "acquire" in opcode or "acq_rel" in opcode:
-            acquire(block, opcode, addresses, 4)
+            acquire(block, opcode, block.threads[active], addresses, 4)
         for thread, place, address, number in zip(
             np.flatnonzero(active), places, addresses.tolist(), added, strict=True
         ):
@@ -141,6 +179,9 @@ def atomic(opcode: tuple[str, ...], operands: tuple) -> Callable:
             if releases:
                 earlier = device.released.get(address, 0)
                 device.released[address] = np.maximum(block.view.clock, earlier)
+                for name, sight in block.sights.items():
+                    seen = device.views.get((address, name), 0)
+                    device.views[address, name] = np.maximum(sight.view[thread], seen)
         if added.any():
             device.changes += 1
         if result is not None:

@@ -19,7 +19,7 @@ from ptx.operations import register_dtype
 ACCESSES = {
     "ld": instructions.load, "st": instructions.store, "red": instructions.atomic, "atom": instructions.atomic,
     "cp": instructions.copy, "ldmatrix": matrices.load, "stmatrix": matrices.store, "shfl": matrices.shuffle,
-    "mma": matrices.multiply,
+    "mma": matrices.multiply, "fence": instructions.fence,
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
     """An instruction made ready. act: what it does to the active threads of a block; target: where a branch leads.
 
     control: "branch", "return", "barrier", or "" for all that goes on to the next step. turn: others may come first;
-    polls: it waits for what others do.
+    polls: it waits for what others do, if relaxed by many loads.
     """
 
     act: Callable | None
@@ -41,6 +41,7 @@ class Step(NamedTuple):
     target: int = 0
     turn: bool = False
     polls: bool = False
+    relaxed: bool = False
 
 
 def decode(instruction: Instruction, code: Code) -> Step:
@@ -54,8 +55,10 @@ def decode(instruction: Instruction, code: Code) -> Step:
     if opcode[:2] == ("bar", "sync") and operands == ("0",) and guard is None:
         return Step(None, guard, place, "barrier")
     if name in ACCESSES:
-        turn = space == "global" or name == "cp"
-        return Step(ACCESSES[name](opcode, operands), guard, place, turn=turn, polls="acquire" in opcode)
+        turn = space in ("global", "relaxed") or name in ("cp", "fence")
+        relaxed = name == "ld" and space == "relaxed"
+        polls = relaxed or "acquire" in opcode
+        return Step(ACCESSES[name](opcode, operands), guard, place, turn=turn, polls=polls, relaxed=relaxed)
     if name == "mov" and any(isinstance(part, tuple) for part in operands):
         return Step(instructions.move_parts(operands), guard, place)
     if name == "setp" and opcode[-1].endswith("x2"):
@@ -78,7 +81,7 @@ def run_block(block: Block, steps: list[Step]) -> Iterator[bool]:
             step = steps[at]
             which = active if step.guard is None else guarded(block, active, *step.guard)
             if step.control == "":
-                while step.polls and block.polled == block.device.changes:
+                while step.polls and block.waits(step.relaxed):
                     yield False
                 if step.turn:
                     yield True
@@ -136,6 +139,7 @@ class Machine:
 
     def run(self, random: Random) -> None:
         """Run all blocks to their ends, in an order that `random` decides."""
+        self.device.seed = random.getrandbits(32)
         running = [run_block(block, self.steps) for block in self.blocks]
         idle = set()
         with np.errstate(all="ignore"):

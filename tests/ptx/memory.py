@@ -8,7 +8,7 @@ front of one; whatever relies on more is reported.
 """
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,13 +40,17 @@ class Region:
         self.blocks = blocks
         self.read = self.reading = np.empty((0, granules), np.int32)
         self.unwritten: list[tuple] | None = []
+        # Words that are exchanged by relaxed accesses are accessed by no others.
+        self.relaxed = False
 
     def watch(self, threads: np.ndarray, addresses: np.ndarray, width: int) -> None:
         """For those who count accesses: called before each."""
 
-    def offsets(self, addresses: np.ndarray, width: int) -> np.ndarray:
+    def offsets(self, addresses: np.ndarray, width: int, relaxed: bool = False) -> np.ndarray:
         """Where accesses of `width` bytes lie in the region."""
         offsets = addresses.astype(np.int64) - self.address
+        if self.relaxed != relaxed:
+            raise Fault(f"weak accesses to {self.name} beside relaxed ones")
         if (addresses % width).any():
             raise Fault(f"{width} bytes at byte {offsets[addresses % width != 0][0]} of {self.name} are not aligned")
         outside = (offsets < 0) | (offsets + width > self.content.size)
@@ -169,3 +173,7 @@ class Device:
         # By address: what whoever acquires it sees. And how often anything was changed that somebody may poll.
         self.released: dict[int, np.ndarray] = {}
         self.changes = 0
+        # Words exchanged by relaxed accesses, by region, and their views that were released, by address and region.
+        self.exchanged: dict[str, Any] = {}
+        self.views: dict[tuple[int, str], np.ndarray] = {}
+        self.seed = 0

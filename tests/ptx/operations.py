@@ -15,7 +15,7 @@ COMPARISONS = {
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 # Types without a dtype: bytes of their bits.
-PACKED = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8}
+PACKED = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8, "u16x2": 4, "s16x2": 4}
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -151,8 +151,8 @@ def operation(opcode: tuple[str, ...]) -> Operation:
         return {"setp": comparison, "selp": selection, "cvt": conversion}[name](opcode)
     if name in ("add", "sub", "fma") and opcode[-2] == "f32":
         return of_mixed(operation(opcode[:-1]), kind)
-    if kind == "f32x2":
-        return of_pairs(operation((*opcode[:-1], "f32")))
+    if kind in ("f32x2", "u16x2", "s16x2"):
+        return of_pairs(operation((*opcode[:-1], kind[:3])), kind)
     if name in ("shl", "shr"):
         return Operation(shift(np.left_shift if name == "shl" else np.right_shift), (kind, "u32"), kind)
     if name == "bfe":
@@ -190,14 +190,15 @@ def of_mixed(single: Operation, kind: str) -> Operation:
     return Operation(mixed, (kind,) * (len(single.operands) - 1) + ("f32",), "f32")
 
 
-def of_pairs(single: Operation) -> Operation:
-    """An operation on two float32 at once."""
+def of_pairs(single: Operation, kind: str) -> Operation:
+    """An operation on two values of a type at once."""
+    one, two = dtype_of(single.result), dtype_of(kind)
 
     def both(*operands: np.ndarray) -> np.ndarray:
-        pairs = (np.ascontiguousarray(x)[:, None].view(np.float32) for x in operands)
-        return np.ascontiguousarray(single.function(*pairs)).view(np.uint64)[:, 0]
+        pairs = (np.ascontiguousarray(x)[:, None].view(one) for x in operands)
+        return np.ascontiguousarray(single.function(*pairs)).view(two)[:, 0]
 
-    return Operation(both, ("f32x2",) * len(single.operands), "f32x2")
+    return Operation(both, (kind,) * len(single.operands), kind)
 
 
 def flushed(function: Callable) -> Callable:

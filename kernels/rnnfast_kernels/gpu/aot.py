@@ -3,9 +3,9 @@
     python -m rnnfast_kernels.gpu.aot [--quick] [--target sm_90 ...] [--jobs N]
 
 A row per kernel: registers per thread, bytes of them spilled, the instructions that spill or reload inside a loop,
-bytes of shared memory, and the instructions and barriers of a step. The exit status is 1 where a kernel does not
-compile, spills inside a loop (or at all, if it has none), or wants more shared memory than its target has. What the
-time loop spills around itself, once per call, is only shown.
+bytes of shared memory, and of a step the instructions, barriers, fences and loads from shared memory. The exit status
+is 1 where a kernel does not compile, spills inside a loop (or at all, if it has none), or wants more shared memory than
+its target has. What the time loop spills around itself, once per call, is only shown.
 """
 
 import argparse
@@ -57,7 +57,8 @@ class Case(NamedTuple):
 class Usage(NamedTuple):
     """registers, spilled: per thread, bytes spilled; looping: instructions that spill or reload in a loop.
 
-    step, barriers: instructions of a thread in the longest loop, and how many of them wait for the whole program.
+    step, barriers, fences, loads: instructions of a thread in the longest loop, and how many of them wait for the whole
+    program, for its accesses to memory, and load from shared memory, such as weights that do not stay in registers.
     """
 
     registers: int
@@ -65,6 +66,8 @@ class Usage(NamedTuple):
     looping: int
     step: int
     barriers: int
+    fences: int
+    loads: int
     shared: int
 
 
@@ -121,7 +124,7 @@ def tensors(problem: plan.Problem, chosen: plan.Plan, ragged: bool) -> NamedTupl
         "rows": index,
         "first": index,
         "resets": resets,
-        "exchange": like if fused else None,
+        "exchange": (MockTensor("int32") if chosen.gluon else like) if fused else None,
         "counters": MockTensor("int32") if fused else None,
     }
     if problem.backward:
@@ -156,7 +159,7 @@ def compile_launch(target: str, described: Launch) -> Usage:
     return Usage(*read, compiled.metadata.shared)
 
 
-def cuda_usage(cubin: bytes) -> tuple[int, int, int, int, int]:
+def cuda_usage(cubin: bytes) -> tuple[int, ...]:
     """What a program takes but for shared memory; registers spill to the stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -167,7 +170,7 @@ def cuda_usage(cubin: bytes) -> tuple[int, int, int, int, int]:
             raise RuntimeError(f"cuobjdump reports no registers:\n{report}")
         listing = cuda_listing(cuobjdump("--dump-sass", file.name))
     registers, stack = int(found[1]), int(found[2])
-    return registers, stack, *loop_usage(listing, r"\b(STL|LDL)\b", r"\bBAR\b")
+    return registers, stack, *loop_usage(listing, r"\b(STL|LDL)\b", r"\bBAR\b", r"\bMEMBAR\b", r"\bLDSM?\b")
 
 
 def cuobjdump(*words: str) -> str:
@@ -183,13 +186,14 @@ def cuda_listing(code: str) -> Listing:
     return Listing([text for _, text in steps], [(at, places[int(to[1], 16)]) for at, to in branches if to])
 
 
-def amd_usage(assembly: str) -> tuple[int, int, int, int, int]:
+def amd_usage(assembly: str) -> tuple[int, ...]:
     """What a program takes but for shared memory; a vector register that spills is four bytes."""
     registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
     if registers is None or spilled is None:
         raise RuntimeError("the assembly has no .vgpr_count or no .vgpr_spill_count")
-    usage = loop_usage(amd_listing(assembly), r"Folded (Spill|Reload)", r"\bs_barrier\b")
+    patterns = (r"Folded (Spill|Reload)", r"\bs_barrier\b", r"\bbuffer_wbl2\b|\bbuffer_inv\b", r"\bds_read|\bds_load")
+    usage = loop_usage(amd_listing(assembly), *patterns)
     return int(registers[1]), 4 * int(spilled[1]), *usage
 
 
@@ -201,10 +205,11 @@ def amd_listing(assembly: str) -> Listing:
     return Listing(lines, [(at, labels[to[1]]) for at, to in branches if to])
 
 
-def loop_usage(listing: Listing, spill: str, barrier: str) -> tuple[int, int, int]:
-    """Of the loops: the lines that spill; of the longest one, its length and its barriers."""
+def loop_usage(listing: Listing, spill: str, *patterns: str) -> tuple[int, ...]:
+    """Of the loops: the lines that spill; of the longest one, its length and how many lines match each pattern."""
     step = listing.longest_loop()
-    return listing.in_loops(spill), len(step), sum(bool(re.search(barrier, line)) for line in step)
+    matches = (sum(bool(re.search(pattern, line)) for line in step) for pattern in patterns)
+    return listing.in_loops(spill), len(step), *matches
 
 
 def problems(target: str, quick: bool) -> Iterator[plan.Problem]:
@@ -240,7 +245,8 @@ def report(case: Case) -> tuple[str, str | None]:
     tiles = f"{chosen.block_b}x{chosen.block_n} k{chosen.split}x{chosen.block_k} {chosen.kept}/{chosen.chunks}"
     what = f"{problem.precision if problem.precision == 'tf32' else problem.dtype:9} H={problem.H:<5}B={problem.B:<4}"
     way = ("backward" if problem.backward else "forward") + (" ragged" if case.ragged else "")
-    row = f"{case.target:7} {problem.cell:9} {what} {way:16} {chosen.loop:12} {tiles:20} {chosen.warps} warps "
+    loop = "gluon" if chosen.gluon else chosen.loop
+    row = f"{case.target:7} {problem.cell:9} {what} {way:16} {loop:12} {tiles:20} {chosen.warps} warps "
     try:
         usage = compile_launch(case.target, describe(case))
     except Exception as error:
@@ -248,7 +254,7 @@ def report(case: Case) -> tuple[str, str | None]:
     row += (
         f"{usage.registers:4} registers {usage.spilled:5} spilled, {usage.looping:3} in loops {usage.shared:7} shared"
     )
-    row += f" {usage.step:5} a step {usage.barriers:3} barriers"
+    row += f" {usage.step:5} a step {usage.barriers:3} barriers {usage.fences:2} fences {usage.loads:4} shared loads"
     if usage.looping:
         return row, f"{row.strip()}: it spills in a loop"
     limit = problem.device.shared

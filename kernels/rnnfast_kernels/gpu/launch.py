@@ -100,16 +100,18 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
     row = CELLS[cell]
     kernel: Callable = backward_loop if backward else forward_loop
     function = BOUND[cell].backward if backward else BOUND[cell].forward
+    layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row)
+    if plan.gluon:
+        from rnnfast_kernels.gpu import gluon_backward, gluon_forward
+
+        own = (plan.precision, plan.block_b, plan.block_n, plan.chunks, plan.warps, plan.members, plan.polled)
+        kernel = gluon_backward.backward_loop if backward else gluon_forward.forward_loop
+        return Launch(kernel, (plan.programs,), (tensors, *extent, *layer, *own), options(plan))
     args = (
         tensors,
         *extent,
         plan.chunks,
-        function,
-        row.gates,
-        saved_tiles(cell, save),
-        len(row.states),
-        H,
-        plan.row,
+        *layer,
         plan.k_last,
         plan.precision,
         plan.block_b,

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from triton import knobs
+
 from rnnfast_kernels.gpu import registers
-from rnnfast_kernels.gpu.problem import Device, Plan, Problem, cdiv, next_power
+from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, TRITON, Device, Plan, Problem, cdiv, next_power
 
 
 @dataclass(frozen=True)
 class Rates:
     """Constants of the model: microseconds, and kilobytes and multiply-adds per microsecond of one processor.
 
-    A step costs `overhead` in any fused loop; in a cooperative one `barrier` more, and `latency` for each time that it
-    waits for its operands. A streamed step costs `streamed`.
+    A step costs `overhead` in any fused loop; in a cooperative one `barrier` more, or `polled` where values are polled,
+    and `latency` for each time that it waits for its operands. A streamed step costs `streamed`.
     """
 
     overhead: float
     barrier: float
+    polled: float
     latency: float
     streamed: float
     l2: float
@@ -32,13 +35,20 @@ class Rates:
 
 
 RATES = {
-    "sm_80": Rates(0.35, 0.9, 0.4, 14.0, 45.0, 150.0, {"half": 6e5, "tf32": 3e5, "ieee": 6e4}),
-    "sm_90": Rates(0.25, 0.8, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
-    "sm_100": Rates(0.25, 0.8, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
-    "gfx942": Rates(0.5, 1.5, 0.6, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
+    "sm_80": Rates(0.35, 0.9, 0.25, 0.4, 14.0, 45.0, 150.0, {"half": 6e5, "tf32": 3e5, "ieee": 6e4}),
+    "sm_90": Rates(0.25, 0.8, 0.15, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "sm_100": Rates(0.25, 0.8, 0.15, 0.3, 12.0, 60.0, 200.0, {"half": 1.1e6, "tf32": 5.5e5, "ieee": 1.2e5}),
+    "gfx942": Rates(0.5, 1.5, 1.5, 0.6, 20.0, 45.0, 120.0, {"half": 6e5, "tf32": 1.5e5, "ieee": 1.5e5}),
 }
 
 
+# Whether the programs of a Gluon loop poll values rather than a counter: not before a GPU has run it.
+POLLED = False
+# Warps of a Gluon loop, values of k that one of them has at least, and registers of a thread for weights, sums, an
+# operand and elements, each with what belongs to it, by pass.
+WARPS, UNIT, ROOM, ELEMENT = 8, 16, 216, {False: 24, True: 40}
+# Rows of a Gluon loop's tile, by pass.
+MOST_ROWS = {False: 32, True: 16}
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
 STAGES = 3
 
@@ -142,6 +152,47 @@ def cooperative(
     )
 
 
+def can_gluon(problem: Problem) -> bool:
+    """Whether a problem has a Gluon loop: matrix instructions of NVIDIA since sm_80, in a Triton that has Gluon."""
+    arch = problem.device.arch
+    if problem.plain or problem.itemsize == 8 or not arch.startswith("sm_") or int(arch[3:]) < 80:
+        return False
+    return TRITON >= FIRST_WITH_GLUON and not knobs.runtime.interpret
+
+
+def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = None) -> Plan:
+    """The Gluon loop with tiles of block_b rows and block_n units: two numbers, from which all else follows."""
+    members, units = cdiv(problem.H, block_n), cdiv(problem.H, WARPS * UNIT)
+    return Plan(
+        loop="cooperative",
+        block_b=block_b,
+        block_n=block_n,
+        warps=WARPS,
+        precision=problem.precision,
+        block_k=UNIT,
+        split=WARPS,
+        chunks=units,
+        kept=units,
+        members=members,
+        programs=members * cdiv(problem.B, block_b) * problem.D,
+        row=problem.row,
+        shared=(1 if problem.backward else problem.gates) * WARPS * block_b * block_n * 4,
+        registers=registers.per_program(problem.device, WARPS),
+        gluon=True,
+        polled=POLLED if polled is None else polled,
+    )
+
+
+def holds_weights(problem: Problem, plan: Plan) -> bool:
+    """Whether a thread of a Gluon loop has the registers for its weights, the sums of its warp and an operand."""
+    threads, words = 32 * WARPS, problem.itemsize / 4
+    weights = problem.gates * plan.block_n * plan.width * words / threads
+    sums = (1 if problem.backward else problem.gates) * plan.block_b * plan.block_n / 32
+    operand = min(64, plan.block_b * plan.chunks * UNIT * words / 32 * (problem.gates if problem.backward else 1))
+    elements = cdiv(plan.block_b * plan.block_n, threads)
+    return weights + sums + operand + ELEMENT[problem.backward] * elements <= ROOM
+
+
 def fits(problem: Problem, plan: Plan) -> bool:
     """Whether the plan can run on the device at all: its shared memory, and its programs all at once if they wait."""
     alone = plan.members == 1
@@ -172,10 +223,12 @@ def step_time(problem: Problem, plan: Plan) -> float:
     parts = 0 if plan.split == 1 else plan.split * plan.block_b * plan.reach * 4 / 1e3
     passed = operands + 2 * parts * (1 if problem.backward else problem.gates)
     passed += operands * readers.rows + kept * readers.units
+    if plan.gluon:
+        passed = 2 * parts * (1 if problem.backward else problem.gates)
     time = rate.overhead + passed / rate.shared + repeated / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
-    time += rate.barrier
+    time += rate.polled if plan.polled else rate.barrier
     waits = 1 if plan.eager else plan.kept
     waits += (plan.chunks - plan.kept) / plan.stages
     rows = problem.B if plan.sparse else plan.block_b
@@ -217,6 +270,11 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
             wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
+        if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
+            for block_n in (8, 16, 32):
+                plan = gluon(problem, block_b, block_n)
+                if plan.members > 1 and holds_weights(problem, plan):
+                    yield plan
         for block_n, slices in grids(problem, block_b):
             reach = block_n * slices
             # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
@@ -246,10 +304,10 @@ def choose(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def best(problem: Problem) -> Plan:
+def best(problem: Problem, with_gluon: bool = True) -> Plan:
     if problem.dtype == "float64":
         return streamed(problem)
-    fitting = (plan for plan in candidates(problem) if fits(problem, plan))
+    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and (with_gluon or not plan.gluon))
     # A tenth of a microsecond is less than the model can tell.
     return min(fitting, key=lambda plan: round(step_time(problem, plan), 1))
 

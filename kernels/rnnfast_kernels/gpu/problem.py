@@ -9,6 +9,9 @@ from rnnfast_kernels.cells import CELLS
 # Its major and minor version.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
+# Earlier ones have no Gluon, or another.
+FIRST_WITH_GLUON = (3, 6)
+
 
 def next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -105,6 +108,8 @@ class Plan:
     k_last: bool = True
     shared: int = 0
     registers: int = 0
+    gluon: bool = False
+    polled: bool = False
 
     @property
     def width(self) -> int:

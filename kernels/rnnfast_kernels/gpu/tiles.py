@@ -99,7 +99,7 @@ def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr
     tiles = ()
     for s in tl.static_range(COUNT):
         if pointers[s] is None:
-            tiles = tiles + (tl.zeros(mask.shape, tl.float32),)
+            tiles = tiles + (tl.where(mask, 0.0, 0.0),)
         else:
             tiles = tiles + (tl.load(pointers[s] + (first * D + d) * H + offsets, mask=mask, other=0.0),)
     return tiles

@@ -2,7 +2,18 @@
 
 from dataclasses import replace
 
-from rnnfast_kernels.gpu.plan import STAGES, Plan, Problem, best, cooperative, fits, resident, row_tiles, streamed
+from rnnfast_kernels.gpu.plan import (
+    STAGES,
+    Plan,
+    Problem,
+    best,
+    cooperative,
+    fits,
+    gluon,
+    resident,
+    row_tiles,
+    streamed,
+)
 
 # What may be told, and which of a plan's fields that is.
 CHOICES = {
@@ -16,7 +27,11 @@ CHOICES = {
     "kept": "kept",
     "stages": "stages",
     "registers": "registers",
+    "gluon": "gluon",
+    "polled": "polled",
 }
+# What a Gluon loop is made from.
+OF_GLUON = {"block_b", "block_n", "gluon", "polled"}
 
 
 def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -> Plan:
@@ -27,12 +42,16 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     unknown = [name for name in choices if name not in CHOICES]
     if unknown:
         raise ValueError(f"unknown choice {unknown[0]!r}; choose from {', '.join(CHOICES)}")
-    plan = best(problem)
-    loop = loop or plan.loop
     given = {CHOICES[name]: value for name, value in choices.items()}
+    # Other choices are those of Triton's loops.
+    plan = best(problem, set(given) <= OF_GLUON and given.pop("gluon", True))
+    loop = loop or plan.loop
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
     fewest = row_tiles(problem)[0]
-    if loop == "cooperative":
+    if plan.gluon and loop == "cooperative":
+        plan = gluon(problem, max(rows, fewest), units, bool(given.get("polled", plan.polled)))
+        given = {}
+    elif loop == "cooperative":
         k, split = given.get("block_k", plan.block_k or 32), given.get("split", plan.split)
         eager = bool(given.get("eager", plan.eager or plan.kept < plan.chunks))
         ahead, slices = given.get("stages", STAGES), given.get("slices", plan.slices)
