@@ -71,8 +71,8 @@ class Frozen(nn.Module):
     weights_format: str
     panels: Tensor | None
 
-    def extra_repr(self) -> str:
-        told = nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
+    def aux_repr(self) -> str:
+        told = nn.RNNBase.aux_repr(self)  # type: ignore[arg-type]
         return f"{told}, weights={self.weights_format}"
 
     def _get_name(self) -> str:
@@ -377,7 +377,7 @@ class Frozen(nn.Module):
         def run(n, x, hx, _):
             form = forms[n]
             wanted = all_states and n == len(forms) - 1
-            output, extra, *finals = torch.ops.rnnfast.frozen_layer(
+            output, aux, *finals = torch.ops.rnnfast.frozen_layer(
                 form.cell,
                 form.weights,
                 form.inputs,
@@ -394,7 +394,7 @@ class Frozen(nn.Module):
                 batch_sizes,
                 resets,
             )
-            return output.flatten(-2), finals, (output, extra)[: len(hx)]
+            return output.flatten(-2), finals, (output, aux)[: len(hx)]
 
         output, finals, states = through_layers(options, x, initial, (), run)
         states = (output.clone(), *(each.flatten(-2) for each in states[1:])) if all_states else ()

@@ -42,7 +42,7 @@ def frozen_layer(
     cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
     resets,
 ) -> list[Tensor]:  # fmt: skip
-    """Run one layer: h of every step, the extra state or an empty tensor, and the final states."""
+    """Run one layer: h of every step, the aux state or an empty tensor, and the final states."""
     backend = kernels()
     form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
     check(form, x, hx, batch_sizes, resets)
@@ -54,8 +54,8 @@ def frozen_layer(
         expect("panels", panels, (backend.offsets(form)[-1],), None, torch.uint8)
     else:
         panels = panels_of(form, held)
-    output, extra, finals = backend.run_layer(form, x, hx, panels, batch_sizes, resets, all_states)
-    return [output, extra, *finals]
+    output, aux, finals = backend.run_layer(form, x, hx, panels, batch_sizes, resets, all_states)
+    return [output, aux, *finals]
 
 
 def check(form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, resets: Tensor | None) -> None:
@@ -100,10 +100,10 @@ def frozen_layer_fake(
     resets,
 ) -> list[Tensor]:  # fmt: skip
     """Shapes of `frozen_layer`."""
-    extra = (*x.shape[:-1], len(reverse), hidden) if all_states and len(hx) > 1 else (0,)
+    aux = (*x.shape[:-1], len(reverse), hidden) if all_states and len(hx) > 1 else (0,)
     return [
         x.new_empty((*x.shape[:-1], len(reverse), width)),
-        x.new_empty(extra),
+        x.new_empty(aux),
         *(x.new_empty(state.shape) for state in hx),
     ]
 

@@ -164,7 +164,7 @@ class Prepared:
             shapes.append(shape(one, x_shape, x_strides, steps, batch, threads))
             columns = form.directions * form.width
             x_shape, x_strides = (steps, batch, columns), (batch * columns, columns, 1)
-        states = ("h", "extra")[: len(form.state_sizes)]
+        states = ("h", "aux")[: len(form.state_sizes)]
         names = ["x", "h", *(f"{state}_final" for state in states)]
         names += [] if zero else [f"{state}_first" for state in states]
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
@@ -220,7 +220,7 @@ def run_layer(
     resets: Tensor | None,
     all_states: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Run one layer: its output [*L, D, P], with `all_states` its extra state [*L, D, H], and the final states."""
+    """Run one layer: its output [*L, D, P], with `all_states` its aux state [*L, D, H], and the final states."""
     x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
     initial = [state.contiguous() for state in initial]
     batch, directions = initial[0].shape[1], form.directions
@@ -235,18 +235,18 @@ def run_layer(
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
     output = room(x, *x.shape[:-1], directions, form.width)
     finals = tuple(torch.empty_like(state) for state in initial)
-    extra = x.new_empty(0)
+    aux = x.new_empty(0)
     kept: tuple[str, ...] = ()
-    if all_states and planned.extra:
-        extra, kept = room(x, *x.shape[:-1], directions, form.hidden), ("extra",)
-    tensors = {"x": x, "h": output, "extra": extra, "panels": panels, "sizes": sizes, "starts": starts}
+    if all_states and planned.aux:
+        aux, kept = room(x, *x.shape[:-1], directions, form.hidden), ("aux",)
+    tensors = {"x": x, "h": output, "aux": aux, "panels": panels, "sizes": sizes, "starts": starts}
     tensors["resets"] = None if resets is None else resets.contiguous()
-    tensors |= zip(("h_first", "extra_first"), initial, strict=False)
-    tensors |= zip(("h_final", "extra_final"), finals, strict=False)
+    tensors |= zip(("h_first", "aux_first"), initial, strict=False)
+    tensors |= zip(("h_final", "aux_final"), finals, strict=False)
     recipe = recorded(planned, kept)
     scratch = room(x, recipe.scratch, dtype=torch.uint8)
     recipe.call(kernel_of(form), scratch.data_ptr(), recipe.addresses(tensors))
-    return output, extra, finals
+    return output, aux, finals
 
 
 @functools.cache

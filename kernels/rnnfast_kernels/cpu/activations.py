@@ -85,18 +85,18 @@ def relu_backward(dy, y):
     return where_at_most(y, ZERO, ZERO, dy)
 
 
-def sigmoid_bend(dot, dy, y):
+def sigmoid_hvp(dot, dy, y):
     """Change of `sigmoid_backward(dy, y)` where y changes by dot."""
     return dot * dy * (ONE - (y + y))
 
 
-def tanh_bend(dot, dy, y):
+def tanh_hvp(dot, dy, y):
     """Change of `tanh_backward(dy, y)` where y changes by dot."""
     return -(dot * dy) * (y + y)
 
 
 ACTIVATIONS = (sigmoid, tanh, relu, sigmoid_backward, tanh_backward, relu_backward)
-BENT = (sigmoid_bend, tanh_bend)
+HVP = (sigmoid_hvp, tanh_hvp)
 
 
 def constants(dtype: str) -> dict:

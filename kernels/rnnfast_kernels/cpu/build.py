@@ -43,7 +43,7 @@ HELPERS = (
     loops.clear_padding,
     loops.advance,
     loops.project_output,
-    loops.write_extra_finals,
+    loops.write_aux_finals,
     loops.forward_phase,
     loops.start_gradients,
     loops.end_gradients,
@@ -151,7 +151,7 @@ def vectors(target: Target, salt: str) -> dict:
     for function in (
         activations.decay,
         *activations.ACTIVATIONS,
-        *activations.BENT,
+        *activations.HVP,
         *elementary.PLAIN,
         *operands.LINES,
     ):
@@ -190,11 +190,11 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         parts[gates] = (*parts.get(gates, ()), *gated)
     made = {gates: tiled(target, gates, base, dict.fromkeys(wanted)) for gates, wanted in parts.items() if gates}
     plain, gated, recurrent = made[1], made[cell.gates], made[cell.recurrent or cell.gates]
-    extra = len(cell.states) - 1
+    aux = len(cell.states) - 1
     namespace = {
         **base,
         "GATES": cell.gates,
-        "EXTRA": extra,
+        "AUX": aux,
         "RECURRENT": cell.recurrent,
         "PARAMETERS": len(cell.parameters),
         "SIGNALS": len(cell.signals),
@@ -211,8 +211,8 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "load_kept": base["tuple_loader"](cell.saved),
         "load_parameters": base["io_tuple_loader"](len(cell.parameters)),
         "load_signals": memory.signal_loader(target, len(cell.signals)),
-        "load_extra": base["tuple_loader"](extra),
-        "load_io_extra": base["io_tuple_loader"](extra),
+        "load_aux": base["tuple_loader"](aux),
+        "load_io_aux": base["io_tuple_loader"](aux),
         "layer_at": loops.LAYER.reader(),
         "product_at": gradients.PRODUCT.reader(),
         "outer_at": gradients.OUTER.reader(),
@@ -230,7 +230,7 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
     for name, equations in (
         ("cell_forward", cell.make_forward(("p", "s"))),
         ("cell_backward", cell.make_backward(("p", "s"))),
-        *((("cell_push", cell.push), ("cell_bend", cell.bend)) if cell.standard else ()),
+        *((("cell_jvp", cell.jvp), ("cell_hvp", cell.hvp)) if cell.standard else ()),
     ):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
     helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in second.HELPERS)

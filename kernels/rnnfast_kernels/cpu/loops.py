@@ -1,7 +1,7 @@
 """The time loops: one layer, one direction, a slice of the batch, all steps; generic over the cell.
 
 Both are bound over a cell, a dtype and a target, and take the address of a record of `LAYER` fields. What they call
-`state` is the cell's output state h and, apart from it, its `extra` states (c of an LSTM), which no product needs.
+`state` is the cell's output state h and, apart from it, its `aux` states (c of an LSTM), which no product needs.
 """
 
 # ruff: noqa: F821
@@ -16,18 +16,18 @@ LAYER = Record(
     # Input, and the panels of the weights; if `unpacked`, the weights as they are, and their biases.
     "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr", "unpacked", "b_ih", "b_hh",
     # Initial and final states.
-    "h_first", "h_first_row", "extra_first", "extra_first_row", "extra_first_step",
-    "h_final", "extra_final", "extra_final_step",
-    # States after every step: h is [rows, width], each extra state [rows, hidden].
-    "h", "h_row", "extra", "extra_row", "extra_step",
+    "h_first", "h_first_row", "aux_first", "aux_first_row", "aux_first_step",
+    "h_final", "aux_final", "aux_final_step",
+    # States after every step: h is [rows, width], each aux state [rows, hidden].
+    "h", "h_row", "aux", "aux_row", "aux_step",
     # Gates, then what is saved, [rows, Cell.kept or G, hidden]; for all steps if `keep`, else for a chunk of steps.
     "gates", "gates_row", "gate_step", "keep", "chunk", "unprojected", "unprojected_row",
     # Gradients.
-    "dh", "dh_row", "dextra", "dextra_row", "dextra_step",
-    "dh_final", "dextra_final", "dextra_final_step", "dh_first", "dextra_first", "dextra_first_step",
+    "dh", "dh_row", "daux", "daux_row", "daux_step",
+    "dh_final", "daux_final", "daux_final_step", "dh_first", "daux_first", "daux_first_step",
     "dx_gates", "du_gates", "dgates_row", "dh_total", "dh_total_row", "du_row",
     # Scratch of this job; `zeros` is a row of zeros.
-    "tile", "row_pointers", "operands", "out_pointers", "h_work", "extra_work", "unprojected_work", "zeros",
+    "tile", "row_pointers", "operands", "out_pointers", "h_work", "aux_work", "unprojected_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
     # whose records follow one another from `parts` on. They share the slice's work space. `claimed` is the address of a
     # count of the phases of this part that a thread has taken, `finished` that of the phases of all parts that are done
@@ -152,7 +152,7 @@ def project_inputs(job, first, last):
     )  # fmt: skip
 
 
-def start_states(job, h_stride, extra_stride):
+def start_states(job, h_stride, aux_stride):
     """Copy the initial states to the work space; rows without any step end with them."""
     live = live_rows(job, 0) if job.steps else 0
     for row in range(job.rows):
@@ -162,17 +162,17 @@ def start_states(job, h_stride, extra_stride):
         read_row(h_first, job.h_work + (job.rows + row) * h_stride, job.width)
         if row >= live:
             write_row(h_now, job.h_final + row * job.width * IO_BYTES, job.width)
-        for state in range(EXTRA):
-            source = job.extra_first + state * job.extra_first_step + row * job.extra_first_row
-            read_row(source, job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+        for state in range(AUX):
+            source = job.aux_first + state * job.aux_first_step + row * job.aux_first_row
+            read_row(source, job.aux_work + (state * job.rows + row) * aux_stride, job.hidden)
 
 
-def apply_resets(job, step, live, h_now, h_stride, extra_stride):
+def apply_resets(job, step, live, h_now, h_stride, aux_stride):
     for row in range(live):
         if is_reset(job, step, row):
             clear_row(h_now + row * h_stride, job.width)
-            for state in range(EXTRA):
-                clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+            for state in range(AUX):
+                clear_row(job.aux_work + (state * job.rows + row) * aux_stride, job.hidden)
 
 
 def clear_padding(job, step, live):
@@ -180,18 +180,18 @@ def clear_padding(job, step, live):
     for row in range(live, job.rows):
         index = first_index(job, step) + row
         clear_io_row(job.h + index * job.h_row, job.width)
-        if job.extra:
-            for state in range(EXTRA):
-                clear_io_row(job.extra + state * job.extra_step + index * job.extra_row, job.hidden)
+        if job.aux:
+            for state in range(AUX):
+                clear_io_row(job.aux + state * job.aux_step + index * job.aux_row, job.hidden)
 
 
-def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
+def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride):
     """One step for all live rows: tile by tile the recurrent product, followed at once by the cell."""
     fill_pointers(job.row_pointers, h_now, h_stride, live)
     row_pointers = as_operands(live, job.row_pointers, job.width, job.operands)
     index = first_index(job, step)
     cell_out = job.unprojected_work if job.w_hr else h_next
-    cell_stride = extra_stride if job.w_hr else h_stride
+    cell_stride = aux_stride if job.w_hr else h_stride
     block = job.first_block
     while block < job.last_block:
         blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
@@ -213,22 +213,22 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, extra_stride):
                     u = load_recurrent(job.tile + ((row - first) * blocks + i) * RECURRENT * VECTOR, VECTOR, LANES)
                     x = load_gates(gates + row * job.gates_row + place, job.gate_step, lanes)
                     h = load(h_now + row * h_stride + place, LANES)
-                    extra = job.extra_work + row * extra_stride + place
-                    state = (h,) + load_extra(extra, job.rows * extra_stride, LANES)  # noqa: RUF005
+                    aux = job.aux_work + row * aux_stride + place
+                    state = (h,) + load_aux(aux, job.rows * aux_stride, LANES)  # noqa: RUF005
                     p = load_parameters(job.parameters + unit * IO_BYTES, job.hidden * IO_BYTES, lanes)
                     s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
                     new_state, kept = cell_forward(x, u, state, p, s)
                     store(cell_out + row * cell_stride + place, new_state[0], LANES)
-                    store_tuple(extra, job.rows * extra_stride, new_state[1:], LANES)
+                    store_tuple(aux, job.rows * aux_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
                         store_io(job.h + (index + row) * job.h_row + unit * IO_BYTES, new_state[0], lanes)
                     elif job.unprojected:
                         store_io(
                             job.unprojected + (index + row) * job.unprojected_row + unit * IO_BYTES, new_state[0], lanes
                         )
-                    if job.extra:
-                        spot = job.extra + (index + row) * job.extra_row + unit * IO_BYTES
-                        store_io_tuple(spot, job.extra_step, new_state[1:], lanes)
+                    if job.aux:
+                        spot = job.aux + (index + row) * job.aux_row + unit * IO_BYTES
+                        store_io_tuple(spot, job.aux_step, new_state[1:], lanes)
                     if job.keep:
                         store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
             first += count
@@ -250,10 +250,10 @@ def forward_phase(address, phase):
     """Phase 0 takes the initial states, phase n the n-th step, and the last one gives the final states."""
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
-    extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
+    aux_stride = (job.hidden + LANES - 1) // LANES * VECTOR
     if phase == 0:
         if job.first_block == 0:
-            start_states(job, h_stride, extra_stride)
+            start_states(job, h_stride, aux_stride)
         return
     order = phase - 1
     h_now = job.h_work + order % 2 * job.rows * h_stride
@@ -264,7 +264,7 @@ def forward_phase(address, phase):
             write_row(h_now + row * h_stride, job.h_final + row * job.width * IO_BYTES, job.width)
     if order == job.steps:
         if job.first_block == 0:
-            write_extra_finals(job, extra_stride)
+            write_aux_finals(job, aux_stride)
         return
     step = step_at(job, order)
     if order % job.chunk == 0:
@@ -272,17 +272,17 @@ def forward_phase(address, phase):
     if job.starts == 0:
         clear_padding(job, step, live)
     if job.resets:
-        apply_resets(job, step, live, h_now, h_stride, extra_stride)
-    advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, extra_stride)
+        apply_resets(job, step, live, h_now, h_stride, aux_stride)
+    advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, aux_stride)
     if job.w_hr:
-        project_output(job, step, live, h_next, h_stride, extra_stride)
+        project_output(job, step, live, h_next, h_stride, aux_stride)
 
 
-def write_extra_finals(job, extra_stride):
-    for state in range(EXTRA):
+def write_aux_finals(job, aux_stride):
+    for state in range(AUX):
         for row in range(job.rows):
-            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * IO_BYTES
-            write_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            goal = job.aux_final + state * job.aux_final_step + row * job.hidden * IO_BYTES
+            write_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
 
 
 def layer_forward(address):
@@ -290,25 +290,25 @@ def layer_forward(address):
     run_phases(address, layer_at(address).steps + 2, False)
 
 
-def start_gradients(job, h_stride, extra_stride):
+def start_gradients(job, h_stride, aux_stride):
     """The gradient by a row's final state is where its recurrence back in time starts."""
     for row in range(job.rows):
         goal = job.h_work + row * h_stride
         source = job.dh_final + row * job.width * IO_BYTES if job.dh_final else job.zeros
         read_row(source, goal, job.width)
-        for state in range(EXTRA):
-            goal = job.extra_work + (state * job.rows + row) * extra_stride
-            source = job.dextra_final + state * job.dextra_final_step + row * job.hidden * IO_BYTES
-            read_row(source if job.dextra_final else job.zeros, goal, job.hidden)
+        for state in range(AUX):
+            goal = job.aux_work + (state * job.rows + row) * aux_stride
+            source = job.daux_final + state * job.daux_final_step + row * job.hidden * IO_BYTES
+            read_row(source if job.daux_final else job.zeros, goal, job.hidden)
 
 
-def end_gradients(job, h_stride, extra_stride):
+def end_gradients(job, h_stride, aux_stride):
     """What has come back to the first step is the gradient by the initial state."""
     for row in range(job.rows):
         write_row(job.h_work + row * h_stride, job.dh_first + row * job.width * IO_BYTES, job.width)
-        for state in range(EXTRA):
-            goal = job.dextra_first + state * job.dextra_first_step + row * job.hidden * IO_BYTES
-            write_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+        for state in range(AUX):
+            goal = job.daux_first + state * job.daux_first_step + row * job.hidden * IO_BYTES
+            write_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
 
 
 def last_unit(job, units):
@@ -320,7 +320,7 @@ def last_width_block(job):
     return job.last_block if job.w_hr == 0 else (job.width + LANES - 1) // LANES
 
 
-def add_gradients(job, step, live, h_stride, extra_stride):
+def add_gradients(job, step, live, h_stride, aux_stride):
     """Add the gradient by the states that the caller saw."""
     index = first_index(job, step)
     start = job.first_block * LANES
@@ -330,48 +330,48 @@ def add_gradients(job, step, live, h_stride, extra_stride):
         if job.dh:
             source = job.dh + (index + row) * job.dh_row
             add_io_row(source + start * IO_BYTES, job.h_work + row * h_stride + start * ACC_BYTES, h_units)
-        if job.dextra:
-            for state in range(EXTRA):
-                source = job.dextra + state * job.dextra_step + (index + row) * job.dextra_row
-                goal = job.extra_work + (state * job.rows + row) * extra_stride
+        if job.daux:
+            for state in range(AUX):
+                source = job.daux + state * job.daux_step + (index + row) * job.daux_row
+                goal = job.aux_work + (state * job.rows + row) * aux_stride
                 add_io_row(source + start * IO_BYTES, goal + start * ACC_BYTES, units)
 
 
 def entering_states(job, order, step, row):
-    """Addresses of the states that a row entered a step with, h and extra, and the distance between the extra ones."""
+    """Addresses of the states that a row entered a step with, h and aux, and the distance between the aux ones."""
     if is_reset(job, step, row):
         return job.zeros, job.zeros, 0
     if order > 0:
         before = step_at(job, order - 1)
         if row < live_rows(job, before):
             index = first_index(job, before) + row
-            return job.h + index * job.h_row, job.extra + index * job.extra_row, job.extra_step
-    return job.h_first + row * job.h_first_row, job.extra_first + row * job.extra_first_row, job.extra_first_step
+            return job.h + index * job.h_row, job.aux + index * job.aux_row, job.aux_step
+    return job.h_first + row * job.h_first_row, job.aux_first + row * job.aux_first_row, job.aux_first_step
 
 
-def differentiate_cell(job, order, step, row, h_stride, extra_stride):
+def differentiate_cell(job, order, step, row, h_stride, aux_stride):
     """Gradient by a row's gates and, in place, by the states that entered the step (but for the recurrent product)."""
     index = first_index(job, step) + row
-    h_before, extra_before, before_step = entering_states(job, order, step, row)
+    h_before, aux_before, before_step = entering_states(job, order, step, row)
     h_after = job.h + index * job.h_row
     dh_in = job.h_work + row * h_stride
     if job.w_hr:
         h_before = job.zeros
         h_after = job.unprojected + index * job.unprojected_row
-        dh_in = job.unprojected_work + row * extra_stride
-    extra_after = job.extra + index * job.extra_row
-    dextra = job.extra_work + row * extra_stride
+        dh_in = job.unprojected_work + row * aux_stride
+    aux_after = job.aux + index * job.aux_row
+    daux = job.aux_work + row * aux_stride
     gates = job.gates + index * job.gates_row
     dgates = index * job.dgates_row
     gate_step = job.hidden * ACC_BYTES
     for unit in range(job.first_block * LANES, last_unit(job, job.hidden), LANES):
         place, given, lanes = unit * ACC_BYTES, unit * IO_BYTES, job.hidden - unit
-        dstate = (load(dh_in + place, LANES),) + load_extra(dextra + place, job.rows * extra_stride, LANES)  # noqa: RUF005
+        dstate = (load(dh_in + place, LANES),) + load_aux(daux + place, job.rows * aux_stride, LANES)  # noqa: RUF005
         kept = load_kept(gates + place, gate_step, lanes)
-        extra = load_io_extra(extra_before + given, before_step, lanes)
-        state = (load_io(h_before + given, lanes),) + extra  # noqa: RUF005
-        extra = load_io_extra(extra_after + given, job.extra_step, lanes)
-        new_state = (load_io(h_after + given, lanes),) + extra  # noqa: RUF005
+        aux = load_io_aux(aux_before + given, before_step, lanes)
+        state = (load_io(h_before + given, lanes),) + aux  # noqa: RUF005
+        aux = load_io_aux(aux_after + given, job.aux_step, lanes)
+        new_state = (load_io(h_after + given, lanes),) + aux  # noqa: RUF005
         p = load_parameters(job.parameters + given, job.hidden * IO_BYTES, lanes)
         s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
         dx, du, direct, dp, ds = cell_backward(dstate, kept, state, new_state, p, s)
@@ -382,7 +382,7 @@ def differentiate_cell(job, order, step, row, h_stride, extra_stride):
         if job.dsignals:
             store_tuple(job.dsignals + index * job.dsignals_row + place, gate_step, ds, lanes)
         store(dh_in + place, direct[0], LANES)
-        store_tuple(dextra + place, job.rows * extra_stride, direct[1:], LANES)
+        store_tuple(daux + place, job.rows * aux_stride, direct[1:], LANES)
 
 
 def clear_gradients(job, step, live):
@@ -404,44 +404,44 @@ def backward_phase(address, phase):
     """
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
-    extra_stride = (job.hidden + LANES - 1) // LANES * VECTOR
+    aux_stride = (job.hidden + LANES - 1) // LANES * VECTOR
     order = job.steps - phase
     if phase == 0:
         if job.first_block == 0:
-            start_gradients(job, h_stride, extra_stride)
+            start_gradients(job, h_stride, aux_stride)
         return
     if order < -1:
         if job.first_block == 0:
-            end_gradients(job, h_stride, extra_stride)
+            end_gradients(job, h_stride, aux_stride)
         return
     if phase == 1:
         fill_pointers(job.out_pointers, job.h_work, h_stride, job.rows)
     else:
-        through_recurrent(job, order + 1, h_stride, extra_stride)
+        through_recurrent(job, order + 1, h_stride, aux_stride)
     if order >= 0:
-        through_cell(job, order, h_stride, extra_stride)
+        through_cell(job, order, h_stride, aux_stride)
 
 
-def through_cell(job, order, h_stride, extra_stride):
+def through_cell(job, order, h_stride, aux_stride):
     """From the gradients by a step's states to those by its gates."""
     step = step_at(job, order)
     live = live_rows(job, step)
     index = first_index(job, step)
     if job.starts == 0:
         clear_gradients(job, step, live)
-    add_gradients(job, step, live, h_stride, extra_stride)
+    add_gradients(job, step, live, h_stride, aux_stride)
     if job.w_hr:
-        fill_pointers(job.row_pointers, job.unprojected_work, extra_stride, live)
+        fill_pointers(job.row_pointers, job.unprojected_work, aux_stride, live)
         rows = as_operands(live, job.out_pointers, job.width, job.operands)
         project_plain(live, rows, ACC_BYTES, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
         for row in range(live):
             goal = job.dh_total + (index + row) * job.dh_total_row
             copy_row(job.h_work + row * h_stride, goal, job.width)
     for row in range(live):
-        differentiate_cell(job, order, step, row, h_stride, extra_stride)
+        differentiate_cell(job, order, step, row, h_stride, aux_stride)
 
 
-def through_recurrent(job, order, h_stride, extra_stride):
+def through_recurrent(job, order, h_stride, aux_stride):
     """From the gradients by a step's gates to those by the states that entered it."""
     step = step_at(job, order)
     live = live_rows(job, step)
@@ -456,8 +456,8 @@ def through_recurrent(job, order, h_stride, extra_stride):
     for row in range(live):
         if is_reset(job, step, row):
             clear_row(job.h_work + row * h_stride, job.width)
-            for state in range(EXTRA):
-                clear_row(job.extra_work + (state * job.rows + row) * extra_stride, job.hidden)
+            for state in range(AUX):
+                clear_row(job.aux_work + (state * job.rows + row) * aux_stride, job.hidden)
 
 
 def layer_backward(address):

@@ -84,7 +84,7 @@ class Shape:
         return len(self.reverse)
 
     @property
-    def extra(self) -> int:
+    def aux(self) -> int:
         return len(self.row.states) - 1
 
     @property
@@ -162,8 +162,8 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
     if chosen.terms == 1 and chosen.io == chosen.dtype:
         return 0
     row = chosen.padded(chosen.lines(depth)) * chosen.operand_elements * chosen.acc_bytes + chosen.operand_head
-    extra = 15 if chosen.dot == "amx" else 0  # rows that are read beside fewer than 16
-    return recipe.buffer(8 * rows + chosen.vector + (rows + extra) * row)
+    aux = 15 if chosen.dot == "amx" else 0  # rows that are read beside fewer than 16
+    return recipe.buffer(8 * rows + chosen.vector + (rows + aux) * row)
 
 
 def chunk_steps(shape: Shape, rows: int) -> int:
@@ -224,12 +224,12 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
         "x_step": shape.x_step,
         "h_first": Ref("h_first", offset * shape.width * item),
         "h_first_row": shape.width * item,
-        "extra_first": Ref("extra_first", offset * shape.hidden * item),
-        "extra_first_row": shape.hidden * item,
-        "extra_first_step": shape.directions * shape.batch * shape.hidden * item,
-        "extra_final_step": shape.directions * shape.batch * shape.hidden * item,
-        "dextra_final_step": shape.directions * shape.batch * shape.hidden * item,
-        "dextra_first_step": shape.directions * shape.batch * shape.hidden * item,
+        "aux_first": Ref("aux_first", offset * shape.hidden * item),
+        "aux_first_row": shape.hidden * item,
+        "aux_first_step": shape.directions * shape.batch * shape.hidden * item,
+        "aux_final_step": shape.directions * shape.batch * shape.hidden * item,
+        "daux_final_step": shape.directions * shape.batch * shape.hidden * item,
+        "daux_first_step": shape.directions * shape.batch * shape.hidden * item,
         "parameters": Ref(f"parameters{direction}") if shape.row.parameters else 0,
     }
 
@@ -241,11 +241,11 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
         "h": Ref("h", direction * shape.width * item),
         "h_row": shape.directions * shape.width * item,
     }
-    if "extra" in kept:
+    if "aux" in kept:
         fields |= {
-            "extra": Ref("extra", direction * hidden),
-            "extra_row": shape.directions * hidden,
-            "extra_step": shape.rows * shape.directions * hidden,
+            "aux": Ref("aux", direction * hidden),
+            "aux_row": shape.directions * hidden,
+            "aux_step": shape.rows * shape.directions * hidden,
         }
     if "unprojected" in kept:
         fields |= {"unprojected": Ref("unprojected", direction * hidden), "unprojected_row": shape.directions * hidden}
@@ -282,7 +282,7 @@ def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:
     width = shape.target.padded(shape.width) * shape.acc_bytes
     return {
         "h_work": recipe.buffer(2 * rows * width + hidden),
-        "extra_work": recipe.buffer(shape.extra * rows * hidden),
+        "aux_work": recipe.buffer(shape.aux * rows * hidden),
         "unprojected_work": recipe.buffer(rows * hidden) if shape.projected else 0,
     }
 

@@ -51,14 +51,14 @@ def backward(
     for d in range(shape.directions):
         shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d] | signals
         whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
-        finals = tuple(name for name in ("dh_final", "dextra_final") if name in given)
+        finals = tuple(name for name in ("dh_final", "daux_final") if name in given)
         for first, last in pairwise(shape.cuts):
             rows = last - first
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows)
-            places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
+            places = final_fields(shape, d, first, ("dh_final", "daux_final"))
             fields |= {name: places[name] for name in finals}
             if need_hx:
-                fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+                fields |= final_fields(shape, d, first, ("dh_first", "daux_first")[: 1 + shape.aux])
             jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.recurrent_columns, widest_panel(1)))
     loop_phase(recipe, tasks.BACKWARD, jobs)
     if need_x:
@@ -117,15 +117,15 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
         "dparameters": work.dparameters.at(direction * parameters),
         "dparameters_row": shape.directions * parameters,
         "dh_row": shape.directions * width,
-        "dextra_row": shape.directions * hidden,
+        "daux_row": shape.directions * hidden,
         "dh_total_row": shape.directions * total,
         "zeros": zeros(max(shape.width, shape.hidden) * shape.acc_bytes + shape.target.vector),
     }
     if "dh" in given:
         fields["dh"] = Ref("dh", direction * width)
-    if "dextra" in given:
-        fields["dextra"] = Ref("dextra", direction * hidden)
-        fields["dextra_step"] = shape.rows * shape.directions * hidden
+    if "daux" in given:
+        fields["daux"] = Ref("daux", direction * hidden)
+        fields["daux_step"] = shape.rows * shape.directions * hidden
     if "dsignals" in given:
         fields |= {"dsignals": Ref("dsignals", direction * signals), "dsignals_row": shape.directions * signals}
     if isinstance(work.dh_total, Ref):

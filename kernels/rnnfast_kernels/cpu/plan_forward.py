@@ -32,7 +32,7 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
     """The forward passes of layers on top of one another, with nothing kept between them.
 
     names: of the bases, in an order that the caller chooses. They are x, h (of the last layer), and h_first, h_final,
-    extra_first and extra_final, whose leading dimension goes over all layers and directions; and `layer_name` of
+    aux_first and aux_final, whose leading dimension goes over all layers and directions; and `layer_name` of
     every weight, or `panels`, of all layers one after another. zero: the initial states are zero, and not given.
     """
     recipe = Recipe(shapes[0].threads, names)
@@ -45,7 +45,7 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
             else recipe.buffer(shape.rows * shape.directions * shape.width * shape.io_bytes)
         )
         bases = {"x": x, "h": h} | dict.fromkeys(("sizes", "starts", "resets"), Ref(NOWHERE))
-        for name, width, is_there in (("h", shape.width, True), ("extra", shape.hidden, shape.extra > 0)):
+        for name, width, is_there in (("h", shape.width, True), ("aux", shape.hidden, shape.aux > 0)):
             bases[f"{name}_final"] = Ref(f"{name}_final", n * rows * width)
             bases[f"{name}_first"] = Ref(f"{name}_first", n * rows * width)
             if zero or not is_there:
@@ -115,7 +115,7 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
         for first, last in pairwise(shape.cuts):
             rows, chunk = last - first, chunk_steps(shape, last - first)
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}
-            fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
+            fields |= final_fields(shape, d, first, ("h_final", "aux_final")[: 1 + shape.aux])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
             jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, depth, shape.panel_blocks))

@@ -30,19 +30,19 @@ from rnnfast_kernels.cpu.plan_backward import (
 from rnnfast_kernels.cpu.plan_forward import gate_work, pack_forward
 from rnnfast_kernels.cpu.recipe import Recipe, Ref
 
-CHANGING = ("x", "h", "extra", "gates", "unprojected", "h_first", "extra_first", "h_final", "extra_final")
+CHANGING = ("x", "h", "aux", "gates", "unprojected", "h_first", "aux_first", "h_final", "aux_final")
 
 
-def push(
+def jvp(
     shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool, names: tuple[str, ...] = ()
 ) -> Recipe:
     """The changes of the states. moves_x, moves_weights: whether x changes, and whether the weights do."""
     recipe = Recipe(shape.threads, names)
-    write_push(recipe, replace(shape, workers=1), kept, moves_x, moves_weights, biased)
+    write_jvp(recipe, replace(shape, workers=1), kept, moves_x, moves_weights, biased)
     return recipe.finish()
 
 
-def bend(
+def hvp(
     shape: Shape,
     kept: tuple[str, ...],
     given: tuple[str, ...],
@@ -56,7 +56,7 @@ def bend(
     """Also the changes of the gradients. `given` names the incoming gradients that are not zero; they do not change."""
     recipe = Recipe(shape.threads, names)
     shape = replace(shape, workers=1)
-    write_push(recipe, shape, kept, moves_x, moves_weights, biased)
+    write_jvp(recipe, shape, kept, moves_x, moves_weights, biased)
     moved = changed(shape)
     panels = pack_backward(recipe, shape)
     with recipe.renamed(moved):
@@ -73,15 +73,15 @@ def bend(
         for first, last in pairwise(shape.cuts):
             rows = last - first
             where = slice_fields(shape, d, first, last)
-            places = final_fields(shape, d, first, ("dh_final", "dextra_final"))
+            places = final_fields(shape, d, first, ("dh_final", "daux_final"))
             finals = {name: place for name, place in places.items() if name in given}
             around = where | shared | state_work(recipe, shape, rows) | finals | {"last_block": blocks(shape)}
             fields = dot_shared | where | state_work(recipe, shape, rows)
             fields |= {"around": recipe.record(loops.LAYER, **around)}
-            fields |= final_fields(shape, d, first, ("dh_first", "dextra_first")[: 1 + shape.extra])
+            fields |= final_fields(shape, d, first, ("dh_first", "daux_first")[: 1 + shape.aux])
             with recipe.renamed(moved):
                 jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 0, 1))
-    loop_phase(recipe, tasks.BEND, jobs)
+    loop_phase(recipe, tasks.HVP, jobs)
     if need_x:
         input_gradient(recipe, shape, dot_work)
         if moves_weights:
@@ -112,7 +112,7 @@ def input_fields(shape: Shape, direction: int, moves_x: bool) -> dict[str, int |
     return {"x": Ref("x", offset) if moves_x else 0, "x_row": row, "x_step": shape.batch * row}
 
 
-def write_push(
+def write_jvp(
     recipe: Recipe, shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool
 ) -> None:
     """Add the recurrence of the changes."""
@@ -127,7 +127,7 @@ def write_push(
             where = slice_fields(shape, d, first, last) | state_fields(shape, d, kept)
             where |= {"zeros": zeros(shape.target.padded(max(shape.width, shape.hidden)) * shape.acc_bytes)}
             fields = where | dot_panels[d] | input_fields(shape, d, moves_x) | state_work(recipe, shape, rows)
-            fields |= final_fields(shape, d, first, ("h_final", "extra_final")[: 1 + shape.extra])
+            fields |= final_fields(shape, d, first, ("h_final", "aux_final")[: 1 + shape.aux])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
             u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
@@ -135,4 +135,4 @@ def write_push(
             fields |= {"around": recipe.record(loops.LAYER, **where | panels[d])}
             with recipe.renamed(names):
                 jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, 0, 1))
-    loop_phase(recipe, tasks.PUSH, jobs)
+    loop_phase(recipe, tasks.JVP, jobs)

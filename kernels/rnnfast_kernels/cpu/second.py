@@ -1,7 +1,7 @@
 """The time loops of the second derivative: how a layer changes, and how its gradients do; generic over the cell.
 
-A layer's tensors change by given amounts. `layer_push` runs from the first step to the last and finds the changes of
-the states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_bend` runs back
+A layer's tensors change by given amounts. `layer_jvp` runs from the first step to the last and finds the changes of
+the states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_hvp` runs back
 through time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
 (Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both is derived (see `equations`).
 
@@ -26,7 +26,7 @@ def gather_inputs(job, source, first, last):
     return count
 
 
-def push_inputs(job, at, first, last):
+def jvp_inputs(job, at, first, last):
     """Change of the input part of the gates."""
     blocks = (job.hidden + LANES - 1) // LANES
     if job.x:
@@ -43,7 +43,7 @@ def push_inputs(job, at, first, last):
         )  # fmt: skip
 
 
-def push_recurrent(job, at, order, step, live, h_now, h_stride):
+def jvp_recurrent(job, at, order, step, live, h_now, h_stride):
     """Change of the recurrent part of the gates of one step."""
     blocks = (job.hidden + LANES - 1) // LANES
     fill_pointers(job.row_pointers, h_now, h_stride, live)
@@ -81,36 +81,36 @@ def push_recurrent(job, at, order, step, live, h_now, h_stride):
         )
 
 
-def push_cell(job, at, order, step, row, h_now, h_goal):
+def jvp_cell(job, at, order, step, row, h_now, h_goal):
     """Change of a row's states, in place but for h, and of what the cell saved."""
     index = first_index(job, step) + row
-    h_before, extra_before, before_step = entering_states(at, order, step, row)
-    h_after, extra_after = at.h + index * at.h_row, at.extra + index * at.extra_row
+    h_before, aux_before, before_step = entering_states(at, order, step, row)
+    h_after, aux_after = at.h + index * at.h_row, at.aux + index * at.aux_row
     if at.w_hr:
         h_before, h_after = at.zeros, at.unprojected + index * at.unprojected_row
     kept, u = at.gates + index * at.gates_row, job.u_work + row * job.u_row
     gates = gates_address(job, order, step) + row * job.gates_row
-    extra = job.extra_work + row * padded_row(job.hidden)
-    extra_step = job.rows * padded_row(job.hidden)
+    aux = job.aux_work + row * padded_row(job.hidden)
+    aux_step = job.rows * padded_row(job.hidden)
     for unit in range(0, job.hidden, LANES):
         place, lanes = unit * ACC_BYTES, job.hidden - unit
         x_dot = load_gates(gates + place, job.gate_step, lanes)
         u_dot = load_gates(u + place, job.gate_step, lanes)
-        state_dot = (load(h_now + place, LANES),) + load_extra(extra + place, extra_step, LANES)  # noqa: RUF005
+        state_dot = (load(h_now + place, LANES),) + load_aux(aux + place, aux_step, LANES)  # noqa: RUF005
         saved = load_kept(kept + place, job.hidden * ACC_BYTES, lanes)
-        state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
-        new_state = (load(h_after + place, lanes),) + load_extra(extra_after + place, at.extra_step, lanes)  # noqa: RUF005
-        new_state_dot, saved_dot = cell_push(x_dot, u_dot, state_dot, saved, state, new_state)
+        state = (load(h_before + place, lanes),) + load_aux(aux_before + place, before_step, lanes)  # noqa: RUF005
+        new_state = (load(h_after + place, lanes),) + load_aux(aux_after + place, at.aux_step, lanes)  # noqa: RUF005
+        new_state_dot, saved_dot = cell_jvp(x_dot, u_dot, state_dot, saved, state, new_state)
         store(h_goal + place, new_state_dot[0], LANES)
-        store_tuple(extra + place, extra_step, new_state_dot[1:], LANES)
+        store_tuple(aux + place, aux_step, new_state_dot[1:], LANES)
         if job.unprojected:
             store(job.unprojected + index * job.unprojected_row + place, new_state_dot[0], lanes)
-        store_tuple(job.extra + index * job.extra_row + place, job.extra_step, new_state_dot[1:], lanes)
+        store_tuple(job.aux + index * job.aux_row + place, job.aux_step, new_state_dot[1:], lanes)
         if job.keep:
             store_tuple(gates + place, job.gate_step, saved_dot, lanes)
 
 
-def push_output(job, at, step, live, h_next, h_stride):
+def jvp_output(job, at, step, live, h_next, h_stride):
     """Change of h, from that of what the cell put out where a projection follows."""
     h = job.h + first_index(job, step) * job.h_row
     if at.w_hr:
@@ -135,42 +135,42 @@ def padded_row(units):
     return (units + LANES - 1) // LANES * VECTOR
 
 
-def layer_push(address):
+def layer_jvp(address):
     """Run the slice through all steps."""
     job = layer_at(address)
     at = layer_at(job.around)
-    h_stride, extra_stride = padded_row(job.width), padded_row(job.hidden)
+    h_stride, aux_stride = padded_row(job.width), padded_row(job.hidden)
     h_now, h_next = job.h_work, job.h_work + job.rows * h_stride
-    start_states(job, h_stride, extra_stride)
+    start_states(job, h_stride, aux_stride)
     for order in range(job.steps):
         if order % job.chunk == 0:
-            push_inputs(job, at, order, min(order + job.chunk, job.steps))
+            jvp_inputs(job, at, order, min(order + job.chunk, job.steps))
         step = step_at(job, order)
         live = live_rows(job, step)
         if job.starts == 0:
             clear_padding(job, step, live)
         if job.resets:
-            apply_resets(job, step, live, h_now, h_stride, extra_stride)
-        push_recurrent(job, at, order, step, live, h_now, h_stride)
+            apply_resets(job, step, live, h_now, h_stride, aux_stride)
+        jvp_recurrent(job, at, order, step, live, h_now, h_stride)
         for row in range(live):
-            goal = job.unprojected_work + row * extra_stride if at.w_hr else h_next + row * h_stride
-            push_cell(job, at, order, step, row, h_now + row * h_stride, goal)
-        push_output(job, at, step, live, h_next, h_stride)
+            goal = job.unprojected_work + row * aux_stride if at.w_hr else h_next + row * h_stride
+            jvp_cell(job, at, order, step, row, h_now + row * h_stride, goal)
+        jvp_output(job, at, step, live, h_next, h_stride)
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
         for row in range(staying, live):
             copy_row(h_next + row * h_stride, job.h_final + row * job.width * ACC_BYTES, job.width)
         h_now, h_next = h_next, h_now
-    for state in range(EXTRA):
+    for state in range(AUX):
         for row in range(job.rows):
-            goal = job.extra_final + state * job.extra_final_step + row * job.hidden * ACC_BYTES
-            copy_row(job.extra_work + (state * job.rows + row) * extra_stride, goal, job.hidden)
+            goal = job.aux_final + state * job.aux_final_step + row * job.hidden * ACC_BYTES
+            copy_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
 
 
 def cell_operands(job, projected, order, step, row, unit):
     """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their changes."""
     index = first_index(job, step) + row
     place, lanes = unit * ACC_BYTES, job.hidden - unit
-    h_before, extra_before, before_step = entering_states(job, order, step, row)
+    h_before, aux_before, before_step = entering_states(job, order, step, row)
     h_after, dh = job.h + index * job.h_row, job.h_work + row * padded_row(job.width)
     if projected:
         h_before, h_after, dh = (
@@ -178,12 +178,12 @@ def cell_operands(job, projected, order, step, row, unit):
             job.unprojected + index * job.unprojected_row,
             job.unprojected_work + row * padded_row(job.hidden),
         )
-    dextra = job.extra_work + row * padded_row(job.hidden) + place
-    extra_after = job.extra + index * job.extra_row + place
-    dstate = (load(dh + place, LANES),) + load_extra(dextra, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
+    daux = job.aux_work + row * padded_row(job.hidden) + place
+    aux_after = job.aux + index * job.aux_row + place
+    dstate = (load(dh + place, LANES),) + load_aux(daux, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
     saved = load_kept(job.gates + index * job.gates_row + place, job.hidden * ACC_BYTES, lanes)
-    state = (load(h_before + place, lanes),) + load_extra(extra_before + place, before_step, lanes)  # noqa: RUF005
-    new_state = (load(h_after + place, lanes),) + load_extra(extra_after, job.extra_step, lanes)  # noqa: RUF005
+    state = (load(h_before + place, lanes),) + load_aux(aux_before + place, before_step, lanes)  # noqa: RUF005
+    new_state = (load(h_after + place, lanes),) + load_aux(aux_after, job.aux_step, lanes)  # noqa: RUF005
     return dstate, saved, state, new_state
 
 
@@ -194,19 +194,19 @@ def keep_gradients(job, projected, step, row, unit, dx, du, direct):
     store_tuple(job.dx_gates + dgates, job.hidden * ACC_BYTES, dx, lanes)
     if job.du_gates != job.dx_gates:
         store_tuple(job.du_gates + dgates, job.hidden * ACC_BYTES, du, lanes)
-    dextra = job.extra_work + row * padded_row(job.hidden) + place
-    store_tuple(dextra, job.rows * padded_row(job.hidden), direct[1:], LANES)
+    daux = job.aux_work + row * padded_row(job.hidden) + place
+    store_tuple(daux, job.rows * padded_row(job.hidden), direct[1:], LANES)
     if not projected:
         store(job.h_work + row * padded_row(job.width) + place, direct[0], LANES)
 
 
-def bend_cell(job, at, order, step, row):
+def hvp_cell(job, at, order, step, row):
     """Gradient by a row's gates and by the states that entered the step, and the change of both."""
     projected = at.w_hr != 0
     for unit in range(0, job.hidden, LANES):
         dstate, saved, state, new_state = cell_operands(at, projected, order, step, row, unit)
         dstate_dot, saved_dot, state_dot, new_state_dot = cell_operands(job, projected, order, step, row, unit)
-        found, found_dot = cell_bend(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
+        found, found_dot = cell_hvp(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
         keep_gradients(at, projected, step, row, unit, found[0], found[1], found[2])
         keep_gradients(job, projected, step, row, unit, found_dot[0], found_dot[1], found_dot[2])
 
@@ -217,7 +217,7 @@ def both_places(row_pointers, start, step, start_dot, step_dot, count):
     fill_pointers(row_pointers + 8 * count, start_dot, step_dot, count)
 
 
-def bend_projection(job, at, step, live):
+def hvp_projection(job, at, step, live):
     """Gradient by what the cell put out, from that by the projected h; and its change."""
     index, h_stride, stride = first_index(job, step), padded_row(job.width), padded_row(job.hidden)
     both_places(job.row_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
@@ -236,7 +236,7 @@ def bend_projection(job, at, step, live):
         copy_row(job.h_work + row * h_stride, job.dh_total + goal, job.width)
 
 
-def bend_recurrent(job, at, step, live):
+def hvp_recurrent(job, at, step, live):
     """Send the gradient by the gates back to the h that entered the step, and its change."""
     start, row, h_stride = first_index(job, step) * job.dgates_row, job.dgates_row, padded_row(job.width)
     both_places(job.row_pointers, at.du_gates + start, row, job.du_gates + start, row, live)
@@ -260,44 +260,44 @@ def bend_recurrent(job, at, step, live):
         )
 
 
-def layer_bend(address):
+def layer_hvp(address):
     """Run the slice back through all steps."""
     job = layer_at(address)
     at = layer_at(job.around)
-    h_stride, extra_stride = padded_row(job.width), padded_row(job.hidden)
-    start_gradients(at, h_stride, extra_stride)
-    start_gradients(job, h_stride, extra_stride)
+    h_stride, aux_stride = padded_row(job.width), padded_row(job.hidden)
+    start_gradients(at, h_stride, aux_stride)
+    start_gradients(job, h_stride, aux_stride)
     for order in range(job.steps - 1, -1, -1):
         step = step_at(job, order)
         live = live_rows(job, step)
         if job.starts == 0:
             clear_gradients(at, step, live)
             clear_gradients(job, step, live)
-        add_gradients(at, step, live, h_stride, extra_stride)
+        add_gradients(at, step, live, h_stride, aux_stride)
         if at.w_hr:
-            bend_projection(job, at, step, live)
+            hvp_projection(job, at, step, live)
         for row in range(live):
-            bend_cell(job, at, order, step, row)
-        bend_recurrent(job, at, step, live)
+            hvp_cell(job, at, order, step, row)
+        hvp_recurrent(job, at, step, live)
         if job.resets:
-            apply_resets(at, step, live, at.h_work, h_stride, extra_stride)
-            apply_resets(job, step, live, job.h_work, h_stride, extra_stride)
-    end_gradients(job, h_stride, extra_stride)
+            apply_resets(at, step, live, at.h_work, h_stride, aux_stride)
+            apply_resets(job, step, live, job.h_work, h_stride, aux_stride)
+    end_gradients(job, h_stride, aux_stride)
 
 
 HELPERS = (
     padded_row,
     gather_inputs,
-    push_inputs,
-    push_recurrent,
-    push_cell,
-    push_output,
-    layer_push,
+    jvp_inputs,
+    jvp_recurrent,
+    jvp_cell,
+    jvp_output,
+    layer_jvp,
     cell_operands,
     keep_gradients,
-    bend_cell,
+    hvp_cell,
     both_places,
-    bend_projection,
-    bend_recurrent,
-    layer_bend,
+    hvp_projection,
+    hvp_recurrent,
+    layer_hvp,
 )

@@ -6,7 +6,7 @@ machine code of their own, and so an entry point of their own.
 
 # ruff: noqa: F821
 
-PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT, PUSH, BEND = range(7)
+PACK_WEIGHT, FORWARD, BACKWARD, ROWS_PRODUCT, OUTER_PRODUCT, JVP, HVP = range(7)
 
 
 def run_job(task, address):
@@ -32,10 +32,10 @@ def run_second_job(task, address):
     """Do a task of the second derivative."""
     if task == PACK_WEIGHT:
         pack(address)
-    elif task == PUSH:
-        layer_push(address)
-    elif task == BEND:
-        layer_bend(address)
+    elif task == JVP:
+        layer_jvp(address)
+    elif task == HVP:
+        layer_hvp(address)
     elif task == ROWS_PRODUCT:
         rows_product(address)
     else:

@@ -194,8 +194,8 @@ class Cell:
         return names
 
     @cached_property
-    def push(self) -> Callable:
-        """Differentiate forward: push(x_dot, u_dot, state_dot, saved, state, new_state) -> new_state_dot, saved_dot."""
+    def jvp(self) -> Callable:
+        """Differentiate forward: jvp(x_dot, u_dot, state_dot, saved, state, new_state) -> new_state_dot, saved_dot."""
         graph, leaves = self.traced.graph, self.traced.leaves
         names, changes = self.known_names, {}
         for group in ("x", "u", "state"):
@@ -206,13 +206,13 @@ class Cell:
         new, kept = self.traced.new_state, self.kept_nodes
         found = tangent((*new, *kept), changes)
         arguments = ("x_dot", "u_dot", "state_dot", "saved", "state", "new_state")
-        return self.emitted("push", arguments, names, (found[: len(new)], found[len(new) :]), "zeros_like(state[0])")
+        return self.emitted("jvp", arguments, names, (found[: len(new)], found[len(new) :]), "zeros_like(state[0])")
 
     @cached_property
-    def bend(self) -> Callable:
+    def hvp(self) -> Callable:
         """Differentiate backward: what it returns, and how that changes with its arguments.
 
-        bend(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
+        hvp(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
             -> (dx, du, dstate_direct), (dx_dot, du_dot, dstate_direct_dot)
         """
         graph = self.traced.graph
@@ -233,12 +233,12 @@ class Cell:
         along = dict(zip(wanted, tangent(wanted, changes), strict=True))
         dots = tuple(tuple(None if each is None else along[each] for each in group) for group in results)
         arguments = (*groups, *(f"{group}_dot" for group in groups))
-        return self.emitted("bend", arguments, names, (results, dots), "zeros_like(dstate[0])")
+        return self.emitted("hvp", arguments, names, (results, dots), "zeros_like(dstate[0])")
 
     def sources(self, derivatives: int) -> str:
         """Return the source of the derived functions, for kernels of so many derivatives."""
         functions = [self.forward, self.backward]
-        functions += [self.push, self.bend] if derivatives > 1 else []
+        functions += [self.jvp, self.hvp] if derivatives > 1 else []
         return "\n".join(map(inspect.getsource, functions))
 
     @cached_property

@@ -76,22 +76,22 @@ OPERATIONS: dict[str, Operation] = {
     # The gradient of an activation by its result y, and how that changes with y.
     "sigmoid_backward": Operation(
         lambda d, y: d * y * (1 - y),
-        lambda d, _, a, y: (call("sigmoid_backward", d, y), call("sigmoid_bend", d, a, y)),
+        lambda d, _, a, y: (call("sigmoid_backward", d, y), call("sigmoid_hvp", d, a, y)),
     ),
     "tanh_backward": Operation(
         lambda d, y: d * (1 - y * y),
-        lambda d, _, a, y: (call("tanh_backward", d, y), call("tanh_bend", d, a, y)),
+        lambda d, _, a, y: (call("tanh_backward", d, y), call("tanh_hvp", d, a, y)),
     ),
     "relu_backward": Operation(
         lambda d, y: 0.0 if y <= 0 else d, lambda d, _, a, y: (call("relu_backward", d, y), None)
     ),
-    "sigmoid_bend": Operation(
+    "sigmoid_hvp": Operation(
         lambda e, d, y: e * d * (1 - 2 * y),
-        lambda d, _, e, a, y: (call("sigmoid_bend", d, a, y), call("sigmoid_bend", d, e, y), d * e * a * -2.0),
+        lambda d, _, e, a, y: (call("sigmoid_hvp", d, a, y), call("sigmoid_hvp", d, e, y), d * e * a * -2.0),
     ),
-    "tanh_bend": Operation(
+    "tanh_hvp": Operation(
         lambda e, d, y: -2 * e * d * y,
-        lambda d, _, e, a, y: (call("tanh_bend", d, a, y), call("tanh_bend", d, e, y), d * e * a * -2.0),
+        lambda d, _, e, a, y: (call("tanh_hvp", d, a, y), call("tanh_hvp", d, e, y), d * e * a * -2.0),
     ),
     "exp": Operation(math.exp, lambda d, y, a: (d * y,), EXPENSIVE),
     "expm1": Operation(math.expm1, lambda d, y, a: (d * (y + 1.0),), EXPENSIVE),

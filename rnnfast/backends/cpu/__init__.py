@@ -66,8 +66,8 @@ def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
     signature, tensors = described(layer)
     found = executable.forward(signature, save, all_states).run_named(layer.x, tensors)
     others = signature.form.states - 1
-    states = (found["h"], *apart(found.get("extra"), others, layer.x))
-    finals = (found["h_final"], *apart(found.get("extra_final"), others, layer.x))
+    states = (found["h"], *apart(found.get("aux"), others, layer.x))
+    finals = (found["h_final"], *apart(found.get("aux_final"), others, layer.x))
     return Result(states, finals, tuple(found[name] for name in ("gates", "unprojected") if name in found))
 
 
@@ -85,17 +85,17 @@ def backward(
     form = signature.form
     incoming = {
         "dh": dstates[0],
-        "dextra": together(dstates[1:], states[1:]),
+        "daux": together(dstates[1:], states[1:]),
         "dh_final": dfinals[0],
-        "dextra_final": together(dfinals[1:], layer.hx[1:]),
+        "daux_final": together(dfinals[1:], layer.hx[1:]),
     }
     given = {name: each.contiguous() for name, each in incoming.items() if each is not None}
     tensors |= {"h": states[0].contiguous()} | given
-    tensors |= zip(("extra",), present(together(states[1:], states[1:])), strict=False)
+    tensors |= zip(("aux",), present(together(states[1:], states[1:])), strict=False)
     tensors |= zip(executable.residual_rooms(signature), (each.contiguous() for each in saved), strict=True)
     found = executable.backward(signature, tuple(given), needs, groups).run_named(layer.x, tensors)
     found = {name: narrowed(each, layer.x.dtype) for name, each in found.items()}
-    hx = (found.get("dh_first"), *apart(found.get("dextra_first"), form.states - 1))
+    hx = (found.get("dh_first"), *apart(found.get("daux_first"), form.states - 1))
     signals: tuple[Tensor | None, ...] = (None,) * form.signals
     if needs.signals:
         parts = found["dsignals"].split(signature.hidden, -1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rnnfast.backends.cpu.available import DTYPE_NAMES, WIDER
 from rnnfast.spec import Needs, Signature, Weights
 
-STATES = ("h", "extra")
+STATES = ("h", "aux")
 
 
 class Room(NamedTuple):
@@ -157,7 +157,7 @@ def fixed_values(signature: Signature) -> dict[str, int]:
         others = max(1, signature.form.states - 1)
         fixed = {
             "h_first": plan.zeros(rows * signature.width),
-            "extra_first": plan.zeros(rows * others * signature.hidden),
+            "aux_first": plan.zeros(rows * others * signature.hidden),
         }
     for n, strides in enumerate(signature.signals):
         fixed |= zip((f"signal{n}_step", f"signal{n}_row", f"signal{n}_unit"), strides, strict=True)
@@ -212,7 +212,7 @@ def backward(signature: Signature, given: tuple[str, ...], needs: Needs, groups:
     given: names of the gradients that are not zero. Results: the gradients that `needs` names.
     """
     wide, lead = WIDER.get(signature.dtype), (groups,) if groups > 1 else ()
-    others = ("extra",) if signature.form.states > 1 else ()
+    others = ("aux",) if signature.form.states > 1 else ()
     kept = (*others, *residual_rooms(signature))
     results: dict[str, Room] = {}
     if needs.x:

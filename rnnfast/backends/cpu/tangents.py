@@ -88,7 +88,7 @@ def jvp(layer: Layer, states: States, saved: States, tangents: Tangents) -> Outp
         return in_dtype(jvp(*in_dtype((layer, states, saved, tangents), WIDER[dtype])), dtype)
     at = Linearised(layer, states, saved, tangents)
     shape, biased = executable.shape_of(at.signature), at.signature.form.present[2]
-    return at.run(partial(plan_second.push, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
+    return at.run(partial(plan_second.jvp, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
 
 
 def hvp(
@@ -117,7 +117,7 @@ def hvp(
         weights = executable.weight_names(signature)
         results |= {f"d{name}": Room(tuple(at.tensors[name].shape)) for name in weights}
     record = partial(
-        plan_second.bend, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
+        plan_second.hvp, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
         needs.x, needs.weights, signature.form.present[2],
     )  # fmt: skip
     found, of_states = at.run(record, results)
