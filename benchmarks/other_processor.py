@@ -90,7 +90,7 @@ def compile_for(processor: str, cell: str, dtype: str) -> bytes:
     """Return the object file of a layer's kernels, forward and backward."""
     pretend(processor)
     from rnnfast_kernels.cells import CELLS
-    from rnnfast_kernels.cpu.compiled import compile_code
+    from rnnfast_kernels.cpu.runtime.compiled import compile_code
     from rnnfast_kernels.cpu.target import target
 
     return compile_code(CELLS[cell], target(dtype), 1)
@@ -116,7 +116,7 @@ def make(cell: str, dtype: str):
 def call_of(layer, x, states) -> tuple[bytes, list[tuple[int, int]]]:
     """Lay a call out for the processor that is pretended; returns it for the harness, with its buffers' places."""
     import torch
-    from rnnfast_kernels.cpu.compiled import Kernel
+    from rnnfast_kernels.cpu.runtime.compiled import Kernel
 
     from rnnfast.backends import cpu_stack
 

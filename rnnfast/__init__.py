@@ -4,15 +4,15 @@ import importlib
 
 from rnnfast import functional
 from rnnfast.accelerate import Finding, accelerate, restore, survey
-from rnnfast.backends.choice import use_backend
+from rnnfast.backends.dispatch import use_backend
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.declare import CellError, cell, surrogate
+from rnnfast.explain import Explanation, explain
 from rnnfast.freeze import freeze
 from rnnfast.modules import GRU, LSTM, RNN
-from rnnfast.prepare import warmup
 from rnnfast.recurrent import Recurrent
-from rnnfast.report import Explanation, explain
 from rnnfast.stream import Stream
+from rnnfast.warmup import warmup
 
 __all__ = [
     "GRU",

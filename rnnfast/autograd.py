@@ -15,8 +15,9 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import _torch, flops, onnx_export, operators, reference, second_order
-from rnnfast.backends.choice import differentiates_twice, load, setting
+from rnnfast import _torch, flops, operators, reference, second_order
+from rnnfast import onnx as onnx_export
+from rnnfast.backends.dispatch import differentiates_twice, load, setting
 from rnnfast.changes import unpack, versions
 from rnnfast.context import (
     create_graph,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from rnnfast import _torch
-from rnnfast.backends.choice import steps_by_torch
-from rnnfast.checks import several_states
+from rnnfast.backends.dispatch import steps_by_torch
 from rnnfast.functional import is_traced, recurrent, single
 from rnnfast.modules import leaf, no_script
 from rnnfast.spec import Options
+from rnnfast.validate import several_states
 
 
 class Cell(nn.RNNCellBase):

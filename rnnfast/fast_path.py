@@ -16,12 +16,12 @@ from operator import attrgetter
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
 from rnnfast import _torch, autograd, context
 from rnnfast.backends import CompiledLayer, NoMemoryError, measured
-from rnnfast.backends.choice import backend_of, load, records, setting
+from rnnfast.backends.dispatch import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
 from rnnfast.layers import through_layers
 from rnnfast.spec import Form, Options, Signature, group

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import _torch, checks, context, functional, operators
-from rnnfast.backends.choice import setting
+from rnnfast import _torch, context, functional, operators, validate
+from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels, meaning_names
 from rnnfast.layers import through_layers
 from rnnfast.modules import CELL_OF_MODE
@@ -71,8 +71,8 @@ class Frozen(nn.Module):
     weights_format: str
     panels: Tensor | None
 
-    def aux_repr(self) -> str:
-        told = nn.RNNBase.aux_repr(self)  # type: ignore[arg-type]
+    def extra_repr(self) -> str:
+        told = nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
         return f"{told}, weights={self.weights_format}"
 
     def _get_name(self) -> str:
@@ -324,19 +324,19 @@ class Frozen(nn.Module):
         return found
 
     def run_dense(self, options, input, hx, lengths, resets, all_states):
-        batched = checks.input_is_batched(options, input)
+        batched = validate.input_is_batched(options, input)
         x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
         given = hx
-        hx = checks.hidden(options, hx, batched)
+        hx = validate.hidden(options, hx, batched)
         x = x.transpose(0, 1) if options.batch_first else x
         steps, batch = x.shape[:2]
-        checks.sizes(options, x, batch, hx, self.like_weights())
-        resets = checks.resets(options, resets, steps, batch, batched)
+        validate.sizes(options, x, batch, hx, self.like_weights())
+        resets = validate.resets(options, resets, steps, batch, batched)
         initial = functional.initial_states(options, hx, x, batch, self.like_weights())
         plain = lengths is None and resets is None and not all_states
         order = inverse = batch_sizes = None
         if lengths is not None:
-            checks.lengths(lengths, batch, batched)
+            validate.lengths(lengths, batch, batched)
             batch_sizes, order, inverse = operators.sort_rows(lengths, steps)
             x, initial = x.index_select(1, order), functional.permuted(initial, order)
             resets = None if resets is None else resets.index_select(1, order)
@@ -352,12 +352,12 @@ class Frozen(nn.Module):
         return functional.present(options, outcome, batched, all_states)
 
     def run_packed(self, options, packed, hx, lengths, resets, all_states):
-        checks.packed(packed, lengths)
+        validate.packed(packed, lengths)
         data, batch_sizes, order, inverse = packed
         batch = int(batch_sizes[0])
-        hx = checks.hidden(options, hx, None)
-        checks.sizes(options, data, batch, hx, self.like_weights())
-        resets = checks.resets(options, resets, len(batch_sizes), batch)
+        hx = validate.hidden(options, hx, None)
+        validate.sizes(options, data, batch, hx, self.like_weights())
+        resets = validate.resets(options, resets, len(batch_sizes), batch)
         initial = functional.initial_states(options, hx, data, batch, self.like_weights())
         initial = functional.permuted(initial, order)
         if resets is not None and order is not None:

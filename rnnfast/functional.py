@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from rnnfast import _torch, autograd, checks, context, fast_path, native, operators, reference
+from rnnfast import _torch, autograd, context, fast_path, native, operators, reference, validate
 from rnnfast.backends import measured
-from rnnfast.backends.choice import backend_of
+from rnnfast.backends.dispatch import backend_of
 from rnnfast.layers import through_layers
 from rnnfast.spec import Layer, Options, States, group
 
@@ -90,23 +90,23 @@ def recurrent(
                 return results
     if is_traced():
         return traced(options, input, weights, hx, lengths, resets, all_states)
-    batched = checks.input_is_batched(options, input)
-    hx = checks.hidden(options, hx, batched)
+    batched = validate.input_is_batched(options, input)
+    hx = validate.hidden(options, hx, batched)
     x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
     x = x.transpose(0, 1) if options.batch_first else x
-    checks.sizes(options, x, x.shape[1], hx, weights)
-    resets = checks.resets(options, resets, x.shape[0], x.shape[1], batched)
+    validate.sizes(options, x, x.shape[1], hx, weights)
+    resets = validate.resets(options, resets, x.shape[0], x.shape[1], batched)
     hx = initial_states(options, hx, x, x.shape[1], weights)
     call = Call(options, x, hx, weights, None, resets, all_states, signals)
     if key is not None and states is not None:
-        checks.one_kind(call)
+        validate.one_kind(call)
         sizes = measured.sizes_of_call(call)
         recorded = fast_path.record(key, input, states, weights, sizes)
         results = None if recorded is None else recorded(input, states, weights)
         if results is not None:
             return results
     if lengths is not None:
-        checks.lengths(lengths, x.shape[1], batched)
+        validate.lengths(lengths, x.shape[1], batched)
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
@@ -145,12 +145,12 @@ def traced(options, input, weights, hx, lengths, resets, all_states):
 
 def run_packed(options, packed, weights, hx, lengths, resets, all_states, signals=()):
     """Run a PackedSequence; its rows are already in the order of falling length."""
-    checks.packed(packed, lengths)
+    validate.packed(packed, lengths)
     data, batch_sizes, order, inverse = packed
     batch = int(batch_sizes[0])
-    hx = checks.hidden(options, hx, None)
-    checks.sizes(options, data, batch, hx, weights)
-    resets = checks.resets(options, resets, len(batch_sizes), batch)
+    hx = validate.hidden(options, hx, None)
+    validate.sizes(options, data, batch, hx, weights)
+    resets = validate.resets(options, resets, len(batch_sizes), batch)
     hx = initial_states(options, hx, data, batch, weights)
     call = Call(options, data, hx, weights, None, resets, all_states, signals)
     outcome = run(call.over(data, batch_sizes, order))
@@ -181,7 +181,7 @@ def in_place(order: Tensor) -> bool:
 
 def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
-    call = checks.cast_for_autocast(dense(call))
+    call = validate.cast_for_autocast(dense(call))
     options = call.options
     needs_ours = call.resets is not None or call.all_states or len(call.signals) > 0
     sizes = measured.sizes_of_call(call)
@@ -280,7 +280,7 @@ def _public(cell: str, name: str, equation: str):
         resets: Tensor | None = None,
         all_states: bool = False,
     ):
-        present = checks.weights_present(cell, len(weights), num_layers * (1 + bidirectional))
+        present = validate.weights_present(cell, len(weights), num_layers * (1 + bidirectional))
         options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute, *present)
         return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
 

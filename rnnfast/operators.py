@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch
-from rnnfast.backends.choice import load
+from rnnfast.backends.dispatch import load
 from rnnfast.spec import Form, Gradients, Layer, Needs, restore
 from rnnfast.vmap import map_backward, map_layer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import checks, functional, operators
+from rnnfast import functional, operators, validate
 from rnnfast.declare import Cell, found
 from rnnfast.spec import Options
 
@@ -179,7 +179,7 @@ def recurrent(
     if given or by_name:
         packed = isinstance(input, PackedSequence)
         data: Tensor = input.data if packed else input  # type: ignore[assignment]
-        batched = packed or checks.input_is_batched(options, data)
+        batched = packed or validate.input_is_batched(options, data)
         steps, batch = extent(options, input, batched)
         hidden = options.hidden(weights)
         if given:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from rnnfast import checks, fast_path
-from rnnfast.backends.choice import backend_of, load, records
+from rnnfast import fast_path, validate
+from rnnfast.backends.dispatch import backend_of, load, records
 from rnnfast.frozen import Frozen
 from rnnfast.functional import Call, initial_states, recurrent, single
 from rnnfast.modules import Recurrent
@@ -74,9 +74,9 @@ class Stream:
             weights = frozen.like_weights() if frozen else [as_own(w) for w in self.module.weights()]
             like = weights[0]
             x = torch.zeros(1, self.batch, like.shape[-1], dtype=like.dtype, device=like.device)
-            checks.sizes(options, x, self.batch, None, weights)
+            validate.sizes(options, x, self.batch, None, weights)
             fresh = initial_states(options, None, x, self.batch, weights)
-            checks.one_kind(Call(options, x, fresh, weights))
+            validate.one_kind(Call(options, x, fresh, weights))
             states = tuple(own.clone() for own in fresh)
             if [own.shape for own in states] == [old.shape for old in self.states]:
                 for own, old in zip(states, self.states, strict=True):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch
-from rnnfast.backends.choice import load
+from rnnfast.backends.dispatch import load
 from rnnfast.context import is_tracked
 from rnnfast.spec import Form, Layer, Needs, Weights, flatten, restore
 

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 
 from rnnfast.backends import Layer, Needs, Weights, cpu
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 from rnnfast import fast_path
-from rnnfast.backends.choice import load
+from rnnfast.backends.dispatch import load
 
 CELLS = {
     "rnn_tanh": ("RNN", {}),

@@ -11,7 +11,7 @@ import torch
 from rnnfast_kernels.cpu.target import has_bfloat16_products
 
 import rnnfast
-from rnnfast.backends.choice import choose, setting
+from rnnfast.backends.dispatch import choose, setting
 
 CPU, F32 = torch.device("cpu"), torch.float32
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import rnnfast
 from rnnfast import ops
-from rnnfast.backends import choice
+from rnnfast.backends import dispatch
 
 F64 = {"dtype": torch.float64}
 
@@ -53,7 +53,7 @@ def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch)
         torch.compile(layer, fullgraph=True)(x)[0].sum().backward()
         return torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] > before
 
-    module = choice.load(backend)
+    module = dispatch.load(backend)
     forward, backward, saved_like = module.forward, module.backward, module.saved_like
 
     def save_more(layer, **options):
@@ -190,7 +190,7 @@ def test_a_model_around_the_layer_compiles_whole(backend):
     ids=["dense", "lengths", "ensemble"],
 )
 def test_opcheck_passes_for_every_operator(cell, ragged, members, backend):
-    if members > 1 and not choice.load(backend).TAKES_ENSEMBLES:
+    if members > 1 and not dispatch.load(backend).TAKES_ENSEMBLES:
         pytest.skip("this backend takes no ensembles")
     name = "lstm" if cell == "lstm_proj" else cell
     layer, x = sample(cell, bidirectional=True, **F64)

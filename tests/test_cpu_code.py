@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 from cpu_layers import run_python
-from rnnfast_kernels.cpu import compiled
+from rnnfast_kernels.cpu.runtime import compiled
 
 from rnnfast.backends import cpu
 
@@ -76,7 +76,7 @@ def test_without_a_cache_folder(tmp_path):
     code = f"""
         import pathlib, warnings
         from cpu_layers import Case
-        from rnnfast_kernels.cpu import compiled
+        from rnnfast_kernels.cpu.runtime import compiled
         compilations = []
         def compile_code(*kind):
             compilations.append(kind)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from cpu_layers import Case, cells, same, threads
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 
 GROUPS = {
     "none": ("0::/\n", {}, math.inf),

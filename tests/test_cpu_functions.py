@@ -5,7 +5,7 @@ import pytest
 import torch
 from numba import njit
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cpu.build import OPTIONS, vectors
+from rnnfast_kernels.cpu.runtime.build import OPTIONS, vectors
 from rnnfast_kernels.cpu.target import target
 from torch.nn import functional
 

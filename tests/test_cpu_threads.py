@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from cpu_layers import ALL, Case, cells, replaced, run_python, same, threads
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 
 from rnnfast.backends import cpu
 from rnnfast.backends.cpu.arguments import described

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.backends.choice import load
+from rnnfast.backends.dispatch import load
 
 F64 = {"dtype": torch.float64}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast.backends import choice, cpu
+from rnnfast.backends import cpu, dispatch
 
 BREAKAGES = {
     "numba refuses to import": (
@@ -37,7 +37,7 @@ BREAKAGES = {
     ),
     "no compilation": ("os.environ['NUMBA_DISABLE_JIT'] = '1'", "NUMBA_DISABLE_JIT"),
     "a kernel that does not compile": (
-        "from rnnfast_kernels.cpu import compiled\n"
+        "from rnnfast_kernels.cpu.runtime import compiled\n"
         "def fail(*args): fail.count += 1; raise TypeError('no such type')\n"
         "fail.count = 0; compiled.compile_code = fail",
         "TypeError: no such type",
@@ -50,7 +50,7 @@ import torch, rnnfast
 layer, cell, x = rnnfast.GRU(3, 5), rnnfast.GRUCell(3, 5), torch.randn(4, 2, 3)
 if "TypeError" not in {reason!r}:
     assert {reason!r} in rnnfast.explain(layer, x).reason, rnnfast.explain(layer, x)
-    rnnfast.report.environment()
+    rnnfast.explain.environment()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for n in range(4):
@@ -87,7 +87,7 @@ def test_auto_runs_torch_and_says_why(what, tmp_path):
 
 
 def test_second_derivatives_do_without_kernels_that_fail(monkeypatch):
-    if choice.setting() not in ("auto", "numba"):
+    if dispatch.setting() not in ("auto", "numba"):
         pytest.skip("about the CPU's kernels")
     layer, x = rnnfast.GRU(3, 5).double(), torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -107,7 +107,7 @@ def test_the_report_names_folder_vectors_and_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (tmp_path / "rnnfast").mkdir()
     (tmp_path / "rnnfast" / "kernel.bin").write_bytes(bytes(2_000_000))
-    told = rnnfast.report.environment()
+    told = rnnfast.explain.environment()
     assert f"{tmp_path / 'rnnfast'} (1 kernels, 2.0 MB, writable)" in told
     assert "vectors of" in told
     assert cpu.team_name() in told

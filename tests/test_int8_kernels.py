@@ -6,7 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 from llvmlite import binding
-from rnnfast_kernels.cpu import int8, panels, tile
+from rnnfast_kernels.cpu.ir import int8, tile
+from rnnfast_kernels.cpu.plan import panels
 from rnnfast_kernels.cpu.target import X86, Target, may_use_amx, processor
 
 

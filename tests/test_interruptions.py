@@ -10,7 +10,7 @@ import pytest
 # Python threads share every phase; each handler raises, wherever the main thread is.
 RAIN = """
     import signal, sys, torch, rnnfast
-    from rnnfast_kernels.cpu import pool
+    from rnnfast_kernels.cpu.runtime import pool
 
     torch.set_num_threads(2)
     if sys.argv[1] == "call":

@@ -3,7 +3,7 @@
 import logging
 
 from cpu_layers import run_python
-from rnnfast_kernels.cpu import compiled
+from rnnfast_kernels.cpu.runtime import compiled
 
 import rnnfast
 
@@ -19,7 +19,7 @@ def test_second_derivatives_from_disk():
         x = torch.randn(3, 1, 2, dtype=torch.float64, requires_grad=True)
         (dx,) = torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)
         torch.autograd.grad(dx.square().sum(), x)
-        from rnnfast_kernels.cpu import compiled
+        from rnnfast_kernels.cpu.runtime import compiled
         assert ("lstm", "float64", 2) in compiled.kernels
         assert "numba" not in sys.modules
     """

@@ -10,7 +10,7 @@ from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS, Cell
 
 from rnnfast import functional, linearised, reference, torch_functions, use_backend
-from rnnfast.backends.choice import load
+from rnnfast.backends.dispatch import load
 from rnnfast.spec import Layer, Options, group
 
 F64 = {"dtype": torch.float64}

@@ -9,7 +9,7 @@ import rnnfast
 from benchmarks import facts
 from benchmarks.cases import Case
 from rnnfast.backends import measured, slower
-from rnnfast.backends.choice import backend_of
+from rnnfast.backends.dispatch import backend_of
 
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="the facts are of the CPU kernels")
 CPU = torch.device("cpu")

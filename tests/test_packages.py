@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from rnnfast_kernels.cpu import compiled
+from rnnfast_kernels.cpu.runtime import compiled
 
 ROOT = Path(__file__).parent.parent
 RUN = """
@@ -29,7 +29,7 @@ with warnings.catch_warnings(record=True) as caught:
         layer(x, resets=torch.zeros(4, 2, dtype=torch.bool))
 with rnnfast.use_backend("torch"):
     torch.testing.assert_close(layer(x)[0], output)
-rnnfast.report.environment()
+rnnfast.explain.environment()
 found = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
 print(len(found), found, before, rnnfast.explain(layer, x), operators.version(), sep="\\n")
 """
@@ -146,7 +146,7 @@ for _ in range(3):
     output.sum().backward()
 with rnnfast.use_backend("torch"):
     torch.testing.assert_close(layer(x)[0], output)
-assert "Python threads" in rnnfast.report.environment()
+assert "Python threads" in rnnfast.explain.environment()
 """
 
 

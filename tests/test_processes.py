@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from rnnfast_kernels.cpu import compiled
+from rnnfast_kernels.cpu.runtime import compiled
 from torch.utils.data import DataLoader, Dataset
 
 import rnnfast
@@ -108,7 +108,7 @@ def succeed(*processes: subprocess.Popen) -> None:
 
 def test_processes_that_keep_the_same_kernel_at_once_read_it_whole(tmp_path):
     code = """
-        from rnnfast_kernels.cpu import compiled
+        from rnnfast_kernels.cpu.runtime import compiled
         for turn in range(100):
             compiled.write("kernel.bin", bytes(range(256)) * 4000)
             assert compiled.read("kernel.bin") == bytes(range(256)) * 4000

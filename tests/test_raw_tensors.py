@@ -6,7 +6,7 @@ import torch
 import rnnfast
 from rnnfast import fast_path
 from rnnfast.backends import cpu
-from rnnfast.backends.choice import automatic
+from rnnfast.backends.dispatch import automatic
 
 LAYERS = {"rnn": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}
 

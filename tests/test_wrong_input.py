@@ -6,7 +6,7 @@ from layers import as_tuple
 from torch import nn
 
 import rnnfast
-from rnnfast.backends.choice import automatic
+from rnnfast.backends.dispatch import automatic
 
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 STATES = {"three": lambda s: (s, s, s), "one": lambda s: (s,), "none": lambda s: ()}

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from llvmlite import binding, ir
-from rnnfast_kernels.cpu import tile
+from rnnfast_kernels.cpu.ir import tile
 from rnnfast_kernels.cpu.target import ITEM_BYTES, X86, Target, vector_bytes_and_registers, widest_panel
 
 LINUX, ARM, APPLE = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "arm64-apple-darwin"

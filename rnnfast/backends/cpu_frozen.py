@@ -1,7 +1,7 @@
 """Layers with frozen weights as calls of the Numba kernels: packing once, then calls that name one buffer of panels.
 
 A `Form` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
-another (see `rnnfast_kernels.cpu.panels`). Their layout depends on the form and the processor, not on the calls.
+another (see `rnnfast_kernels.cpu.plan.panels`). Their layout depends on the form and the processor, not on the calls.
 """
 
 import functools
@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import panels, plan, plan_forward, pool
-from rnnfast_kernels.cpu.compiled import Kernel, kernel
-from rnnfast_kernels.cpu.recipe import Recipe
+from rnnfast_kernels.cpu.plan import forward as plan_forward
+from rnnfast_kernels.cpu.plan import panels
+from rnnfast_kernels.cpu.plan import shape as plan
+from rnnfast_kernels.cpu.plan.recipe import Recipe
+from rnnfast_kernels.cpu.runtime import pool
+from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import row_cuts

@@ -92,4 +92,5 @@ def sizes_of_call(call) -> Sizes | None:
     if options.recompute or x.dtype != torch.float32:
         return None
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return Sizes(*x.shape, options.hidden(call.weights), differentiated)
+    steps, batch, inputs = x.shape
+    return Sizes(steps, batch, inputs, options.hidden(call.weights), differentiated)

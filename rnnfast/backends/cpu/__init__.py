@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
 from rnnfast.backends.cpu import executable

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
 from rnnfast.backends import NoMemoryError

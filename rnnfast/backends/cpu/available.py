@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu import pool
+from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 
 DTYPE_NAMES = {
@@ -54,7 +54,7 @@ def broken(cell: str, dtype: torch.dtype) -> str | None:
 def obstacle(cell: str, dtype: torch.dtype) -> str | None:
     """Say why there can be no machine code, or None where it is kept or can be compiled."""
     try:
-        from rnnfast_kernels.cpu.compiled import is_kept
+        from rnnfast_kernels.cpu.runtime.compiled import is_kept
 
         if is_kept(cell, DTYPE_NAMES[dtype]):
             return None
@@ -84,7 +84,7 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
     if wanted in obtained:
         return None
     if wanted not in failures:
-        from rnnfast_kernels.cpu.compiled import kernel
+        from rnnfast_kernels.cpu.runtime.compiled import kernel
 
         try:
             kernel(cell, DTYPE_NAMES[dtype], derivatives)

@@ -1,6 +1,6 @@
 """A pass over one layer, recorded for a signature: afterwards a call allocates its results and passes addresses.
 
-The names are those of the fields and bases in `rnnfast_kernels.cpu.plan`, which says what they are.
+The names are those of the fields and bases in `rnnfast_kernels.cpu.plan.shape`, which says what they are.
 """
 
 import functools
@@ -11,10 +11,12 @@ from itertools import chain, compress
 from typing import NamedTuple
 
 import torch
-from rnnfast_kernels.cpu import plan, plan_backward, plan_forward
-from rnnfast_kernels.cpu.compiled import Kernel, kernel
-from rnnfast_kernels.cpu.pages import WORTH_IT, ask_for_large_pages
-from rnnfast_kernels.cpu.recipe import Recipe
+from rnnfast_kernels.cpu.plan import backward as plan_backward
+from rnnfast_kernels.cpu.plan import forward as plan_forward
+from rnnfast_kernels.cpu.plan import shape as plan
+from rnnfast_kernels.cpu.plan.recipe import Recipe
+from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
+from rnnfast_kernels.cpu.runtime.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """Tangents of a layer and of its gradients by the Numba kernels, which know float32 and float64; halves are converted.
 
-The names are those of the fields and bases in `rnnfast_kernels.cpu.plan_second`: `name_dot` is the tangent of `name`.
+The names are those of the fields and bases in `rnnfast_kernels.cpu.plan.tangents`: `name_dot` is the tangent of `name`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from rnnfast_kernels.cpu import plan_second
+from rnnfast_kernels.cpu.plan import tangents as plan_tangents
 from torch import Tensor
 
 from rnnfast.backends.cpu import executable
@@ -88,7 +88,7 @@ def jvp(layer: Layer, states: States, saved: States, tangents: Tangents) -> Outp
         return in_dtype(jvp(*in_dtype((layer, states, saved, tangents), WIDER[dtype])), dtype)
     at = Linearised(layer, states, saved, tangents)
     shape, biased = executable.shape_of(at.signature), at.signature.form.present[2]
-    return at.run(partial(plan_second.jvp, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
+    return at.run(partial(plan_tangents.jvp, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
 
 
 def hvp(
@@ -117,7 +117,7 @@ def hvp(
         weights = executable.weight_names(signature)
         results |= {f"d{name}": Room(tuple(at.tensors[name].shape)) for name in weights}
     record = partial(
-        plan_second.hvp, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
+        plan_tangents.hvp, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
         needs.x, needs.weights, signature.form.present[2],
     )  # fmt: skip
     found, of_states = at.run(record, results)

@@ -7,8 +7,17 @@ Records and panels of changes are written as those of the layer itself, with the
 from dataclasses import replace
 from itertools import pairwise
 
-from rnnfast_kernels.cpu import loops, tasks
-from rnnfast_kernels.cpu.plan import (
+from rnnfast_kernels.cpu.loops import steps, tasks
+from rnnfast_kernels.cpu.plan.backward import (
+    gradient_fields,
+    gradient_work,
+    input_gradient,
+    pack_backward,
+    weight_gradients,
+)
+from rnnfast_kernels.cpu.plan.forward import gate_work, pack_forward
+from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.plan.shape import (
     WEIGHTS,
     Shape,
     chunk_steps,
@@ -20,15 +29,6 @@ from rnnfast_kernels.cpu.plan import (
     state_work,
     zeros,
 )
-from rnnfast_kernels.cpu.plan_backward import (
-    gradient_fields,
-    gradient_work,
-    input_gradient,
-    pack_backward,
-    weight_gradients,
-)
-from rnnfast_kernels.cpu.plan_forward import gate_work, pack_forward
-from rnnfast_kernels.cpu.recipe import Recipe, Ref
 
 CHANGING = ("x", "h", "aux", "gates", "unprojected", "h_first", "aux_first", "h_final", "aux_final")
 
@@ -66,10 +66,10 @@ def hvp(
     for d in range(shape.directions):
         shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d]
         dot_shared = state_fields(shape, d, kept) | gradient_fields(shape, d, (), dot_work) | dot_panels[d]
-        whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
+        whole.append(recipe.record(steps.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         with recipe.renamed(moved):
             fields = slice_fields(shape, d, 0, shape.batch) | input_fields(shape, d, moves_x)
-            dot_whole.append(recipe.record(loops.LAYER, **dot_shared, **fields))
+            dot_whole.append(recipe.record(steps.LAYER, **dot_shared, **fields))
         for first, last in pairwise(shape.cuts):
             rows = last - first
             where = slice_fields(shape, d, first, last)
@@ -77,7 +77,7 @@ def hvp(
             finals = {name: place for name, place in places.items() if name in given}
             around = where | shared | state_work(recipe, shape, rows) | finals | {"last_block": blocks(shape)}
             fields = dot_shared | where | state_work(recipe, shape, rows)
-            fields |= {"around": recipe.record(loops.LAYER, **around)}
+            fields |= {"around": recipe.record(steps.LAYER, **around)}
             fields |= final_fields(shape, d, first, ("dh_first", "daux_first")[: 1 + shape.aux])
             with recipe.renamed(moved):
                 jobs.append(loop_jobs(recipe, shape, fields, 2 * rows, 1, 0, 1))
@@ -132,7 +132,7 @@ def write_jvp(
                 fields |= gate_work(recipe, shape, rows, chunk)
             u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
             fields |= {"u_work": recipe.buffer(rows * u_row), "u_row": u_row, "chunk": chunk}
-            fields |= {"around": recipe.record(loops.LAYER, **where | panels[d])}
+            fields |= {"around": recipe.record(steps.LAYER, **where | panels[d])}
             with recipe.renamed(names):
                 jobs.append(loop_jobs(recipe, shape, fields, rows, chunk, 0, 1))
     loop_phase(recipe, tasks.JVP, jobs)

@@ -6,7 +6,7 @@ pair takes the place of one float32 element; its first number is the lower half.
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu.vector import INT32, Vec, declared
+from rnnfast_kernels.cpu.ir.vector import INT32, Vec, declared
 
 
 class Bfloat16(ir.Type):

@@ -6,8 +6,8 @@ memory at equal distances. All sixteen rows are read and written, whatever stand
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu.memory import pointer
-from rnnfast_kernels.cpu.vector import INT64, declared
+from rnnfast_kernels.cpu.ir.memory import pointer
+from rnnfast_kernels.cpu.ir.vector import INT64, declared
 
 BYTE = ir.IntType(8)
 ROWS, LINES = 16, 16

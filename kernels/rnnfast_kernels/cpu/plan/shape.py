@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 
 from rnnfast_kernels.cells import CELLS, Cell
-from rnnfast_kernels.cpu import loops, products, tasks
 from rnnfast_kernels.cpu.job import SIGNAL
-from rnnfast_kernels.cpu.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.loops import products, steps, tasks
+from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
 # Bytes of gates that a worker computes ahead of the recurrence, and the rows that make that product worth its panels.
@@ -302,7 +302,7 @@ def loop_jobs(
             "out_pointers": recipe.buffer(8 * rows * chunk),
             "operands": operands(recipe, shape.target, rows * chunk, depth),
         }
-        return recipe.record(loops.LAYER, **fields, **private, first_block=first, last_block=last, **part)
+        return recipe.record(steps.LAYER, **fields, **private, first_block=first, last_block=last, **part)
 
     blocks = -(-shape.hidden // shape.target.lanes)
     cuts = panel_cuts(blocks, widest, shape.workers)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from rnnfast_kernels.cpu import pool
-from rnnfast_kernels.cpu.compiled import Kernel
 from rnnfast_kernels.cpu.job import PHASE, PROGRAM, Record
+from rnnfast_kernels.cpu.runtime import pool
+from rnnfast_kernels.cpu.runtime.compiled import Kernel
 
 
 class Ref(NamedTuple):

@@ -17,10 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import load_first, pointer
-from rnnfast_kernels.cpu.operands import copies_start
+from rnnfast_kernels.cpu.ir.memory import load_first, pointer
+from rnnfast_kernels.cpu.ir.operands import copies_start
+from rnnfast_kernels.cpu.ir.vector import INT32, INT64, Vec, declared, splat
 from rnnfast_kernels.cpu.target import Target
-from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, declared, splat
 
 BYTE = ir.IntType(8)
 FLOAT = ir.FloatType()

@@ -3,8 +3,10 @@
 import itertools
 from itertools import pairwise
 
-from rnnfast_kernels.cpu import panels, products, tasks
-from rnnfast_kernels.cpu.plan import (
+from rnnfast_kernels.cpu.loops import products, tasks
+from rnnfast_kernels.cpu.plan import panels
+from rnnfast_kernels.cpu.plan.recipe import NOWHERE, Recipe, Ref
+from rnnfast_kernels.cpu.plan.shape import (
     WEIGHTS,
     Shape,
     chunk_steps,
@@ -18,7 +20,6 @@ from rnnfast_kernels.cpu.plan import (
     state_work,
     zeros,
 )
-from rnnfast_kernels.cpu.recipe import NOWHERE, Recipe, Ref
 
 
 def forward(shape: Shape, biased: bool, kept: tuple[str, ...], names: tuple[str, ...] = ()) -> Recipe:

@@ -22,11 +22,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu import held, int8
-from rnnfast_kernels.cpu.memory import load_all, load_io, pointer, store_all
-from rnnfast_kernels.cpu.operands import fused_multiply_add, load_io_terms
+from rnnfast_kernels.cpu.ir import held, int8
+from rnnfast_kernels.cpu.ir.memory import load_all, load_io, pointer, store_all
+from rnnfast_kernels.cpu.ir.operands import fused_multiply_add, load_io_terms
+from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT64, Vec, splat
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
-from rnnfast_kernels.cpu.vector import ELEMENT, INT64, Vec, splat
 
 
 def external(module: ir.Module, name: str, arguments: int) -> ir.Function:

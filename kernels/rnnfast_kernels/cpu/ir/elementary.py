@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu import vector
-from rnnfast_kernels.cpu.vector import FORMAT, INT32, constant, declared, suffix
+from rnnfast_kernels.cpu.ir import vector
+from rnnfast_kernels.cpu.ir.vector import FORMAT, INT32, constant, declared, suffix
 
 # Beyond these, e^x is infinite or 0; terms of the series of artanh.
 LIMITS = {"float32": (90.0, -110.0, 6), "float64": (712.0, -760.0, 12)}

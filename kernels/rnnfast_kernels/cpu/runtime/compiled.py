@@ -32,18 +32,6 @@ lock = threading.RLock()
 engines: list[binding.ExecutionEngine] = []
 
 DIGEST_BYTES = 32
-# Files of this folder that decide when kernels run, not what they are.
-NOT_COMPILED = (
-    "__init__.py",
-    "pages.py",
-    "panels.py",
-    "plan.py",
-    "plan_backward.py",
-    "plan_forward.py",
-    "plan_second.py",
-    "pool.py",
-    "recipe.py",
-)
 
 
 class Kernel(NamedTuple):
@@ -94,12 +82,9 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "")
 
 def key(cell: Cell, chosen: Target, derivatives: int) -> str:
     """A hash of the sources, the cell's derived functions, the compiler and the processor."""
-    here = Path(__file__).parent
-    files = {
-        *here.glob("*.py"),
-        here.parent / "bind.py",
-    }
-    files -= {here / name for name in NOT_COMPILED}
+    cpu = Path(__file__).parent.parent
+    files = {*cpu.glob("*.py"), *cpu.glob("ir/*.py"), *cpu.glob("loops/*.py"), cpu.parent / "bind.py"}
+    files |= {cpu / "runtime" / name for name in ("build.py", "compiled.py", "schedule.py")}
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
     everything = f"{sources}\0{cell.sources(derivatives)}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
@@ -199,7 +184,7 @@ def target_machine() -> binding.TargetMachine:
 
 def compile_code(cell: Cell, chosen: Target, derivatives: int) -> bytes:
     """Compile a cell's kernels to an object file, whose entry points are `START`, `RUN` and `SHARE`."""
-    from rnnfast_kernels.cpu.build import llvm_ir
+    from rnnfast_kernels.cpu.runtime.build import llvm_ir
 
     (main, *others), entry = llvm_ir(cell, chosen, derivatives)
     module = binding.parse_assembly(main.replace(f"@{entry}(", f"@{JOB}("))

@@ -13,7 +13,7 @@ relative accuracy near 0:
 
 import math
 
-from rnnfast_kernels.cpu import vector
+from rnnfast_kernels.cpu.ir import vector
 
 # ln 2 in two parts, the first so short that its product with n is exact; the a from which on e^-a counts as 0 and
 # tanh(a) rounds to 1; terms of the series; the a above which tanh(a) is taken from its distance to 1.

@@ -11,62 +11,49 @@ from numba.core.compiler import Compiler
 from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cpu import (
-    activations,
-    elementary,
-    gradients,
-    int8,
-    loops,
-    memory,
-    operands,
-    products,
-    schedule,
-    second,
-    tasks,
-    tile,
-    waiting,
-    widened,
-)
+from rnnfast_kernels.cpu.ir import activations, elementary, int8, memory, operands, tile, waiting, widened
+from rnnfast_kernels.cpu.loops import backward, forward, gradients, products, steps, tangents, tasks
+from rnnfast_kernels.cpu.runtime import schedule
 from rnnfast_kernels.cpu.target import Target, widest_panel
 from rnnfast_kernels.equations.cell import Cell
 
 HELPERS = (
-    loops.live_rows,
-    loops.first_index,
-    loops.x_address,
-    loops.is_reset,
-    loops.step_at,
-    loops.gates_address,
-    loops.project_inputs,
-    loops.start_states,
-    loops.apply_resets,
-    loops.clear_padding,
-    loops.advance,
-    loops.project_output,
-    loops.write_aux_finals,
-    loops.forward_phase,
-    loops.start_gradients,
-    loops.end_gradients,
-    loops.last_unit,
-    loops.last_width_block,
-    loops.add_gradients,
-    loops.entering_states,
-    loops.differentiate_cell,
-    loops.clear_gradients,
-    loops.through_cell,
-    loops.through_recurrent,
-    loops.backward_phase,
-    loops.run_phase,
-    loops.run_phases,
+    steps.live_rows,
+    steps.first_index,
+    steps.x_address,
+    steps.is_reset,
+    steps.step_at,
+    steps.gates_address,
+    forward.project_inputs,
+    forward.start_states,
+    forward.apply_resets,
+    forward.clear_padding,
+    forward.advance,
+    forward.project_output,
+    forward.write_aux_finals,
+    forward.forward_phase,
+    backward.start_gradients,
+    backward.end_gradients,
+    backward.last_unit,
+    backward.last_width_block,
+    backward.add_gradients,
+    backward.entering_states,
+    backward.differentiate_cell,
+    backward.clear_gradients,
+    backward.through_cell,
+    backward.through_recurrent,
+    backward.backward_phase,
+    steps.run_phase,
+    steps.run_phases,
     gradients.right_address,
     gradients.pack_strip,
     gradients.add_block,
     products.pack,
-    loops.layer_forward,
-    loops.layer_backward,
+    forward.layer_forward,
+    backward.layer_backward,
     gradients.rows_product,
     gradients.outer_product,
-    *second.HELPERS,
+    *tangents.HELPERS,
 )
 
 
@@ -117,10 +104,10 @@ def integers(function: Callable, result: types.Type = types.void) -> Signature:
 
 # The functions of `HELPERS` that a forward pass over packed weights calls.
 INFERENCE = (
-    *HELPERS[: HELPERS.index(loops.start_gradients)],
-    loops.run_forward_phase,
-    loops.run_phases,
-    loops.layer_forward,
+    *HELPERS[: HELPERS.index(backward.start_gradients)],
+    steps.run_forward_phase,
+    steps.run_phases,
+    forward.layer_forward,
 )
 
 
@@ -213,7 +200,7 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "load_signals": memory.signal_loader(target, len(cell.signals)),
         "load_aux": base["tuple_loader"](aux),
         "load_io_aux": base["io_tuple_loader"](aux),
-        "layer_at": loops.LAYER.reader(),
+        "layer_at": steps.LAYER.reader(),
         "product_at": gradients.PRODUCT.reader(),
         "outer_at": gradients.OUTER.reader(),
         "pack_at": products.PACK.reader(),
@@ -225,7 +212,7 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
             "pack_plain_columns": plain["pack_columns"],
             "pack_rows": plain["pack_rows"],
         }
-    for module in (products, gradients, loops, tasks):
+    for module in (products, gradients, steps, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
     for name, equations in (
         ("cell_forward", cell.make_forward(("p", "s"))),
@@ -233,10 +220,10 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         *((("cell_jvp", cell.jvp), ("cell_hvp", cell.hvp)) if cell.standard else ()),
     ):
         namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
-    helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in second.HELPERS)
+    helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in tangents.HELPERS)
     for function in helpers if derivatives else INFERENCE:
         inline(function, namespace)
-        if function is loops.run_forward_phase:
+        if function is steps.run_forward_phase:
             namespace["run_phase"] = namespace["run_forward_phase"]
     return namespace
 

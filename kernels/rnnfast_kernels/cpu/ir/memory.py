@@ -11,10 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu import halves
+from rnnfast_kernels.cpu.ir import halves
+from rnnfast_kernels.cpu.ir.vector import INT32, INT64, Vec, declared, splat, suffix, zeros_like
 from rnnfast_kernels.cpu.job import SIGNAL
 from rnnfast_kernels.cpu.target import Target
-from rnnfast_kernels.cpu.vector import INT32, INT64, Vec, declared, splat, suffix, zeros_like
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:

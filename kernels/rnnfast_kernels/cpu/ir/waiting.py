@@ -4,9 +4,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import pointer
+from rnnfast_kernels.cpu.ir.memory import pointer
+from rnnfast_kernels.cpu.ir.vector import INT32, INT64, declared
 from rnnfast_kernels.cpu.target import processor
-from rnnfast_kernels.cpu.vector import INT32, INT64, declared
 
 
 @intrinsic

@@ -9,9 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu.memory import pointer
-from rnnfast_kernels.cpu.operands import copies_start
-from rnnfast_kernels.cpu.vector import ELEMENT, INT32, INT64, Vec, declared, splat, suffix
+from rnnfast_kernels.cpu.ir.memory import pointer
+from rnnfast_kernels.cpu.ir.operands import copies_start
+from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT32, INT64, Vec, declared, splat, suffix
 
 
 def both(builder: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -14,10 +14,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rnnfast_kernels.cpu import halves
-from rnnfast_kernels.cpu.memory import load_first, load_io, loader
+from rnnfast_kernels.cpu.ir import halves
+from rnnfast_kernels.cpu.ir.memory import load_first, load_io, loader
+from rnnfast_kernels.cpu.ir.vector import Vec, declared, suffix
 from rnnfast_kernels.cpu.target import Target
-from rnnfast_kernels.cpu.vector import Vec, declared, suffix
 
 
 def fused_multiply_add(builder: ir.IRBuilder, target: Target, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu import amx, int8, widened
-from rnnfast_kernels.cpu.memory import load_all, pointer, store_all
+from rnnfast_kernels.cpu.ir import amx, int8, widened
+from rnnfast_kernels.cpu.ir.memory import load_all, pointer, store_all
+from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT32, INT64, Vec, splat
 from rnnfast_kernels.cpu.target import Target
-from rnnfast_kernels.cpu.vector import ELEMENT, INT32, INT64, Vec, splat
 
 # Sums in flight that hide the latency of a product.
 IN_FLIGHT = 10

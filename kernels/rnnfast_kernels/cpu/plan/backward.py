@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from rnnfast_kernels.cpu import gradients, loops, products, tasks
-from rnnfast_kernels.cpu.plan import (
+from rnnfast_kernels.cpu.loops import gradients, products, steps, tasks
+from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
+from rnnfast_kernels.cpu.plan.shape import (
     Shape,
     even_cuts,
     final_fields,
@@ -21,7 +22,6 @@ from rnnfast_kernels.cpu.plan import (
     threads_for,
     zeros,
 )
-from rnnfast_kernels.cpu.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.target import widest_panel
 
 # Bytes of a product's left operand that should stay in the second-level cache, and the fewest rows worth a pass over
@@ -50,7 +50,7 @@ def backward(
     jobs, whole, signals = [], [], signal_fields(recipe, shape)
     for d in range(shape.directions):
         shared = state_fields(shape, d, kept) | gradient_fields(shape, d, given, work) | panels[d] | signals
-        whole.append(recipe.record(loops.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
+        whole.append(recipe.record(steps.LAYER, **shared, **slice_fields(shape, d, 0, shape.batch)))
         finals = tuple(name for name in ("dh_final", "daux_final") if name in given)
         for first, last in pairwise(shape.cuts):
             rows = last - first

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends import measured
-from rnnfast.backends.choice import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
+from rnnfast.backends.dispatch import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
 from rnnfast.cell_modules import Cell
 from rnnfast.frozen import Frozen
 from rnnfast.functional import Call
@@ -131,7 +131,7 @@ def cache_folders() -> dict[str, str]:
 def numba_cache() -> str:
     """Say which folders may keep kernels, how many they hold, and whether more can be written."""
     try:
-        from rnnfast_kernels.cpu.compiled import folders
+        from rnnfast_kernels.cpu.runtime.compiled import folders
     except Exception as error:  # whatever a library raises that cannot be loaded
         return f"not available ({type(error).__name__}: {error})"
     told = []
