@@ -70,7 +70,8 @@ class Options(NamedTuple):
 
     def hidden(self, weights: Sequence[Tensor]) -> int:
         """Return H, of a flat list of weights."""
-        return weights[0].shape[0] // CELLS[self.cell].gates
+        cell = CELLS[self.cell]
+        return weights[1].shape[0] // cell.recurrent if cell.recurrent else weights[0].shape[0] // cell.gates
 
 
 class Weights(NamedTuple):

@@ -107,7 +107,7 @@ class Case:
         dy = self.live(self.dy) if self.layout == "packed" else self.dy
         dstates = (dy.to(self.dtype),) + (None,) * (len(states) - 1)
         dfinals = tuple(d.to(self.dtype) for d in self.dfinals)
-        dx, dhx, dweights = cpu.backward(layer, states, saved, dstates, dfinals, ALL)
+        dx, dhx, dweights, _ = cpu.backward(layer, states, saved, dstates, dfinals, ALL)
         found = {"output": states[0], "dx": dx}
         for n, (final, initial) in enumerate(zip(finals, dhx, strict=True)):
             found |= {f"final{n}": final, f"dhx{n}": initial}

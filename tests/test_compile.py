@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import rnnfast
-from rnnfast import ops
+from rnnfast import operators
 from rnnfast.backends import dispatch
 
 F64 = {"dtype": torch.float64}
@@ -65,7 +65,7 @@ def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch)
     monkeypatch.setattr(module, "forward", save_more)
     monkeypatch.setattr(module, "backward", lambda *args: backward(*args[:2], args[2][:-1], *args[3:]))
     monkeypatch.setattr(module, "saved_like", lambda layer: (*saved_like(layer), (layer.x.shape, layer.x.dtype)))
-    monkeypatch.setattr(ops, "hash_of_sources", lambda: "the next version")
+    monkeypatch.setattr(operators, "hash_of_sources", lambda: "the next version")
     assert not found_on_disk()
 
 

@@ -62,7 +62,7 @@ def test_half_precision_without_products_of_it(processor, dtype):
 
 def kept_code() -> tuple[str, bytes]:
     """The name and the machine code of a kernel, compiled here if it has not been yet."""
-    cpu.warmup("rnn_relu", torch.float32)
+    cpu.obtain("rnn_relu", torch.float32)
     name = compiled.file_name("rnn_relu", "float32", 1)
     return name, compiled.read(name)
 
@@ -112,7 +112,7 @@ def test_a_damaged_cache_file_is_compiled_again(tmp_path):
 
 def test_kept_code_runs_without_importing_numba():
     """Once compiled, a kernel needs LLVM alone, so that a first call costs a fraction of a second."""
-    cpu.warmup("lstm", torch.float32)
+    cpu.obtain("lstm", torch.float32)
     code = """
         import sys
         from cpu_layers import Case

@@ -7,7 +7,7 @@ import torch
 from conftest import INTERPRETED, backends_under_test
 
 import rnnfast
-from rnnfast import ops
+from rnnfast import operators
 from tests.fuzz.cases import Case
 from tests.fuzz.search import KINDS, check, check_alone, draw, script, smallest
 
@@ -28,7 +28,7 @@ def test_nothing_is_found(kind):
 
 
 def test_a_fault_is_found_and_made_small(monkeypatch):
-    monkeypatch.setattr(ops, "as_stored", lambda gradients: gradients)
+    monkeypatch.setattr(operators, "as_stored", lambda gradients: gradients)
     case = Case("gru", 5, 4, bidirectional=True, steps=2, incoming_layout="negated", hx="given", threads=2)
     found = smallest((case,), KINDS["layers"].simpler, lambda drawn: check("layers", drawn) is not None, 60)[0]
     assert found.incoming_layout == "negated"

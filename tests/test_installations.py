@@ -9,6 +9,8 @@ import torch
 
 import rnnfast
 from rnnfast.backends import cpu, dispatch
+from rnnfast.backends.cpu import available
+from rnnfast.explain import environment
 
 BREAKAGES = {
     "numba refuses to import": (
@@ -50,7 +52,7 @@ import torch, rnnfast
 layer, cell, x = rnnfast.GRU(3, 5), rnnfast.GRUCell(3, 5), torch.randn(4, 2, 3)
 if "TypeError" not in {reason!r}:
     assert {reason!r} in rnnfast.explain(layer, x).reason, rnnfast.explain(layer, x)
-    rnnfast.explain.environment()
+    environment()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for n in range(4):
@@ -96,8 +98,8 @@ def test_second_derivatives_do_without_kernels_that_fail(monkeypatch):
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
     expected = second()
-    monkeypatch.setattr(cpu, "obtained", cpu.obtained - {("gru", torch.float64, 2)})
-    monkeypatch.setattr(cpu, "failures", {("gru", torch.float64, 2): "broken"})
+    monkeypatch.setattr(available, "obtained", available.obtained - {("gru", torch.float64, 2)})
+    monkeypatch.setattr(available, "failures", {("gru", torch.float64, 2): "broken"})
     monkeypatch.setattr(cpu, "jvp", None)
     monkeypatch.setattr(cpu, "hvp", None)
     assert torch.allclose(second(), expected)
@@ -107,7 +109,7 @@ def test_the_report_names_folder_vectors_and_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (tmp_path / "rnnfast").mkdir()
     (tmp_path / "rnnfast" / "kernel.bin").write_bytes(bytes(2_000_000))
-    told = rnnfast.explain.environment()
+    told = environment()
     assert f"{tmp_path / 'rnnfast'} (1 kernels, 2.0 MB, writable)" in told
     assert "vectors of" in told
-    assert cpu.team_name() in told
+    assert available.team_name() in told

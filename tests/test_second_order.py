@@ -197,10 +197,10 @@ def test_no_more_is_computed_than_was_asked_for(repeated, calls):
         layer(x)
     (gradient,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
     torch.autograd.grad(gradient.square().sum(), layer.weight_hh_l0, retain_graph=True)
-    assert calls["backward"][0][5] == (True, False, False)
-    assert calls["hvp"][0][-1] == (False, False, True)
+    assert calls["backward"][0][5] == (True, False, False, False)
+    assert calls["hvp"][0][-1] == (False, False, True, False)
     gradient.square().sum().backward(inputs=[x])
-    assert calls["hvp"][1][-1] == (True, False, False)
+    assert calls["hvp"][1][-1] == (True, False, False, False)
     assert torch.autograd.grad(layer(x)[0].sum(), layer.bias_ih_l0, create_graph=True)[0].requires_grad
 
 
