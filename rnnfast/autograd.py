@@ -27,7 +27,7 @@ from rnnfast.context import (
     needed_by_engine,
     no_more_derivatives,
 )
-from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, restore
+from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, form_of, restore
 from rnnfast.vmap import map_backward, map_layer, takes_batched_gradients
 
 
@@ -79,7 +79,7 @@ def by_plain_loop(layer: Layer) -> tuple[States, States]:
 
 def layer_kernel(backend, cell, reverse, present, save, all_states, tensors, version="") -> list[Tensor]:
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     if not is_differentiated(tensors):
         return below_autograd("layer", tensors, backend, *form, save, all_states, tensors, version)
     if _torch.forward_nesting() > 1:
@@ -96,7 +96,7 @@ def layer_kernel(backend, cell, reverse, present, save, all_states, tensors, ver
 
 def backward_kernel(backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients) -> list[Tensor]:
     """What autograd does on meeting the operator `layer_backward` itself."""
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     args = (*tensors, *states, *saved, *gradients)
     spec = Spec(backend, form, True)
     if is_differentiated(args):

@@ -4,7 +4,7 @@ For small layers Python costs more than the kernel. A call on plain CPU tensors 
 found by a key of its options and sizes. The first call of a key has its arguments checked, which depends on nothing
 else, and records what runs it and all later ones: outside of autograd one program for all layers, under autograd a
 Function for each layer. What else may be asked of the graph afterwards (derivatives of derivatives, maps over incoming
-gradients, tracing) is handed to `autograd.LayerBackward`, like any other layer.
+gradients, tracing) goes to `autograd.gradients_of`, like that of any other layer.
 
 Calls under transforms, hooks on saved tensors, checkpoints, dispatch modes, autocast or a profiler take the ordinary
 path, `rnnfast.functional.run`.
@@ -113,7 +113,7 @@ def signatures_of(
     options: Options, x: Tensor, weights: Sequence[Tensor], zero: bool, threads: int
 ) -> tuple[Signature, ...]:
     """Describe every layer of a call, time-major. zero: whether no initial states are given."""
-    form = Form(options.cell, options.reverse, (*options.present, False, False))
+    form = Form(options.cell, options.reverse, options.present)
     hidden, width = options.hidden(weights), options.width(weights)
     if x.dim() == 2:
         x = x.unsqueeze(1)
@@ -136,7 +136,7 @@ class Inference:
     """A call through which no derivative is taken."""
 
     def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
-        self.options, self.layers, self.parameters = options, len(signatures), options.present[-1]
+        self.options, self.layers, self.parameters = options, len(signatures), options.present.parameters
         self.batch_first = options.batch_first and batched
         self.stack = load(backend).stack(signatures, batched)
 
@@ -157,7 +157,7 @@ class Training:
     """A call through which a derivative may be taken."""
 
     def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
-        self.options, self.backend, self.parameters = options, backend, options.present[-1]
+        self.options, self.backend, self.parameters = options, backend, options.present.parameters
         self.layers = [load(backend).compiled_layer(signature) for signature in signatures]
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):

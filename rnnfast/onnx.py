@@ -1,7 +1,7 @@
 """Layers as ONNX's own operators RNN, LSTM and GRU, for `torch.onnx.export(dynamo=True)`.
 
-While a model is exported to ONNX, `layer` stands in for the operator of `rnnfast.ops`, so that what comes out runs
-wherever ONNX does. ONNX orders the gates differently, and its GRU needs `linear_before_reset` to be torch's.
+While a model is exported to ONNX, `layer` stands in for the operator of `rnnfast.operators`, so that what comes out
+runs wherever ONNX does. ONNX orders the gates differently, and its GRU needs `linear_before_reset` to be torch's.
 """
 
 import torch

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rnnfast import _torch
 from rnnfast.backends.dispatch import load
-from rnnfast.spec import Form, Gradients, Layer, Needs, restore
+from rnnfast.spec import Form, Gradients, Layer, Needs, form_of, restore
 from rnnfast.vmap import map_backward, map_layer
 
 LAYER_SCHEMA = (
@@ -47,7 +47,7 @@ def layer_of(cell: str, reverse: Sequence[bool], present: Sequence[bool], tensor
     Raises:
         RuntimeError: the cell is not declared in this process, or the number of tensors is another one.
     """
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     if len(tensors) != form.total:
         raise RuntimeError(f"rnnfast: expected {form.total} tensors of a layer of {cell}, got {len(tensors)}")
     return restore(form, tensors)
@@ -189,7 +189,7 @@ def layer_vmap(info, in_dims, backend, cell, reverse, present, save, all_states,
     def apply(form: Form, tensors):
         return torch.ops.rnnfast.layer(backend, *form, save, all_states, tensors, version)
 
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     results, dims = map_layer(apply, backend, form, info.batch_size, tensors, in_dims[6])
     return list(results), list(dims)
 
@@ -212,14 +212,14 @@ def layer_backward(
         count = len(states)
         dstates, dfinals = tuple(gradients[:count]), tuple(gradients[count:])
         found = load(backend).backward(described, tuple(states), tuple(saved), dstates, dfinals, needs, groups)
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     pairs = zip(listed(form, found), form.asked(needs), strict=True)
     return [each if asked and each is not None else tensors[0].new_empty(0) for each, asked in pairs]
 
 
 def listed(form: Form, gradients: Gradients) -> list[Tensor | None]:
     """List gradients in the order of the layer's differentiable tensors."""
-    there = form.present[:-2]
+    there = form.present.weights
     weights = (
         each for direction in gradients.weights for each, is_there in zip(direction, there, strict=True) if is_there
     )
@@ -230,7 +230,7 @@ def layer_backward_fake(
     backend, cell, reverse, present, needs, groups, tensors, states, saved, gradients
 ) -> list[Tensor]:  # fmt: skip
     """Shapes of `layer_backward`."""
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     first = 1 + form.states + form.signals  # of the weights
     lead = (groups,) if groups > 1 else ()
     return [
@@ -247,7 +247,7 @@ def layer_backward_vmap(
     def apply(form: Form, groups, tensors, states, saved, gradients):
         return torch.ops.rnnfast.layer_backward(backend, *form, needs, groups, tensors, states, saved, gradients)
 
-    form = Form(cell, tuple(reverse), tuple(present))
+    form = form_of(cell, reverse, present)
     lists = (tensors, states, saved, gradients)
     dims = [given or [None] * len(each) for given, each in zip(in_dims[6:], lists, strict=True)]
     results, dims = map_backward(apply, backend, form, Needs(*needs), groups, info.batch_size, lists, dims)

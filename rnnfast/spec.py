@@ -26,6 +26,29 @@ from torch import Tensor
 States = tuple[Tensor, ...]
 
 
+class Present(NamedTuple):
+    """Which fields of `Weights` there are in every direction, and whether there are batch_sizes and resets."""
+
+    w_ih: bool
+    w_hh: bool
+    b_ih: bool
+    b_hh: bool
+    w_hr: bool
+    parameters: bool
+    batch_sizes: bool = False
+    resets: bool = False
+
+    @property
+    def weights(self) -> tuple[bool, ...]:
+        """Return those of the weights."""
+        return tuple(self[:-2])
+
+    @property
+    def options(self) -> tuple[bool, bool]:
+        """Return those of batch_sizes and resets."""
+        return self.batch_sizes, self.resets
+
+
 class Options(NamedTuple):
     """The constants of a stack of layers; the meanings are those of torch.nn.LSTM's arguments.
 
@@ -53,20 +76,21 @@ class Options(NamedTuple):
         return (False, True)[: self.directions]
 
     @property
-    def present(self) -> tuple[bool, ...]:
-        """Say which fields of `Weights` there are."""
+    def present(self) -> Present:
+        """Say which weights there are."""
         cell = CELLS[self.cell]
         recurrent = cell.recurrent > 0
-        return (True, recurrent, self.bias, self.bias and recurrent, self.projected, bool(cell.parameters))
+        return Present(True, recurrent, self.bias, self.bias and recurrent, self.projected, bool(cell.parameters))
 
     @property
     def flat_count(self) -> int:
         """Return the number of tensors of one direction in a flat list of weights, where parameters are [H] each."""
-        return sum(self.present[:-1]) + len(CELLS[self.cell].parameters)
+        present = self.present
+        return sum(present.weights) - present.parameters + len(CELLS[self.cell].parameters)
 
     def width(self, weights: Sequence[Tensor]) -> int:
         """Return P, of a flat list of weights."""
-        return weights[1].shape[-1] if self.present[1] else self.hidden(weights)
+        return weights[1].shape[-1] if CELLS[self.cell].recurrent else self.hidden(weights)
 
     def hidden(self, weights: Sequence[Tensor]) -> int:
         """Return H, of a flat list of weights."""
@@ -134,11 +158,11 @@ class Layer:
 
 
 class Form(NamedTuple):
-    """A layer without its tensors. present: which fields of `Weights` there are, and batch_sizes and resets."""
+    """A layer without its tensors."""
 
     cell: str
     reverse: tuple[bool, ...]
-    present: tuple[bool, ...]
+    present: Present
 
     @property
     def states(self) -> int:
@@ -153,12 +177,12 @@ class Form(NamedTuple):
     @property
     def differentiable(self) -> int:
         """Return the number of tensors but batch_sizes and resets."""
-        return 1 + self.states + self.signals + sum(self.present[:-2]) * len(self.reverse)
+        return 1 + self.states + self.signals + sum(self.present.weights) * len(self.reverse)
 
     @property
     def total(self) -> int:
         """Return the number of tensors."""
-        return self.differentiable + sum(self.present[-2:])
+        return self.differentiable + sum(self.present.options)
 
     def needs(self, wanted: Sequence[bool]) -> "Needs":
         """Sum up which of the differentiable tensors need a gradient."""
@@ -175,10 +199,15 @@ class Form(NamedTuple):
         return (needs.x, *hx, *signals, *weights)
 
 
+def form_of(cell: str, reverse: Sequence[bool], present: Sequence[bool]) -> Form:
+    """Return the form that operators get in parts."""
+    return Form(cell, tuple(reverse), Present(*present))
+
+
 def flatten(layer: Layer) -> tuple[Form, list[Tensor]]:
     """List a layer's tensors: x, hx, signals, the weights direction by direction, batch_sizes, resets."""
     options = (layer.batch_sizes, layer.resets)
-    present = (*(each is not None for each in layer.weights[0]), *(each is not None for each in options))
+    present = Present._make([each is not None for each in (*layer.weights[0], *options)])
     weights = (each for direction in layer.weights for each in direction)
     tensors = (layer.x, *layer.hx, *layer.signals, *weights, *options)
     return Form(layer.cell, tuple(layer.reverse), present), [each for each in tensors if each is not None]
@@ -190,14 +219,14 @@ def restore(form: Form, tensors: Sequence) -> Layer:
     x = next(given)
     hx = tuple([next(given) for _ in range(form.states)])
     signals = tuple([next(given) for _ in range(form.signals)])
-    weights = tuple([named(form.present, given) for _ in form.reverse])
-    batch_sizes, resets = [next(given, None) if there else None for there in form.present[-2:]]
+    weights = tuple([named(form.present.weights, given) for _ in form.reverse])
+    batch_sizes, resets = [next(given, None) if there else None for there in form.present.options]
     return Layer(form.cell, x, hx, weights, form.reverse, batch_sizes, resets, signals)
 
 
 def named(present: Sequence[bool], given) -> Weights:
     """Name the next of one direction's weights."""
-    return Weights._make([next(given) if there else None for there in present[: len(Weights._fields)]])
+    return Weights._make([next(given) if there else None for there in present])
 
 
 def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
@@ -205,7 +234,7 @@ def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
     own = len(CELLS[options.cell].parameters)
     given, found = iter(weights), []
     for _ in range(options.directions):
-        fields = [next(given) if there else None for there in options.present[:-1]]
+        fields = [next(given) if there else None for there in options.present.weights[:-1]]
         fields.append(torch.stack([next(given) for _ in range(own)]) if own else None)
         found.append(Weights._make(fields))
     return tuple(found)
@@ -253,7 +282,7 @@ class Signature(NamedTuple):
     @property
     def padded(self) -> bool:
         """Say whether rows end at different steps, and their padding is there."""
-        return self.form.present[-2] and len(self.x_shape) == 3
+        return self.form.present.batch_sizes and len(self.x_shape) == 3
 
     @property
     def weights(self) -> Weights:
@@ -269,7 +298,7 @@ class Signature(NamedTuple):
             (len(cell.parameters), hidden),
         )
         return Weights._make(
-            [shape if there else None for shape, there in zip(shapes, self.form.present, strict=False)]
+            [shape if there else None for shape, there in zip(shapes, self.form.present.weights, strict=True)]
         )
 
 

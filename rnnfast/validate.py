@@ -116,7 +116,9 @@ def weight_shapes(options: Options, weights: Sequence[Tensor]) -> None:
     width = width if options.projected else hidden
     columns, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
     inner = ((*recurrent, width), columns, recurrent, (width, hidden))
-    own: list[tuple[int, ...]] = [shape for shape, there in zip(inner, options.present[1:-1], strict=True) if there]
+    own: list[tuple[int, ...]] = [
+        shape for shape, there in zip(inner, options.present.weights[1:-1], strict=True) if there
+    ]
     own += [(hidden,)] * len(cell.parameters)
     expected = [(*columns, shapes[0][-1]), *own] * directions
     expected += [(*columns, directions * width), *own] * (places - directions)
@@ -141,7 +143,7 @@ def packed(sequence: PackedSequence, lengths: Tensor | None) -> None:
 
 
 def lengths(given: Tensor, batch: int, batched: bool) -> None:
-    """Check `lengths`, except for its values, which `ops.sort_lengths` sees."""
+    """Check `lengths`, except for its values, which `operators.sort_lengths` sees."""
     if not isinstance(given, Tensor) or given.dtype not in INTEGERS:
         got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"lengths: expected an integer tensor of shape [{batch}], got {got}")

@@ -16,6 +16,7 @@ RUN = """
 import sys, warnings
 import torch, rnnfast
 from rnnfast import operators
+from rnnfast.explain import environment
 assert rnnfast.__file__.startswith({place!r}), rnnfast.__file__
 layer, cell, x = rnnfast.GRU(3, 5), rnnfast.GRUCell(3, 5), torch.randn(4, 2, 3)
 before = rnnfast.explain(layer, x)
@@ -29,7 +30,7 @@ with warnings.catch_warnings(record=True) as caught:
         layer(x, resets=torch.zeros(4, 2, dtype=torch.bool))
 with rnnfast.use_backend("torch"):
     torch.testing.assert_close(layer(x)[0], output)
-rnnfast.explain.environment()
+environment()
 found = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
 print(len(found), found, before, rnnfast.explain(layer, x), operators.version(), sep="\\n")
 """
@@ -137,6 +138,7 @@ if {platform!r} == "win32":
 sys.platform = {platform!r}
 
 import rnnfast
+from rnnfast.explain import environment
 torch.set_num_threads(2)
 layer, x = rnnfast.GRU(32, 64), torch.randn(20, 64, 32)
 explained = rnnfast.explain(layer, x)
@@ -146,7 +148,7 @@ for _ in range(3):
     output.sum().backward()
 with rnnfast.use_backend("torch"):
     torch.testing.assert_close(layer(x)[0], output)
-assert "Python threads" in rnnfast.explain.environment()
+assert "Python threads" in environment()
 """
 
 

@@ -272,7 +272,7 @@ def test_derived_equations(cell):
     row, names = table.CELLS[cell], torch_functions.BACKWARD | {"zeros_like": torch.zeros_like}
     names["sigmoid_hvp"] = lambda dot, dy, y: dot * dy * (1 - 2 * y)
     names["tanh_hvp"] = lambda dot, dy, y: -2 * dot * dy * y
-    jvp, hvp = (bind(function, names) for function in (row.jvp, row.hvp))
+    cell_jvp, cell_hvp = (bind(function, names) for function in (row.jvp, row.hvp))
     backward = bind(row.backward, names)
     torch.manual_seed(0)
 
@@ -283,10 +283,10 @@ def test_derived_equations(cell):
     x, u, state = some(row.gates, 3), some(row.gates, 3), some(states)
     along = some(row.gates), some(row.gates), some(states)
     (new_state, saved), expected = jvp(reference.FORWARD[cell], (x, u, state), along)
-    found = jvp(*along, saved, state, new_state)
+    found = cell_jvp(*along, saved, state, new_state)
     torch.testing.assert_close(found, expected)
 
     given = (some(states), saved, state, new_state)
     along = (some(states), some(row.saved), some(states), some(states))
     values, expected = jvp(backward, given, along)
-    torch.testing.assert_close(hvp(*given, *along), (values, expected))
+    torch.testing.assert_close(cell_hvp(*given, *along), (values, expected))

@@ -23,7 +23,7 @@ from torch import Tensor
 from rnnfast.backends.cpu.arguments import row_cuts
 from rnnfast.backends.cpu.executable import room, shape_of
 from rnnfast.spec import Form as LayerForm
-from rnnfast.spec import Signature
+from rnnfast.spec import Present, Signature
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
@@ -149,7 +149,7 @@ def shape(
 ) -> plan.Shape:
     """The plan's shape of one layer. options: whether there are batch_sizes, and resets."""
     reverse, biased = (False, True)[: form.directions], form.biased
-    layer = LayerForm(form.cell, reverse, (True, True, biased, biased, form.projected, False, *options))
+    layer = LayerForm(form.cell, reverse, Present(True, True, biased, biased, form.projected, False, *options))
     sizes = (steps, batch, form.hidden, form.width, 1, False, threads)
     signature = Signature(layer, torch.float32, x_shape, x_strides, *sizes, cuts=cuts, repeated=True)
     return replace(shape_of(signature), weights=form.weights)

@@ -21,11 +21,11 @@ def described(layer: Layer) -> tuple[Signature, dict[str, Tensor]]:
     hx = [each.contiguous() for each in others[: form.states]]
     signals = [as_signal(each) for each in others[form.states : end]]
     rest = [each.contiguous() for each in others[end:]]
-    if form.present[-2]:
-        sizes = rest[-1 - form.present[-1]]
+    if form.present.batch_sizes:
+        sizes = rest[-1 - form.present.resets]
         rest += [] if x.dim() == 3 else [sizes.cumsum(0) - sizes]
     threads, cuts = pool.usable(torch.get_num_threads()), None
-    if form.present[-2] and threads > 1:
+    if form.present.batch_sizes and threads > 1:
         cuts = row_cuts(sizes, hx[0].shape[1], -(-threads // len(form.reverse)))
     signature = Signature(
         form, x.dtype, tuple(x.shape), x.stride(), layer.steps, hx[0].shape[1], layer.hidden, hx[0].shape[2],

@@ -1,6 +1,6 @@
 """A pass over one layer, recorded for a signature: afterwards a call allocates its results and passes addresses.
 
-The names are those of the fields and bases in `rnnfast_kernels.cpu.plan.shape`, which says what they are.
+The names are those of the fields of `rnnfast_kernels.cpu.loops.steps.LAYER`, where it says what they are.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from rnnfast_kernels.cpu.plan import backward as plan_backward
 from rnnfast_kernels.cpu.plan import forward as plan_forward
+from rnnfast_kernels.cpu.plan import policy
 from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import Recipe
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
@@ -102,13 +103,13 @@ def shape_of(signature: Signature) -> plan.Shape:
     form, cell, threads = signature.form, signature.cell, signature.threads
     directions, batch, dtype = len(form.reverse), signature.batch, signature.dtype
     input_width, hidden, width = signature.x_shape[-1] // signature.inputs, signature.hidden, signature.width
-    projected, ragged, reset = form.present[-4], *form.present[-2:]
+    present = form.present
     rows = math.prod(signature.x_shape[:-1])
-    work = rows * directions * plan.work_per_row(cell, input_width, hidden, width)
-    step_work = batch * plan.work_per_row(cell, 0, hidden, width)
-    shared = not (projected or ragged or reset)
-    workers = plan.workers_for(batch, work, step_work, directions, threads) if shared else 1
-    slices = 1 if workers > 1 else plan.slices_for(work, batch, directions, threads)
+    work = rows * directions * policy.work_per_row(cell, input_width, hidden, width)
+    step_work = batch * policy.work_per_row(cell, 0, hidden, width)
+    shared = not (present.w_hr or present.batch_sizes or present.resets)
+    workers = policy.workers_for(batch, work, step_work, directions, threads) if shared else 1
+    slices = 1 if workers > 1 else policy.slices_for(work, batch, directions, threads)
     repeated = signature.repeated or not cell.standard
     return plan.Shape(
         cell=form.cell,
@@ -123,11 +124,11 @@ def shape_of(signature: Signature) -> plan.Shape:
         reverse=form.reverse,
         x_row=signature.x_strides[-2] * dtype.itemsize,
         x_step=signature.x_strides[0] * dtype.itemsize,
-        projected=projected,
+        projected=present.w_hr,
         threads=threads,
-        cuts=signature.cuts if signature.cuts is not None and slices > 1 else plan.even_cuts(batch, slices),
+        cuts=signature.cuts if signature.cuts is not None and slices > 1 else policy.even_cuts(batch, slices),
         workers=workers,
-        unpacked=rows <= MOST_UNPACKED_ROWS and not projected and not repeated,
+        unpacked=rows <= MOST_UNPACKED_ROWS and not present.w_hr and not repeated,
     )
 
 
@@ -138,7 +139,7 @@ def state_names(signature: Signature, form: str) -> tuple[str, ...]:
 
 def weight_names(signature: Signature, prefix: str = "") -> tuple[str, ...]:
     """Name the weights that there are, direction by direction; or, with the prefix d, their gradients."""
-    fields = tuple(compress(Weights._fields, signature.form.present))
+    fields = tuple(compress(Weights._fields, signature.form.present.weights))
     return tuple(f"{prefix}{name}{d}" for d in range(len(signature.form.reverse)) for name in fields)
 
 
@@ -146,8 +147,8 @@ def tensor_names(signature: Signature) -> tuple[str, ...]:
     """Name the tensors of a layer in the order of `rnnfast.spec.flatten`, with the packed steps' starts at the end."""
     initial = () if signature.zero else state_names(signature, "{}_first")
     signals = (f"signal{n}" for n in range(signature.form.signals))
-    options = compress(("sizes", "resets"), signature.form.present[-2:])
-    starts = ("starts",) * (signature.form.present[-2] and not signature.padded)
+    options = compress(("sizes", "resets"), signature.form.present.options)
+    starts = ("starts",) * (signature.form.present.batch_sizes and not signature.padded)
     return ("x", *initial, *signals, *weight_names(signature), *options, *starts)
 
 
@@ -183,7 +184,7 @@ def residual_rooms(signature: Signature) -> dict[str, Room]:
     if cell.saved:
         wide = WIDER.get(signature.dtype)
         found["gates"] = Room((*signature.lead, cell.kept * hidden), wide, zeroed)
-    if signature.form.present[-4]:
+    if signature.form.present.w_hr:
         found["unprojected"] = Room((*signature.lead, hidden), None, zeroed)
     return found
 
@@ -202,7 +203,7 @@ def forward(signature: Signature, save: bool, all_states: bool, flat: bool = Fal
     results |= residual_rooms(signature) if save else {}
     kept = tuple(results)[1:]
     results |= state_rooms(signature, "{}_final", (len(signature.form.reverse), signature.batch))
-    record = partial(plan_forward.forward, shape_of(signature), signature.form.present[2], kept)
+    record = partial(plan_forward.forward, shape_of(signature), signature.form.present.b_ih, kept)
     tensors, fixed = tensor_names(signature), fixed_values(signature)
     return Executable(code_of(signature), signature.dtype, record, tensors, results, fixed)
 
@@ -229,7 +230,7 @@ def backward(signature: Signature, given: tuple[str, ...], needs: Needs, groups:
         results |= zip(weight_names(signature, "d"), rooms, strict=True)
     incoming = (*given, "dsignals") if needs.signals else given
     flags = (needs.x, needs.hx, needs.weights)
-    biased = signature.form.present[2]
+    biased = signature.form.present.b_ih
     record = partial(plan_backward.backward, shape_of(signature), kept, incoming, *flags, groups, biased)
     tensors = (*tensor_names(signature), "h", *kept, *given)
     return Executable(code_of(signature), signature.dtype, record, tensors, results, fixed_values(signature))
@@ -251,6 +252,6 @@ def stack(signatures: tuple[Signature, ...], batched: bool = True) -> Executable
         (plan_forward.layer_name(name, n) for name in weight_names(each)) for n, each in enumerate(signatures)
     )
     tensors = ("x", *(() if first.zero else state_names(first, "{}_first")), *weights)
-    shapes, biased = tuple(map(shape_of, signatures)), first.form.present[2]
+    shapes, biased = tuple(map(shape_of, signatures)), first.form.present.b_ih
     record = partial(plan_forward.stack, shapes, biased=biased, zero=first.zero)
     return Executable(code_of(first), first.dtype, record, tensors, results, {})

@@ -87,7 +87,7 @@ def jvp(layer: Layer, states: States, saved: States, tangents: Tangents) -> Outp
     if dtype in WIDER:
         return in_dtype(jvp(*in_dtype((layer, states, saved, tangents), WIDER[dtype])), dtype)
     at = Linearised(layer, states, saved, tangents)
-    shape, biased = executable.shape_of(at.signature), at.signature.form.present[2]
+    shape, biased = executable.shape_of(at.signature), at.signature.form.present.b_ih
     return at.run(partial(plan_tangents.jvp, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
 
 
@@ -118,7 +118,7 @@ def hvp(
         results |= {f"d{name}": Room(tuple(at.tensors[name].shape)) for name in weights}
     record = partial(
         plan_tangents.hvp, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
-        needs.x, needs.weights, signature.form.present[2],
+        needs.x, needs.weights, signature.form.present.b_ih,
     )  # fmt: skip
     found, of_states = at.run(record, results)
     hx = tuple(found[name] if needs.hx else None for name in executable.state_names(signature, "d{}_first"))

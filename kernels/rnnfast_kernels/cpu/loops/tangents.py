@@ -1,8 +1,8 @@
 """The time loops of the second derivative: how a layer changes, and how its gradients do; generic over the cell.
 
 A layer's tensors change by given amounts. `layer_jvp` runs from the first step to the last and finds the changes of
-the states and of what the forward loop saved; it is the derivative of `loops.layer_forward`. `layer_hvp` runs back
-through time with the gradients and with their changes, side by side; it is the derivative of `loops.layer_backward`
+the states and of what the forward loop saved; it is the derivative of `forward.layer_forward`. `layer_hvp` runs back
+through time with the gradients and with their changes, side by side; it is the derivative of `backward.layer_backward`
 (Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both is derived (see `equations`).
 
 Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field

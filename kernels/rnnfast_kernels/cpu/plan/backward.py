@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from rnnfast_kernels.cpu.loops import gradients, products, steps, tasks
+from rnnfast_kernels.cpu.plan.policy import even_cuts, threads_for
 from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.plan.shape import (
     Shape,
-    even_cuts,
     final_fields,
     loop_jobs,
     loop_phase,
@@ -19,7 +19,6 @@ from rnnfast_kernels.cpu.plan.shape import (
     slice_fields,
     state_fields,
     state_work,
-    threads_for,
     zeros,
 )
 from rnnfast_kernels.cpu.target import widest_panel

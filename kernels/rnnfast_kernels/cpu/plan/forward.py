@@ -5,11 +5,11 @@ from itertools import pairwise
 
 from rnnfast_kernels.cpu.loops import products, tasks
 from rnnfast_kernels.cpu.plan import panels
+from rnnfast_kernels.cpu.plan.policy import chunk_steps
 from rnnfast_kernels.cpu.plan.recipe import NOWHERE, Recipe, Ref
 from rnnfast_kernels.cpu.plan.shape import (
     WEIGHTS,
     Shape,
-    chunk_steps,
     final_fields,
     loop_jobs,
     loop_phase,

@@ -1,6 +1,7 @@
-"""How a layer's work is cut into jobs: slices of the batch, chunks of steps, scratch memory, phases.
+"""Where everything is in a layer's jobs: records, strides, scratch memory, panels, phases.
 
-Nothing here changes a result: every element's sum runs in the same order whatever the plan.
+The loops and the packing of panels take it from here: a wrong size or stride is a wrong address. What may be tuned is
+in `policy`.
 """
 
 import functools
@@ -14,20 +15,12 @@ import numpy as np
 from rnnfast_kernels.cells import CELLS, Cell
 from rnnfast_kernels.cpu.job import SIGNAL
 from rnnfast_kernels.cpu.loops import products, steps, tasks
+from rnnfast_kernels.cpu.plan.policy import even_cuts, threads_for, work_per_row
 from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
-# Bytes of gates that a worker computes ahead of the recurrence, and the rows that make that product worth its panels.
-CHUNK_BYTES = 1 << 17
-CHUNK_ROWS = 64
 ZEROS: list[np.ndarray] = []
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "parameters")
-# Multiplications below which another thread costs more than it brings.
-SERIAL_WORK = 1 << 20
-# Multiplications of one step that make a worker worth its part in a meeting of all, and the rows from which on slices
-# of the batch are the better way to share.
-STEP_WORK = 1 << 15
-BARRIER_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -106,38 +99,10 @@ class Shape:
         return self.rows * self.directions * work_per_row(self.row, self.inputs, self.hidden, self.width)
 
 
-def work_per_row(cell: Cell, inputs: int, hidden: int, width: int) -> int:
-    """Multiplications of one row in one step."""
-    projection = width * hidden if width != hidden else 0
-    return hidden * (cell.gates * inputs + cell.recurrent * width) + projection
-
-
-def threads_for(work: int, threads: int) -> int:
-    """Threads worth using for so many multiplications."""
-    return max(1, min(threads, work // SERIAL_WORK))
-
-
-def even_cuts(count: int, parts: int) -> tuple[int, ...]:
-    """Bounds that cut `count` into `parts` as evenly as can be."""
-    return tuple(count * part // parts for part in range(parts + 1))
-
-
 def panel_cuts(blocks: int, widest: int, parts: int) -> tuple[int, ...]:
     """Bounds that cut `blocks` into at most `parts`, at the ends of panels of `widest` blocks."""
     groups = -(-blocks // widest)
     return tuple(min(blocks, cut * widest) for cut in even_cuts(groups, min(groups, parts)))
-
-
-def workers_for(rows: int, work: int, step_work: int, directions: int, threads: int) -> int:
-    """Threads that share the hidden units of one direction, where the batch has too few rows to share them."""
-    if rows >= BARRIER_ROWS * threads:
-        return 1
-    return max(1, min(threads_for(work, threads) // directions, step_work // STEP_WORK))
-
-
-def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
-    """Slices of the batch; each slice of each direction is one job."""
-    return max(1, min(batch, -(-threads_for(work, threads) // directions)))
 
 
 def zeros(size: int) -> int:
@@ -164,13 +129,6 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
     row = chosen.padded(chosen.lines(depth)) * chosen.operand_elements * chosen.acc_bytes + chosen.operand_head
     aux = 15 if chosen.dot == "amx" else 0  # rows that are read beside fewer than 16
     return recipe.buffer(8 * rows + chosen.vector + (rows + aux) * row)
-
-
-def chunk_steps(shape: Shape, rows: int) -> int:
-    """Steps whose input products are computed together."""
-    row_bytes = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
-    rows = max(1, rows)
-    return max(1, min(shape.steps, max(CHUNK_BYTES // (rows * row_bytes), CHUNK_ROWS // rows)))
 
 
 def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth: int, bias: Ref | int = 0):

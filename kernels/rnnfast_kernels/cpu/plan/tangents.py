@@ -1,4 +1,4 @@
-"""How a layer and its gradients change, as recipes: the loops of `second`, then the products of the backward pass.
+"""How a layer and its gradients change, as recipes: those of `loops.tangents`, then the products of the backward pass.
 
 Every base `name` of the other recipes that a layer is given has a second one here, `name_dot`, which holds its change.
 Records and panels of changes are written as those of the layer itself, with the bases renamed.
@@ -16,11 +16,11 @@ from rnnfast_kernels.cpu.plan.backward import (
     weight_gradients,
 )
 from rnnfast_kernels.cpu.plan.forward import gate_work, pack_forward
+from rnnfast_kernels.cpu.plan.policy import chunk_steps
 from rnnfast_kernels.cpu.plan.recipe import Recipe, Ref
 from rnnfast_kernels.cpu.plan.shape import (
     WEIGHTS,
     Shape,
-    chunk_steps,
     final_fields,
     loop_jobs,
     loop_phase,
