@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, facts, options, plot, report, store, tables
+from benchmarks import facts, options, plot, report, store, tables, worker
 from benchmarks.cases import CELLS, Case, operations
 from benchmarks.contenders import OURS, Contender
-from benchmarks.measure import Effort
-from benchmarks.progress import Progress
+from benchmarks.measure import Settings
 from benchmarks.questions import Question
-from benchmarks.run import Settings
+from benchmarks.worker import Progress, Worker
 
 QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
 # One core's worth of other work in the minute before the run.
@@ -25,7 +24,7 @@ GUESSED_RATE, GUESSED_OVERHEAD = 5e10, 0.3
 def run(asked: list[Question], arguments) -> int:
     """Measure what is asked. Returns the exit status."""
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else FULL_SECONDS)
-    settings = Settings(arguments.device, arguments.seed, Effort(seconds))
+    settings = Settings(arguments.device, arguments.seed, seconds)
     results = {
         "schema": store.SCHEMA,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -38,13 +37,13 @@ def run(asked: list[Question], arguments) -> int:
         "records": [],
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is kept like Ctrl-C's
-    with driver.working(arguments.threads, driver.PATIENCE_SECONDS[arguments.device]) as worker:
+    with worker.working(arguments.threads, worker.PATIENCE_SECONDS[arguments.device]) as measuring:
         formats = tuple(dict.fromkeys(case.dtype for question in asked for case in question.cases))
-        results["machine"] = worker.ask("facts", arguments.device, formats)
+        results["machine"] = measuring.ask("facts", arguments.device, formats)
         path = folder(results["machine"].pop("folder"), arguments) / "results.json"
         print(heading(results["machine"]))
         try:
-            measure_all(worker, asked, arguments, settings, results, path)
+            measure_all(measuring, asked, arguments, settings, results, path)
             results["complete"] = True
         except KeyboardInterrupt:
             print(f"\ninterrupted; {len(results['records'])} measured cases are kept")
@@ -68,7 +67,7 @@ def folder(machine_name: str, arguments) -> Path:
     return store.RESULTS / machine_name / (kind if options.is_partial(arguments) else "")
 
 
-def measure_all(worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
+def measure_all(measuring: Worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
     progress = Progress(sum(weight(case, question, settings) for question in asked for case in question.cases))
     for question in asked:
         standing = take_part(question, arguments, results["skipped"])
@@ -76,18 +75,18 @@ def measure_all(worker, asked, arguments, settings: Settings, results: dict[str,
         progress.print(tables.text_lines([list(tables.COLUMNS)])[0])
         for case in question.cases:
             progress.show(case.id)
-            record = driver.measure(worker, case, standing, settings, progress)
+            record = measuring.measure(case, standing, settings, progress)
             record = {"question": question.name, "case": case.to_json(), **record}
             results["records"].append(record)
             progress.print("\n".join(tables.text_lines(tables.case_rows(record, results["machine"]))))
-            progress.advance(weight(case, question, settings))
+            progress.done += weight(case, question, settings)
             store.save(path, results)
         left_out = tables.skips(store.records_of(results, question.name))
         if left_out:
             progress.print(left_out)
     if not options.is_partial(arguments):
         progress.show("import and first call")
-        results["startup"] = worker.ask("startup", CELLS, progress=progress, what="import and first call")
+        results["startup"] = measuring.ask("startup", CELLS, progress=progress, what="import and first call")
         progress.print(
             "\nimport and first call\n"
             + "\n".join(f"  {row['what']:<40}{row['ms']:>10} ms" for row in results["startup"])
@@ -99,7 +98,7 @@ def weight(case: Case, question: Question, settings: Settings) -> float:
     """Seconds that a case may take, roughly."""
     contenders = len(question.peers) / 2 + 3
     per_run = operations(case) / GUESSED_RATE
-    return GUESSED_OVERHEAD + contenders * max(settings.effort.seconds, per_run * settings.effort.fewest)
+    return GUESSED_OVERHEAD + contenders * max(settings.seconds, per_run * settings.fewest)
 
 
 def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Contender]:
