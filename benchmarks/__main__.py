@@ -22,7 +22,7 @@ def dispatch(arguments) -> int:
     if arguments.compare:
         from benchmarks import compare
 
-        return compare.report(*arguments.compare)
+        return compare.show(*arguments.compare)
     check_machine(arguments)
     if arguments.facts:
         arguments.backend, arguments.peer = "numba,torch", "torch"

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import facts, options, plot, report, store, tables, worker
-from benchmarks.cases import CELLS, Case, operations
+from benchmarks import facts, options, plot, report, store, worker
+from benchmarks.cases import CELLS
 from benchmarks.contenders import OURS, Contender
 from benchmarks.measure import Settings
 from benchmarks.questions import Question
@@ -17,8 +17,6 @@ from benchmarks.worker import Progress, Worker
 QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
 # One core's worth of other work in the minute before the run.
 BUSY_LOAD = 1.0
-# A guess of operations per second and of seconds per case besides, for the progress bar alone.
-GUESSED_RATE, GUESSED_OVERHEAD = 5e10, 0.3
 
 
 def run(asked: list[Question], arguments) -> int:
@@ -68,20 +66,20 @@ def folder(machine_name: str, arguments) -> Path:
 
 
 def measure_all(measuring: Worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
-    progress = Progress(sum(weight(case, question, settings) for question in asked for case in question.cases))
+    progress = Progress(sum(len(question.cases) for question in asked))
     for question in asked:
         standing = take_part(question, arguments, results["skipped"])
         progress.print(f"\n{question.name}: {question.title}")
-        progress.print(tables.text_lines([list(tables.COLUMNS)])[0])
+        progress.print(report.text_lines([list(report.COLUMNS)])[0])
         for case in question.cases:
             progress.show(case.id)
             record = measuring.measure(case, standing, settings, progress)
             record = {"question": question.name, "case": case.to_json(), **record}
             results["records"].append(record)
-            progress.print("\n".join(tables.text_lines(tables.case_rows(record, results["machine"]))))
-            progress.done += weight(case, question, settings)
+            progress.print("\n".join(report.text_lines(report.case_rows(record, results["machine"]))))
+            progress.done += 1
             store.save(path, results)
-        left_out = tables.skips(store.records_of(results, question.name))
+        left_out = report.skips(store.records_of(results, question.name))
         if left_out:
             progress.print(left_out)
     if not options.is_partial(arguments):
@@ -92,13 +90,6 @@ def measure_all(measuring: Worker, asked, arguments, settings: Settings, results
             + "\n".join(f"  {row['what']:<40}{row['ms']:>10} ms" for row in results["startup"])
         )
     progress.clear()
-
-
-def weight(case: Case, question: Question, settings: Settings) -> float:
-    """Seconds that a case may take, roughly."""
-    contenders = len(question.peers) / 2 + 3
-    per_run = operations(case) / GUESSED_RATE
-    return GUESSED_OVERHEAD + contenders * max(settings.seconds, per_run * settings.fewest)
 
 
 def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Contender]:
@@ -134,6 +125,6 @@ def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def finish(results: dict[str, Any], path: Path) -> None:
     store.save(path, results)
-    print("\n" + tables.marks_text(results["records"]))
+    print("\n" + report.marks_text(results["records"]))
     pictures = plot.draw_all(results, path.parent)
     print(f"\n{path}\n{report.write(results, path.parent, pictures)}")
