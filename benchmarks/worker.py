@@ -24,6 +24,7 @@ from benchmarks.cases import Case
 from benchmarks.contenders import Contender
 
 PATIENCE_SECONDS = {"cpu": 900, "cuda": 120}
+START_SECONDS = 300
 POLL_SECONDS = 0.5
 NOBODY = -1
 BAR = 24
@@ -35,6 +36,7 @@ def serve(pipe: Connection, turn: c_int, threads: int) -> None:
     with suppress(OSError):  # when memory runs out, lose this process and not the parent, which holds the results
         Path(f"/proc/{os.getpid()}/oom_score_adj").write_text("1000")
     torch.set_num_threads(threads)
+    pipe.send("ready")
     with suppress(EOFError):
         while True:
             name, arguments = pipe.recv()
@@ -99,21 +101,25 @@ class Worker:
 
     def ask(self, task: str, *arguments: Any, progress: Progress | None = None, what: str = "") -> Any:
         """Run one task and return its answer. Raises WorkerLost."""
-        if self.process is None:
-            self.start()
         try:
+            if self.process is None:
+                self.start()
+                self.answer(START_SECONDS)
             self.pipe.send((task, arguments))
-            end = time.monotonic() + self.patience
-            while not self.pipe.poll(POLL_SECONDS):
-                if time.monotonic() > end:
-                    self.lose(f"no answer within {self.patience:.0f} s")
-                if progress:
-                    progress.show(what)
-            return self.pipe.recv()
+            return self.answer(self.patience, progress, what)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
             self.lose(f"ended the process by signal {-code}" if code < 0 else f"ended the process with status {code}")
+
+    def answer(self, patience: float, progress: Progress | None = None, what: str = "") -> Any:
+        end = time.monotonic() + patience
+        while not self.pipe.poll(POLL_SECONDS):
+            if time.monotonic() > end:
+                self.lose(f"no answer within {patience:.0f} s")
+            if progress:
+                progress.show(what)
+        return self.pipe.recv()
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")

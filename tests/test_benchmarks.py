@@ -94,7 +94,7 @@ def test_a_contender_that_fails_is_a_row_and_the_rest_goes_on(fault, status):
 
 @pytest.mark.parametrize(("fault", "reason"), [("dies", "signal 9"), ("hangs", "no answer")])
 def test_a_contender_that_takes_the_process_down_is_a_row(fault, reason):
-    with worker.working(threads=1, patience=12) as measuring:
+    with worker.working(threads=1, patience=4) as measuring:
         contenders = [PEERS["torch"], misbehaving(fault), misbehaving("")]
         record = measuring.measure(TINY, contenders, QUICKLY, worker.Progress(1.0))
     rows = rows_of(record)
