@@ -31,7 +31,7 @@ is_neg, new = Tensor.is_neg, tuple.__new__
 class Kind(NamedTuple):
     """All that a call depends on, but for values and addresses.
 
-    facts: of the input, the `given` initial states and the weights.
+    facts: of the input, the `given` initial states and the weights. asked: the setting of the backend.
     """
 
     options: Any  # rnnfast.functional.Options
@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     strides: tuple[int, ...]
     given: int
     facts: tuple[tuple[torch.Size, torch.dtype, bool], ...]
+    asked: str
 
     @property
     def shape(self) -> torch.Size:
@@ -79,7 +80,7 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
         or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
-        or setting() not in ("auto", "numba")
+        or (asked := setting()) not in ("auto", "numba")
         or not are_contiguous(tensors[1:])
     ):
         return None
@@ -89,7 +90,7 @@ def kind_of(options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tens
     threads = torch.get_num_threads()
     if threads > pool.known_cores:  # what `usable` asks too, without a call
         threads = pool.usable(threads)
-    return new(Kind, (options, differentiated, threads, x.stride(), len(states), tuple(map(facts, tensors))))
+    return new(Kind, (options, differentiated, threads, x.stride(), len(states), tuple(map(facts, tensors)), asked))
 
 
 def are_contiguous(tensors: Sequence[Tensor]) -> bool:
