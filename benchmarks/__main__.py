@@ -25,7 +25,7 @@ def dispatch(arguments) -> int:
         return compare.show(*arguments.compare)
     check_machine(arguments)
     if arguments.facts:
-        arguments.backend, arguments.peer = "numba,torch", "torch"
+        arguments.backend, arguments.peer = "numba", "torch"
     asked = options.asked(arguments)
     if arguments.list:
         show(asked, arguments)

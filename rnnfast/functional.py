@@ -116,8 +116,7 @@ def recurrent(
         outcome = run_ragged(call, lengths)
     else:
         outcome = run(call)
-    if kind is not None and quick.runs_on_kernels(kind):
-        quick.remember(kind)
+    if kind is not None and quick.remember(kind):
         return no_views(options, batched, *present(options, outcome, batched, all_states))
     return present(options, outcome, batched, all_states)
 

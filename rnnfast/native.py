@@ -22,6 +22,22 @@ def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     return output, tuple(finals)
 
 
+def prepare(kind):
+    """Prepare a `quick.Kind` of one layer in one direction: a function of the input, initial states and weights."""
+    options, biased = kind.options, len(kind.weights) > 2
+    function = getattr(_torch.operators, options.cell)
+    batch = kind.shape[0 if options.batch_first else 1]
+    zero, count = (1, batch, kind.weights[1][1]), 2 if options.cell == "lstm" else 1
+
+    def call(x: Tensor, states, weights):
+        hx = states or (x.new_zeros(zero),) * count
+        constants = (biased, 1, 0.0, options.training, False, options.batch_first)
+        output, *finals = function(x, hx if count == 2 else hx[0], weights, *constants)
+        return output, tuple(finals) if count == 2 else finals[0]
+
+    return call
+
+
 def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the padded layout by packing its live rows. Rows of length zero, which torch refuses, are kept out."""
     steps, batch = call.x.shape[:2]

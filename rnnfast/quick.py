@@ -15,7 +15,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu import pool
 from torch import Tensor
 
-from rnnfast import _torch, autograd, quick_training
+from rnnfast import _torch, autograd, native, quick_training
 from rnnfast.backends import measured
 from rnnfast.backends.choice import backend_of, load, setting
 
@@ -106,22 +106,26 @@ def can_prepare(options, x: Tensor) -> bool:
     return options.dropout == 0 or not options.training
 
 
-def remember(kind: Kind) -> None:
-    """Note that a call of a kind went well, and prepare the kind if it is the second."""
-    if kind not in once:
-        if len(once) >= MOST:
-            once.clear()
-        once.add(kind)
-    elif kind.strides[-1] == 1 and 0 not in (*kind.shape, *kind.weights[1]) and runs_on_kernels(kind):
-        if len(ready) >= MOST:
-            ready.clear()
-        ready[kind] = prepare(kind)
-
-
-def runs_on_kernels(kind: Kind) -> bool:
-    """Say whether the CPU's kernels run calls of a kind, as the calls before were decided."""
+def remember(kind: Kind) -> bool:
+    """Note that a call of a kind went well, prepare the kind if it is the second; return whether the kernels ran it."""
     sizes = measured.sizes_of_kind(kind)
-    return backend_of(kind.options.cell, torch.device("cpu"), kind.dtype, False, sizes) == "numba"
+    backend = backend_of(kind.options.cell, torch.device("cpu"), kind.dtype, False, sizes)
+    if backend == "numba" or is_left_to_torch(kind, sizes):
+        if kind not in once:
+            if len(once) >= MOST:
+                once.clear()
+            once.add(kind)
+        elif kind.strides[-1] == 1 and 0 not in (*kind.shape, *kind.weights[1]):
+            if len(ready) >= MOST:
+                ready.clear()
+            ready[kind] = prepare(kind) if backend == "numba" else native.prepare(kind)
+    return backend == "numba"
+
+
+def is_left_to_torch(kind: Kind, sizes: measured.Sizes | None) -> bool:
+    """Say whether torch runs a kind because it was measured faster, on input that its operator takes as it is."""
+    auto = kind.asked == "auto" and len(kind.shape) == 3
+    return auto and sizes is not None and measured.slower(kind.options.cell, sizes) is not None
 
 
 def prepare(kind: Kind) -> Callable:
