@@ -2,8 +2,7 @@
 
     python -m benchmarks --help
 
-One way through the files: `questions` lists what is asked, as `cases`; `driver` sends each case to a `worker` process;
-there `run` builds the same `workload` for every contender in `contenders/`, checks it against the `oracle`, and has
-`measure` and `memory` take the numbers; `store` keeps them. `tables`, `plot`, `report`, `marks`, `compare` and `readme`
-only read what is stored.
+One way through the files: `questions` lists what is asked, as `cases`; `session` sends each case to a `worker` process;
+in it `measure` builds the same `workload` for every contender in `contenders/`, checks it against the `oracle`, and
+takes the numbers; `store` keeps them. The other files only read what is stored.
 """

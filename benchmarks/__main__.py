@@ -22,10 +22,10 @@ def dispatch(arguments) -> int:
     if arguments.compare:
         from benchmarks import compare
 
-        return compare.report(*arguments.compare)
+        return compare.show(*arguments.compare)
     check_machine(arguments)
     if arguments.facts:
-        arguments.backend, arguments.peer = "numba,torch", "torch"
+        arguments.backend, arguments.peer = "numba", "torch"
     asked = options.asked(arguments)
     if arguments.list:
         show(asked, arguments)

@@ -6,7 +6,7 @@ the two runs; by its time where there is no ratio. A regression is a slowdown of
 
 from typing import Any, NamedTuple
 
-from benchmarks import store, tables
+from benchmarks import report, store
 from benchmarks.contenders import BASELINE, OURS
 
 # No change smaller than this counts, however quiet the two runs were: another layout of the same code can make it.
@@ -25,7 +25,7 @@ class Change(NamedTuple):
         return self.speed < 1 and self.contender.startswith(OURS)
 
 
-def report(before: str, after: str) -> int:
+def show(before: str, after: str) -> int:
     """Print what changed from one file to the other; 1 on a regression. Raises ValueError where a file is none."""
     old, new = store.load(before), store.load(after)
     found, cases = changes(old, new)
@@ -76,4 +76,4 @@ def record_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 def speed_change(old: dict[str, Any], new: dict[str, Any]) -> tuple[float, str]:
     if "ratio" in old and "ratio" in new:
         return new["ratio"][0] / old["ratio"][0], f"{old['ratio'][0]:.2f} to {new['ratio'][0]:.2f} x torch"
-    return old["ms"][0] / new["ms"][0], f"{tables.number(old['ms'][0])} to {tables.number(new['ms'][0])} ms"
+    return old["ms"][0] / new["ms"][0], f"{report.number(old['ms'][0])} to {report.number(new['ms'][0])} ms"

@@ -1,11 +1,14 @@
-"""The machine's facts: what it is, which versions run, how fast it multiplies and moves memory at best."""
+"""The machine's facts: what it is, which versions run, how fast it multiplies and moves memory, what a start costs."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
+import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +23,11 @@ COPY_BYTES = {"cpu": (1 << 16, 1 << 20, 1 << 24, 1 << 28), "cuda": (1 << 31,)}
 PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax", "flashrnn", "haste_pytorch")
 
 
-def facts(device: str, threads: int, dtypes: tuple[str, ...]) -> dict:
-    """Everything a reader needs to judge the numbers, the measured limits included."""
+def facts(device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
+    """Everything a reader needs to judge the numbers, and the folder that they belong to."""
+    threads = torch.get_num_threads()
     return {
+        "folder": slug(device, threads),
         "device": device_name(device),
         "kind": device,
         "system": f"{platform.system()} {platform.release()}",
@@ -117,3 +122,64 @@ def bandwidth(device: str, size: int) -> float:
     source = torch.ones(size // 8, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return size / best_seconds(lambda: target.copy_(source), device)
+
+
+REPEATS = 3
+
+IMPORT = """
+import time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+{more}
+print(middle - start, time.perf_counter() - middle)
+"""
+
+FIRST_CALL = """
+import time, torch
+{more}
+module = {namespace}.{cell}(64, 64)
+x = torch.randn(32, 8, 64, requires_grad=True)
+start = time.perf_counter()
+module(x)[0].sum().backward()
+first = time.perf_counter() - start
+start = time.perf_counter()
+module(x)[0].sum().backward()
+print(first, time.perf_counter() - start)
+"""
+
+
+def startup(cells: tuple[str, ...]) -> list[dict]:
+    """Milliseconds to a first result. `cold` starts from empty kernel caches, `cached` is a later process."""
+
+    def row(what: str, *arguments) -> dict:
+        return {"what": what, "ms": milliseconds(*arguments)}
+
+    rows = [
+        row("import torch", IMPORT.format(more=""), 0),
+        row("import rnnfast, after torch", IMPORT.format(more="import rnnfast"), 1),
+    ]
+    for cell in cells:
+        name = cell.upper()
+        ours = FIRST_CALL.format(more="import rnnfast", namespace="rnnfast", cell=name)
+        rows.append(row(f"{name} first call, torch", FIRST_CALL.format(more="", namespace="torch.nn", cell=name), 0))
+        with tempfile.TemporaryDirectory() as folder:
+            caches = {"NUMBA_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+            rows.append(row(f"{name} first call, rnnfast, cold", ours, 0, 1, caches))
+            rows.append(row(f"{name} first call, rnnfast, cached", ours, 0, REPEATS, caches))
+    return rows
+
+
+def milliseconds(program: str, column: int, repeats: int = REPEATS, environment: dict[str, str] | None = None) -> float:
+    """Median over fresh processes of one of the numbers that the program prints, in seconds, as milliseconds."""
+    times = []
+    for _ in range(repeats):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times.append(1e3 * float(done.stdout.split()[column]))
+    return float(f"{statistics.median(times):.4g}")

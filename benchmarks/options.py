@@ -107,12 +107,8 @@ def contenders(question: Question, arguments: argparse.Namespace) -> list[Conten
     peers = choose("peer", arguments.peer, PEERS)
     backends = choose("backend", arguments.backend, BACKENDS) or ()
     others = [name for name in (question.peers if peers is None else peers) if name != BASELINE]
-    return [
-        PEERS[BASELINE],
-        *map(by_backend, backends),
-        *map(by_plan, arguments.plan),
-        *(PEERS[name] for name in others),
-    ]
+    ours = [*map(by_backend, backends), *map(by_plan, arguments.plan)]
+    return [PEERS[BASELINE], *ours, *(PEERS[name] for name in others)]
 
 
 def asked(arguments: argparse.Namespace) -> list[Question]:
@@ -129,6 +125,8 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
         sizes = parse_sizes(arguments.sizes)
         chosen = [questions.one_size(sizes, dtype) for dtype in dtypes or (questions.base(arguments.device).dtype,)]
     elif arguments.facts:
+        if labels or cells or modes or dtypes or names:
+            raise ValueError("facts are about a whole grid, whose rows they replace; leave the filters out")
         chosen = [questions.facts()]
     elif arguments.grid is not None:
         if arguments.grid < 1:
@@ -138,14 +136,12 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
         chosen = questions.quick(arguments.device) if arguments.quick and not names else everything
         chosen = [question for question in chosen if not names or question.name in names]
     left = []
+    filters = {"label": labels, "cell": cells, "mode": modes, "dtype": dtypes}
     for question in chosen:
         cases = tuple(
             case
             for case in question.cases
-            if (not labels or case.label in labels)
-            and (not cells or case.cell in cells)
-            and (not modes or case.mode in modes)
-            and (not dtypes or case.dtype in dtypes)
+            if all(not wanted or getattr(case, name) in wanted for name, wanted in filters.items())
         )
         if cases:
             left.append(replace(question, cases=cases))
@@ -156,20 +152,9 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
     return left
 
 
+NARROWING = ("quick", "facts", "question", "case", "sizes", "grid", "cell", "mode", "dtype", "peer", "plan", "backend")
+
+
 def is_partial(arguments: argparse.Namespace) -> bool:
     """Whether the run is less than everything, so that it must not replace the full results."""
-    narrowed = (
-        arguments.question,
-        arguments.case,
-        arguments.sizes,
-        arguments.grid,
-        arguments.cell,
-        arguments.mode,
-        arguments.dtype,
-    )
-    return (
-        arguments.quick
-        or arguments.plan
-        or any(value is not None for value in (*narrowed, arguments.peer))
-        or arguments.backend != "auto"
-    )
+    return any(getattr(arguments, name) != parser().get_default(name) for name in NARROWING)

@@ -39,35 +39,29 @@ SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rnnfast",
     "lines.markersize": 4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
 }
-SECONDS_PER_MS = 1e-3
-
-# What is drawn: the value of one contender's row in one case, or None where it has none.
-Value = Callable[[Case, dict[str, Any]], float | None]
-
-
-def time_ms(case: Case, row: dict[str, Any]) -> float:
-    return row["ms"][0]
-
-
-def step_us(case: Case, row: dict[str, Any]) -> float:
-    return 1e3 * row["ms"][0] / case.T
-
-
-def speedup(case: Case, row: dict[str, Any]) -> float | None:
-    return row["ratio"][0] if "ratio" in row else 1.0 if row["contender"] == BASELINE else None
-
-
-def saved_mb(case: Case, row: dict[str, Any]) -> float | None:
-    return row["saved"] / 1e6 if "saved" in row else None
-
-
-def peak_mb(case: Case, row: dict[str, Any]) -> float | None:
-    return row["peak"] / 1e6 if row.get("peak") else None
-
-
-def error(case: Case, row: dict[str, Any]) -> float | None:
-    return row["error"] or None
+# What may be drawn of one contender's row in one case, None where the row has it not, and the axis's label.
+VALUES: dict[str, tuple[Callable[[Case, dict[str, Any]], float | None], str]] = {
+    "time": (lambda case, row: row["ms"][0], "ms"),
+    "speedup": (
+        lambda case, row: row["ratio"][0] if "ratio" in row else 1.0 if row["contender"] == BASELINE else None,
+        "times faster than torch.nn",
+    ),
+    "per-step": (lambda case, row: 1e3 * row["ms"][0] / case.T, "microseconds per step"),
+    "saved": (lambda case, row: row["saved"] / 1e6 if "saved" in row else None, "MB saved for backward"),
+    "peak": (lambda case, row: row["peak"] / 1e6 if row.get("peak") else None, "MB at the peak of a training call"),
+    "error": (lambda case, row: row["error"] or None, "relative error against float64"),
+}
+AXES = {
+    "sequence-length": ("T", "sequence length T"),
+    "hidden-size": ("H", "hidden size H (input I = H)"),
+    "batch": ("B", "batch B"),
+}
 
 
 def draw_all(results: dict[str, Any], folder: Path) -> list[str]:
@@ -84,31 +78,15 @@ def figures(results: dict[str, Any]):
     """Yield every picture's name and figure."""
     for question in store.questions_of(results):
         records = store.records_of(results, question)
-        axis = AXES.get(question)
-        if axis is None:
-            yield question, ratio_list(records)
-            continue
-        key, label = axis
         if question == "live-fraction":
             yield question, live_fraction(records)
-            continue
-        yield question, panels(records, key, label, time_ms, "ms")
-        if question == "sequence-length":
-            yield f"{question}-speedup", panels(records, key, label, speedup, "times faster than torch.nn")
-            yield f"{question}-per-step", panels(records, key, label, step_us, "microseconds per step")
-            yield f"{question}-saved", panels(records, key, label, saved_mb, "MB saved for backward")
-            yield f"{question}-peak", panels(records, key, label, peak_mb, "MB at the peak of a training call")
-            yield f"{question}-error", panels(records, key, label, error, "relative error against float64")
+        elif question not in AXES:
+            yield question, ratio_list(records)
+        else:
+            for name in VALUES if question == "sequence-length" else ("time",):
+                yield question + (f"-{name}" if name != "time" else ""), panels(records, *AXES[question], *VALUES[name])
     if results["startup"]:
         yield "startup", startup(results["startup"])
-
-
-AXES = {
-    "sequence-length": ("T", "sequence length T"),
-    "hidden-size": ("H", "hidden size H (input I = H)"),
-    "batch": ("B", "batch B"),
-    "live-fraction": ("live", "fraction of live rows"),
-}
 
 
 def style(contender: str) -> dict[str, Any]:
@@ -119,7 +97,7 @@ def style(contender: str) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linewidth": 1.8 if contender.startswith(OURS) else 1.1}
 
 
-def panels(records: list[dict[str, Any]], axis: str, label: str, value: Value, unit: str) -> Figure:
+def panels(records: list[dict[str, Any]], axis: str, label: str, value: Callable, unit: str) -> Figure:
     """Modes down, cells across; both axes logarithmic; one line per contender."""
     lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for record in records:
@@ -152,8 +130,6 @@ def logarithmic(ax: Axes, title: str) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     plain_numbers(ax.yaxis)
     ax.set_title(title, loc="left")
-    ax.grid(True, which="major", color="#dddddd", linewidth=0.5)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def plain_numbers(axis) -> None:
@@ -200,8 +176,6 @@ def live_fraction(records: list[dict[str, Any]]) -> Figure:
         ax = axes[row][column]
         ax.plot((0, 1), (0, 1), color="#bbbbbb", linewidth=0.8, label="in proportion")
         ax.set_title(f"{cell.upper()}, {MODE_TITLES[mode]}", loc="left")
-        ax.grid(True, color="#dddddd", linewidth=0.5)
-        ax.spines[["top", "right"]].set_visible(False)
         ax.set_ylim(bottom=0)
         axes[row][0].set_ylabel("time / padded time")
         axes[-1][column].set_xlabel("fraction of live rows")
@@ -226,8 +200,7 @@ def ratio_list(records: list[dict[str, Any]]) -> Figure:
     ax.set_yticks(range(len(cases)), [short_name(case) for case in cases])
     ax.set_ylim(len(cases) - 0.5, -0.5)
     ax.set_xlabel("times faster than torch.nn\n(line: 20th to 80th percentile)")
-    ax.grid(True, axis="x", color="#dddddd", linewidth=0.5)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(False, axis="y")
     legend(figure, [ax])
     return figure
 
@@ -241,7 +214,7 @@ def short_name(case: Case) -> str:
 def startup(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 0.24 * len(rows) + 0.8), layout="constrained")
     ax = figure.subplots()
-    seconds = [SECONDS_PER_MS * row["ms"] for row in rows]
+    seconds = [1e-3 * row["ms"] for row in rows]
     bars = ax.barh(
         range(len(rows)), seconds, color=[STYLES[OURS if OURS in row["what"] else BASELINE][0] for row in rows]
     )
@@ -249,7 +222,7 @@ def startup(rows: list[dict[str, Any]]) -> Figure:
     ax.set_yticks(range(len(rows)), [row["what"] for row in rows])
     ax.invert_yaxis()
     ax.set_xlabel("seconds")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(False)
     return figure
 
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from benchmarks.cases import CELLS, Case, operations
 from benchmarks.facts import AXES
@@ -98,40 +99,31 @@ def real_layers(device: str) -> Question:
     return Question("real-layers", "Layers that people run", "", FAST_PEERS, REAL_LAYERS)
 
 
+def real(label: str, cell: str, sizes: tuple[int, ...], mode: str = "inference", **options: Any) -> Case:
+    return Case(cell, *sizes, mode=mode, label=label, **options)
+
+
 REAL_LAYERS = (
-    Case("lstm", T=75, B=1, I=512, H=512, layers=2, form="permuted", label="Encodec, one second"),
-    Case("lstm", T=255, B=4, I=512, H=512, layers=3, bidirectional=True, label="Open-Unmix"),
-    Case("lstm", T=255, B=4, I=512, H=512, mode="training", layers=3, bidirectional=True, label="Open-Unmix"),
-    Case("lstm", T=589, B=32, I=60, H=128, mode="training", layers=4, bidirectional=True, label="PyanNet"),
-    Case("lstm", T=200, B=32, I=512, H=256, bidirectional=True, label="EasyOCR"),
-    Case(
-        "lstm",
-        T=150,
-        B=32,
-        I=512,
-        H=256,
-        mode="training",
-        bidirectional=True,
-        form="packed",
-        live=0.55,
-        label="Tacotron2",
-    ),
-    Case(
-        "lstm", T=60, B=32, I=1024, H=256, mode="training", bidirectional=True, form="packed", live=0.45, label="Flair"
-    ),
-    Case("lstm", T=24, B=64, I=40, H=40, mode="training", layers=2, label="DeepAR"),
-    Case("lstm", T=1, B=3200, I=40, H=40, mode="step", layers=2, label="DeepAR, rollout"),
-    Case("lstm", T=128, B=8, I=256, H=256, mode="training", form="resets", label="RecurrentPPO"),
-    Case("gru", T=64, B=16, I=512, H=512, mode="training", label="Dreamer, its GRU without layer norm"),
-    Case("gru", T=50, B=2048, I=64, H=128, mode="training", bias=False, label="GRU4Rec"),
-    Case("lstm", T=70, B=64, I=400, H=1152, mode="training", label="AWD-LSTM, first layer"),
-    Case("lstm", T=70, B=64, I=1152, H=400, mode="training", label="AWD-LSTM, last layer"),
-    Case("lstm", T=8000, B=16, I=1, H=24, mode="training", label="neural-amp-modeler"),
-    Case("lstm", T=48000, B=1, I=1, H=24, label="neural-amp-modeler, one second"),
-    Case("lstm", T=1, B=1, I=640, H=640, mode="step", layers=2, label="RNN-T predictor"),
-    Case("lstm", T=365, B=256, I=32, H=128, mode="training", form="states", label="neuralhydrology"),
-    Case("rnn", T=10, B=32, I=1, H=32, mode="training", label="teaching notes"),
-    Case("lstm", T=10, B=32, I=1, H=32, mode="training", label="teaching notes"),
+    real("Encodec, one second", "lstm", (75, 1, 512, 512), layers=2, form="permuted"),
+    real("Open-Unmix", "lstm", (255, 4, 512, 512), layers=3, bidirectional=True),
+    real("Open-Unmix", "lstm", (255, 4, 512, 512), "training", layers=3, bidirectional=True),
+    real("PyanNet", "lstm", (589, 32, 60, 128), "training", layers=4, bidirectional=True),
+    real("EasyOCR", "lstm", (200, 32, 512, 256), bidirectional=True),
+    real("Tacotron2", "lstm", (150, 32, 512, 256), "training", bidirectional=True, form="packed", live=0.55),
+    real("Flair", "lstm", (60, 32, 1024, 256), "training", bidirectional=True, form="packed", live=0.45),
+    real("DeepAR", "lstm", (24, 64, 40, 40), "training", layers=2),
+    real("DeepAR, rollout", "lstm", (1, 3200, 40, 40), "step", layers=2),
+    real("RecurrentPPO", "lstm", (128, 8, 256, 256), "training", form="resets"),
+    real("Dreamer, its GRU without layer norm", "gru", (64, 16, 512, 512), "training"),
+    real("GRU4Rec", "gru", (50, 2048, 64, 128), "training", bias=False),
+    real("AWD-LSTM, first layer", "lstm", (70, 64, 400, 1152), "training"),
+    real("AWD-LSTM, last layer", "lstm", (70, 64, 1152, 400), "training"),
+    real("neural-amp-modeler", "lstm", (8000, 16, 1, 24), "training"),
+    real("neural-amp-modeler, one second", "lstm", (48000, 1, 1, 24)),
+    real("RNN-T predictor", "lstm", (1, 1, 640, 640), "step", layers=2),
+    real("neuralhydrology", "lstm", (365, 256, 32, 128), "training", form="states"),
+    real("teaching notes", "rnn", (10, 32, 1, 32), "training"),
+    real("teaching notes", "lstm", (10, 32, 1, 32), "training"),
 )
 
 
@@ -155,11 +147,8 @@ def marks(device: str) -> Question:
         replace(long, form="packed", live=0.55, B=32, I=512, H=512, label="lstm-512-packed"),
         replace(long, cell="rnn", I=512, H=512, label="rnn-512"),
     )
-    return Question("marks", "What the GPU kernels should reach", "", (), each_mode(cases))
-
-
-def each_mode(cases: Iterable[Case]) -> tuple[Case, ...]:
-    return tuple(replace(case, mode=mode) for case in cases for mode in ("inference", "training"))
+    both = tuple(replace(case, mode=mode) for case in cases for mode in ("inference", "training"))
+    return Question("marks", "What the GPU kernels should reach", "", (), both)
 
 
 @dataclass(frozen=True)

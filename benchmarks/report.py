@@ -1,12 +1,136 @@
-"""One HTML page that holds everything: machine facts, tables, plots. It opens without a network and without scripts."""
+"""Stored records as tables in text and HTML, and one page that holds everything: facts, tables, plots.
+
+`x torch` is how many times faster than torch.nn in the same round; a difference inside the noise is called even. The
+page opens without a network and without scripts.
+"""
 
 import html
+import math
 from pathlib import Path
+from statistics import geometric_mean
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import store, tables
-from benchmarks.tables import html_table
+from benchmarks import store
+from benchmarks.contenders import BASELINE
+
+COLUMNS = ("case", "contender", "ms", "20%..80%", "us/step", "x torch", "20%..80%", "", "error", "of limit")
+WIDTHS = (48, 16, 9, 17, 9, 8, 13, 6, 8, 8)
+
+
+def case_rows(record: dict[str, Any], machine: dict[str, Any]) -> list[list[str]]:
+    """The cells of one record's rows, in COLUMNS. A row without numbers says why in its third cell.
+
+    Who cannot run the case has no row here; `skips` names it once for the whole question.
+    """
+    case = store.case_of(record)
+    floor = store.floor_ms(case, machine)
+    name = " ".join(word for word in (case.label, case.cell, case.mode, case.sizes, case.extras) if word)
+    lines = []
+    for row in record["rows"]:
+        if row["status"] == "skipped":
+            continue
+        head = [name if not lines else "", row["contender"]]
+        if row["status"] != "ok":
+            lines.append([*head, f"{row['status']}: {row['reason']}"])
+            continue
+        middle, low, high = row["ms"]
+        ratio = ["1", "", ""]
+        if "ratio" in row:
+            ratio = [f"{row['ratio'][0]:.2f}", span(row["ratio"][1:]), store.verdict(row, record["noise"])]
+        elif row["contender"] != BASELINE:
+            ratio = ["", "", ""]
+        limit = "" if floor is None else f"{floor / middle:.0%}"
+        step = number(1e3 * middle / case.T)
+        lines.append([*head, number(middle), span((low, high)), step, *ratio, f"{row['error']:.0e}", limit])
+    return lines
+
+
+def skips(records: list[dict[str, Any]]) -> str:
+    """Who left out some of these cases, and why, each reason once; empty where nobody did."""
+    rows = (row for record in records for row in record["rows"] if row["status"] == "skipped")
+    said = dict.fromkeys(f"{row['contender']} ({row['reason']})" for row in rows)
+    return f"left out some cases: {'; '.join(said)}" if said else ""
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{min(digits, 6)}f}"
+
+
+def span(values) -> str:
+    return "..".join(number(value) for value in values)
+
+
+def text_lines(rows: list[list[str]]) -> list[str]:
+    """Rows as lines of text; numbers to the right, words to the left."""
+    lines = []
+    for row in rows:
+        padded = [
+            cell.ljust(width) if place in (0, 1, 7) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, WIDTHS, strict=False))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+class Mark(NamedTuple):
+    """One contender over the cases of one cell and mode: geometric mean, worst and best of its ratios to torch."""
+
+    cell: str
+    mode: str
+    contender: str
+    cases: int
+    mean: float
+    worst: float
+    worst_case: str
+    best: float
+    best_case: str
+
+
+MARKS_COLUMNS = ("cell", "mode", "contender", "cases", "mean x torch", "worst", "at", "best", "at")
+
+
+def marks(records: list[dict[str, Any]]) -> list[Mark]:
+    """Summarise by cell, mode and contender, in the order in which they first appear."""
+    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+    for record in records:
+        case = store.case_of(record)
+        for name, row in store.ok_rows(record).items():
+            if "ratio" in row:
+                where = f"{case.sizes} {case.extras}".strip()
+                groups.setdefault((case.cell, case.mode, name), []).append((row["ratio"][0], where))
+    return [
+        Mark(*key, len(pairs), geometric_mean(ratio for ratio, _ in pairs), *min(pairs), *max(pairs))
+        for key, pairs in groups.items()
+    ]
+
+
+def marks_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """The summary's cells, in MARKS_COLUMNS."""
+    return [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in mark] for mark in marks(records)]
+
+
+def marks_text(records: list[dict[str, Any]]) -> str:
+    """The summary as aligned text; empty where nothing was compared."""
+    rows = [list(MARKS_COLUMNS), *marks_rows(records)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) if len(rows) > 1 else ""
+
+
+def html_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """An HTML table, without the end tags that HTML leaves out; a short row's last cell spans the rest."""
+    head = "".join(f"<th>{html.escape(column)}" for column in columns)
+    lines = []
+    for row in rows:
+        cells = [f"<td>{html.escape(cell)}" for cell in row]
+        if len(row) < len(columns):
+            cells[-1] = f'<td class="words" colspan="{len(columns) - len(row) + 1}">{html.escape(row[-1])}'
+        lines.append(f"<tr>{''.join(cells)}")
+    return f"<table><thead><tr>{head}<tbody>\n" + "\n".join(lines) + "\n</table>"
+
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -63,7 +187,7 @@ def page(results: dict[str, Any], folder: Path, pictures: list[str]) -> str:
     return PAGE.substitute(
         device=html.escape(machine["device"]),
         facts=facts(results),
-        summary=html_table(tables.MARKS_COLUMNS, tables.marks_rows(tables.marks(results["records"]))),
+        summary=html_table(MARKS_COLUMNS, marks_rows(results["records"])),
         skipped=f"<p>Did not take part: {html.escape(skipped)}.</p>" if skipped else "",
         sections="\n".join(sections),
     )
@@ -83,13 +207,13 @@ def facts(results: dict[str, Any]) -> str:
 def section(results: dict[str, Any], question: str, folder: Path, pictures: list[str]) -> str:
     """A question's pictures, then its table, folded away."""
     records = store.records_of(results, question)
-    rows = [row for record in records for row in tables.case_rows(record, results["machine"])]
+    rows = [row for record in records for row in case_rows(record, results["machine"])]
     drawn = "".join(picture(folder, name) for name in pictures if name.startswith(question))
     noise = sorted(record["noise"] for record in records if record["noise"] is not None)
     said = f"<p>Noise: median {noise[len(noise) // 2]:.1%}, largest {noise[-1]:.1%}.</p>" if noise else ""
-    left_out = tables.skips(records)
+    left_out = skips(records)
     said += f"<p>L{html.escape(left_out[1:])}.</p>" if left_out else ""
-    table = f'<div class="wide">{html_table(tables.COLUMNS, rows)}</div>'
+    table = f'<div class="wide">{html_table(COLUMNS, rows)}</div>'
     folded = f"<details><summary>{len(records)} cases</summary>{table}</details>"
     return f"<h2>{html.escape(question.replace('-', ' ').capitalize())}</h2>{drawn}{said}{folded}"
 

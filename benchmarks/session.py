@@ -7,25 +7,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import driver, facts, options, plot, report, store, tables
-from benchmarks.cases import CELLS, Case, operations
+from benchmarks import facts, options, plot, report, store, worker
+from benchmarks.cases import CELLS
 from benchmarks.contenders import OURS, Contender
-from benchmarks.measure import Effort
-from benchmarks.progress import Progress
+from benchmarks.measure import Settings
 from benchmarks.questions import Question
-from benchmarks.run import Settings
+from benchmarks.worker import Progress, Worker
 
 QUICK_SECONDS, FULL_SECONDS = 0.2, 0.5
 # One core's worth of other work in the minute before the run.
 BUSY_LOAD = 1.0
-# A guess of operations per second and of seconds per case besides, for the progress bar alone.
-GUESSED_RATE, GUESSED_OVERHEAD = 5e10, 0.3
 
 
 def run(asked: list[Question], arguments) -> int:
     """Measure what is asked. Returns the exit status."""
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else FULL_SECONDS)
-    settings = Settings(arguments.device, arguments.seed, Effort(seconds))
+    settings = Settings(arguments.device, arguments.seed, seconds)
     results = {
         "schema": store.SCHEMA,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -38,13 +35,13 @@ def run(asked: list[Question], arguments) -> int:
         "records": [],
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is kept like Ctrl-C's
-    with driver.working(arguments.threads, driver.PATIENCE_SECONDS[arguments.device]) as worker:
+    with worker.working(arguments.threads, worker.PATIENCE_SECONDS[arguments.device]) as measuring:
         formats = tuple(dict.fromkeys(case.dtype for question in asked for case in question.cases))
-        results["machine"] = worker.ask("facts", arguments.device, formats)
+        results["machine"] = measuring.ask("facts", arguments.device, formats)
         path = folder(results["machine"].pop("folder"), arguments) / "results.json"
         print(heading(results["machine"]))
         try:
-            measure_all(worker, asked, arguments, settings, results, path)
+            measure_all(measuring, asked, arguments, settings, results, path)
             results["complete"] = True
         except KeyboardInterrupt:
             print(f"\ninterrupted; {len(results['records'])} measured cases are kept")
@@ -68,38 +65,31 @@ def folder(machine_name: str, arguments) -> Path:
     return store.RESULTS / machine_name / (kind if options.is_partial(arguments) else "")
 
 
-def measure_all(worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
-    progress = Progress(sum(weight(case, question, settings) for question in asked for case in question.cases))
+def measure_all(measuring: Worker, asked, arguments, settings: Settings, results: dict[str, Any], path: Path) -> None:
+    progress = Progress(sum(len(question.cases) for question in asked))
     for question in asked:
         standing = take_part(question, arguments, results["skipped"])
         progress.print(f"\n{question.name}: {question.title}")
-        progress.print(tables.text_lines([list(tables.COLUMNS)])[0])
+        progress.print(report.text_lines([list(report.COLUMNS)])[0])
         for case in question.cases:
             progress.show(case.id)
-            record = driver.measure(worker, case, standing, settings, progress)
+            record = measuring.measure(case, standing, settings, progress)
             record = {"question": question.name, "case": case.to_json(), **record}
             results["records"].append(record)
-            progress.print("\n".join(tables.text_lines(tables.case_rows(record, results["machine"]))))
-            progress.advance(weight(case, question, settings))
+            progress.print("\n".join(report.text_lines(report.case_rows(record, results["machine"]))))
+            progress.done += 1
             store.save(path, results)
-        left_out = tables.skips(store.records_of(results, question.name))
+        left_out = report.skips(store.records_of(results, question.name))
         if left_out:
             progress.print(left_out)
     if not options.is_partial(arguments):
         progress.show("import and first call")
-        results["startup"] = worker.ask("startup", CELLS, progress=progress, what="import and first call")
+        results["startup"] = measuring.ask("startup", CELLS, progress=progress, what="import and first call")
         progress.print(
             "\nimport and first call\n"
             + "\n".join(f"  {row['what']:<40}{row['ms']:>10} ms" for row in results["startup"])
         )
     progress.clear()
-
-
-def weight(case: Case, question: Question, settings: Settings) -> float:
-    """Seconds that a case may take, roughly."""
-    contenders = len(question.peers) / 2 + 3
-    per_run = operations(case) / GUESSED_RATE
-    return GUESSED_OVERHEAD + contenders * max(settings.effort.seconds, per_run * settings.effort.fewest)
 
 
 def take_part(question: Question, arguments, skipped: dict[str, str]) -> list[Contender]:
@@ -135,6 +125,6 @@ def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def finish(results: dict[str, Any], path: Path) -> None:
     store.save(path, results)
-    print("\n" + tables.marks_text(results["records"]))
+    print("\n" + report.marks_text(results["records"]))
     pictures = plot.draw_all(results, path.parent)
     print(f"\n{path}\n{report.write(results, path.parent, pictures)}")

@@ -18,9 +18,8 @@ import rnnfast
 from benchmarks import oracle, workload
 from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import BASELINE, OURS, PEERS, by_backend
-from benchmarks.measure import Effort, alternate, cpu_clock
-from benchmarks.progress import Progress
-from benchmarks.run import check
+from benchmarks.measure import Settings, alternate, check, cpu_clock
+from benchmarks.worker import Progress
 from examples.language_model import BATCH, HIDDEN, STEPS, Corpus, Run, train, write_text
 
 # Training ends after so many batches, or on a slow or busy machine at the first batch after so many seconds.
@@ -58,7 +57,7 @@ def compare_models() -> dict[str, Run]:
             torch_loss, our_loss = (run.losses[-1] for run in runs.values())
             difference = abs(our_loss / torch_loss - 1)
             progress.print(f"{done:8d} {torch_loss:10.5f} {our_loss:10.5f} {difference:12.1e}")
-        progress.advance(1)
+        progress.done += 1
         progress.show("training both models")
 
     layers = {BASELINE: torch.nn.LSTM, OURS: rnnfast.LSTM}
@@ -116,7 +115,7 @@ def compare_lengths() -> Table:
         for cell, mode in columns:
             progress.show(f"timing {cell.upper()} {mode}, T={T}")
             table[cell, mode].append(measure(Case(cell, T, B=16, I=128, H=128, mode=mode)))
-            progress.advance(T / len(columns))
+            progress.done += T / len(columns)
         latest = [rows[-1] for rows in table.values()]
         error = max(row.error for row in latest)
         progress.print(f"{T:6d}" + "".join(f"{row.ratio:15.2f}x" for row in latest) + f"{error:10.1e}")
@@ -141,7 +140,7 @@ def measure(case: Case) -> Row:
         if call is None:
             raise RuntimeError(f"{contender.name}, {case.id}: {row['status']}, {row['reason']}")
         calls[contender.name], error = call, row["error"]
-    samples = alternate(calls, cpu_clock, Effort(seconds=0.1, fewest=3, most=20), entering=lambda name: None)
+    samples = alternate(calls, cpu_clock, Settings(seconds=0.1, fewest=3, most=20), entering=lambda name: None)
     fastest = {name: min(seconds) for name, seconds in samples.items()}
     calm = max(samples[BASELINE]) < 2 * fastest[BASELINE]
     return Row(fastest[BASELINE] / fastest[OURS], error, calm)

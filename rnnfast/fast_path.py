@@ -19,7 +19,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
-from rnnfast import _torch, autograd, context
+from rnnfast import _torch, autograd, context, native
 from rnnfast.backends import CompiledLayer, NoMemoryError, measured
 from rnnfast.backends.dispatch import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
@@ -57,7 +57,7 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
         or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
-        or setting() not in ("auto", "numba")
+        or (asked := setting()) not in ("auto", "numba")
         or not are_contiguous(tensors[1:])
     ):
         return None
@@ -71,7 +71,7 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
     threads = torch.get_num_threads()
     if threads > pool.known_cores:  # what `usable` asks too, without a call
         threads = pool.usable(threads)
-    return options, differentiated, threads, x.stride(), len(states), tuple(map(facts, tensors))
+    return options, differentiated, threads, x.stride(), len(states), tuple(map(facts, tensors)), asked
 
 
 def are_contiguous(tensors: Sequence[Tensor]) -> bool:
@@ -99,10 +99,13 @@ def record(
     ):
         return None
     backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
-    if not records(backend):
+    if backend == "torch" and sizes is not None and x.dim() == 3:
+        call: Callable = native.recorded(options, x.shape[0 if options.batch_first else 1], options.width(weights))
+    elif records(backend):
+        signatures = signatures_of(options, x, weights, not states, threads)
+        call = (Training if differentiated else Inference)(backend, options, signatures, x.dim() == 3)
+    else:
         return None
-    signatures = signatures_of(options, x, weights, not states, threads)
-    call = (Training if differentiated else Inference)(backend, options, signatures, x.dim() == 3)
     if len(recorded) >= MOST:
         recorded.clear()
     recorded[key] = call

@@ -1,9 +1,12 @@
 """The "torch" backend: a whole stack of layers on torch's own operators."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from rnnfast import _torch
+from rnnfast.spec import Options
 
 
 def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -19,6 +22,20 @@ def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     else:
         output, *finals = function(call.x, call.batch_sizes.cpu(), hx, list(call.weights), *constants)
     return output, tuple(finals)
+
+
+def recorded(options: Options, batch: int, width: int) -> Callable:
+    """Return what runs calls of one layer in one direction: a function of the input, initial states and weights."""
+    function = getattr(_torch.operators, options.cell)
+    zero, count = (1, batch, width), 2 if options.cell == "lstm" else 1
+    constants = (options.bias, 1, 0.0, options.training, False, options.batch_first)
+
+    def call(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
+        hx = states or (x.new_zeros(zero),) * count
+        output, *finals = function(x, hx if count == 2 else hx[0], weights, *constants)
+        return output, tuple(finals) if count == 2 else finals[0]
+
+    return call
 
 
 def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:

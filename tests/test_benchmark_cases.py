@@ -81,6 +81,7 @@ BAD_INPUT = [
     (["--sizes", "1,2,0,3"], "T,B,I,H"),
     (["--grid", "0"], "at least 1"),
     (["--grid", "3", "--limits", "T=9:1"], "T=1:2000"),
+    (["--facts", "--cell", "gru"], "leave the filters out"),
     (["--threads", "100000"], "threads must be 1 to"),
     (["--cell", "rnn", "--question", "stacks"], "--list"),
     (["--compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
@@ -119,5 +120,12 @@ def test_sizes_are_read():
 def test_partial_runs_do_not_replace_full_results():
     full = options.parser().parse_args([])
     assert not options.is_partial(full)
-    for words in (["--quick"], ["--cell", "rnn"], ["--sizes", "1,1,1,1"], ["--grid", "2"], ["--peer", "torch"]):
+    for words in (
+        ["--quick"],
+        ["--facts"],
+        ["--cell", "rnn"],
+        ["--sizes", "1,1,1,1"],
+        ["--grid", "2"],
+        ["--peer", "torch"],
+    ):
         assert options.is_partial(options.parser().parse_args(words))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import compare, plot, questions, readme, report, store, tables
+from benchmarks import compare, plot, questions, readme, report, store
 from benchmarks.__main__ import main
 from benchmarks.cases import CELLS, Case, operations, traffic
 
@@ -80,7 +80,7 @@ def test_results_survive_the_store(tmp_path):
 def test_a_file_that_is_no_results_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="no results file"):
-        compare.report(str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+        compare.show(str(tmp_path / "a.json"), str(tmp_path / "a.json"))
 
 
 def test_plots_and_page_need_only_what_is_stored(tmp_path):
@@ -110,7 +110,7 @@ def test_every_question_can_be_drawn():
 def test_marks_are_geometric_means_and_extremes():
     records = stored(2.0)["records"][:2]
     records[1] = stored(8.0)["records"][1]
-    (mark,) = tables.marks(records)
+    (mark,) = report.marks(records)
     assert mark[:4] == ("rnn", "inference", "rnnfast", 2)
     assert mark.mean == pytest.approx(4.0)
     assert (mark.worst, mark.worst_case) == (2.0, "T=1 B=16 I=128 H=128")
@@ -119,15 +119,15 @@ def test_marks_are_geometric_means_and_extremes():
 
 def test_the_table_says_where_a_peer_wins_and_where_noise_decides():
     slower = stored(0.5)["records"][0]
-    assert "slower" in tables.case_rows(slower, stored(0.5)["machine"])[1]
+    assert "slower" in report.case_rows(slower, stored(0.5)["machine"])[1]
     even = stored(1.1, noise=0.2)["records"][0]
-    assert "even" in tables.case_rows(even, stored(1.1)["machine"])[1]
+    assert "even" in report.case_rows(even, stored(1.1)["machine"])[1]
 
 
 def test_who_cannot_run_a_case_is_named_once():
     records = [stored(2.0, status="skipped")["records"][0]] * 3
-    assert tables.skips(records) == "left out some cases: rnnfast (why)"
-    assert len(tables.case_rows(records[0], stored(1.0)["machine"])) == 1
+    assert report.skips(records) == "left out some cases: rnnfast (why)"
+    assert len(report.case_rows(records[0], stored(1.0)["machine"])) == 1
 
 
 def test_the_floor_is_operations_or_bytes():

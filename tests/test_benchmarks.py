@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import driver, measure, memory, oracle, store
+from benchmarks import measure, oracle, store, worker
 from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import PEERS, Call, Contender, by_backend, torch_nn
-from benchmarks.progress import Progress
-from benchmarks.run import Settings, run_case
+from benchmarks.measure import Settings, run_case
 from benchmarks.workload import draw
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("lstm", T=3, B=2, I=4, H=5)
-QUICKLY = Settings(effort=measure.Effort(seconds=0.001, fewest=3, most=3))
+QUICKLY = Settings(seconds=0.001, fewest=3, most=3)
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,9 @@ def test_a_contender_that_fails_is_a_row_and_the_rest_goes_on(fault, status):
 
 @pytest.mark.parametrize(("fault", "reason"), [("dies", "signal 9"), ("hangs", "no answer")])
 def test_a_contender_that_takes_the_process_down_is_a_row(fault, reason):
-    with driver.working(threads=1, patience=12) as worker:
+    with worker.working(threads=1, patience=4) as measuring:
         contenders = [PEERS["torch"], misbehaving(fault), misbehaving("")]
-        record = driver.measure(worker, TINY, contenders, QUICKLY, Progress(1.0))
+        record = measuring.measure(TINY, contenders, QUICKLY, worker.Progress(1.0))
     rows = rows_of(record)
     assert rows[fault]["status"] == "crashed"
     assert reason in rows[fault]["reason"]
@@ -158,7 +157,7 @@ def test_contenders_alternate_and_turn_around():
         return Call(run=lambda: seen.append(name), read=dict)
 
     samples = measure.alternate(
-        {"a": named("a"), "b": named("b")}, lambda call, runs: call.run() or 0.01, QUICKLY.effort, lambda name: None
+        {"a": named("a"), "b": named("b")}, lambda call, runs: call.run() or 0.01, QUICKLY, lambda name: None
     )
     assert "".join(seen[-6:]) == "abbaab"
     assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
@@ -174,13 +173,13 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     weight = torch.nn.Parameter(torch.ones(8))
     x = torch.ones(8)
     call = Call(run=lambda: ((x * weight) + (x * weight)).sum().backward(), read=dict)
-    assert memory.saved_bytes(call) == x.nbytes
+    assert measure.saved_bytes(call) == x.nbytes
 
 
-@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the system does not tell a process its peak memory")
+@pytest.mark.skipif(not measure.CLEAR_REFS.exists(), reason="the system does not tell a process its peak memory")
 def test_peak_bytes_sees_what_a_run_holds_for_a_moment():
     size = 64 << 20
-    peak = memory.peak_bytes(Call(run=lambda: torch.ones(size // 4), read=dict), "cpu")
+    peak = measure.peak_bytes(Call(run=lambda: torch.ones(size // 4), read=dict), "cpu")
     assert size * 0.9 < peak < size * 1.5
 
 

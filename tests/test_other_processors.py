@@ -1,4 +1,4 @@
-"""Kernels compiled for processors that are not there, as `benchmarks.other_processor` does it."""
+"""Kernels compiled for processors that are not there, as `tests/other_processor.py` does it."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ LIBRARY_CALLS = rb"__(?:trunc|extend|gnu_|float|fix|udiv|div|mul|chkstk|aarch64_
 
 
 def run(*arguments: object) -> str:
-    command = [sys.executable, "-m", "benchmarks.other_processor", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.other_processor", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

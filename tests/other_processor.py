@@ -1,7 +1,7 @@
 """Kernels for processors that are not there: compiled, and for Linux on ARM run, in an emulator.
 
-    python -m benchmarks.other_processor --compile windows-x86 rnn_tanh float16
-    python -m benchmarks.other_processor --run lstm float32
+    python -m tests.other_processor --compile windows-x86 rnn_tanh float16
+    python -m tests.other_processor --run lstm float32
 
 `--run` wants qemu-aarch64 and aarch64-linux-gnu-gcc (Debian: qemu-user, gcc-aarch64-linux-gnu,
 libc6-dev-arm64-cross). It runs a layer's forward pass and says how far its results are from those of this processor's
