@@ -1,6 +1,7 @@
 """`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
 
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
@@ -133,8 +134,7 @@ def convert(layer: Any, weights: str) -> None:
             else:
                 named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
         held.append(named)
-    names = {name for each in weight_names(layer) for name in each}
-    for name in names:
+    for name in chain.from_iterable(weight_names(layer)):
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
     for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",
