@@ -1,6 +1,6 @@
 """Frozen layers on the CPU against torch's quantize_dynamic and ONNX Runtime: errors and times of the same calls.
 
-    python -m benchmarks.frozen --out frozen.json [--threads 1 2] [--cells lstm gru rnn] [--shapes 1x1 50x16]
+    python -m benchmarks.frozen --out frozen.json [--plot frozen.png] [--threads 1 2] [--cells lstm gru] [--shapes 1x1]
 
 Every engine has the same weights and input. The error of an int8 engine is relative to a float32 layer of torch, as a
 relative L2 norm over the output. Engines alternate in one process; a time is the median of the rounds. Peers that are
@@ -180,10 +180,36 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
     return told
 
 
+def plot(report: dict, path: str) -> None:
+    """Draw, from a file of results, each engine's speed in multiples of our layer that is not frozen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["rows"]
+    groups = sorted({(row["cell"], row["threads"]) for row in rows})
+    figure, axes = pyplot.subplots(len(groups), 1, figsize=(12, 3.2 * len(groups)), squeeze=False, layout="constrained")
+    for axis, (cell, threads) in zip(axes[:, 0], groups, strict=True):
+        cases = [row for row in rows if (row["cell"], row["threads"]) == (cell, threads)]
+        for name in cases[0]["median"]:
+            if name != "rnnfast":
+                speeds = [row["median"]["rnnfast"] / row["median"][name] for row in cases]
+                axis.plot(speeds, marker="o", linewidth=1, label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(cases)), [f"{row['steps']}x{row['batch']}x{row['hidden']}" for row in cases])
+        axis.tick_params(axis="x", rotation=60)
+        axis.set(yscale="log", ylabel="speed / rnnfast", title=f"{cell.upper()}, T x B x H, threads: {threads}")
+        axis.legend(fontsize=7, ncols=4)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Measure and write a file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--plot", help="a picture of the results, .png or .svg")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -216,6 +242,8 @@ def main() -> None:
     report = {"torch": torch.__version__, "onnxruntime": version, "rows": rows, "summary": summary(rows)}
     with open(asked.out, "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
+    if asked.plot:
+        plot(report, asked.plot)
     for name, each in report["summary"].items():
         print(f"{name}: geometric mean {each['geometric mean']:.2f}, least {each['least']:.2f}, {each['cases']} cases")
 
