@@ -27,6 +27,10 @@ QUICK_SHAPES, QUICK_HIDDEN = ((1, 1), (50, 1), (50, 16)), (64, 256, 512)
 FORMATS = ("float32", "bfloat16", "int8")
 # torch's gates in the order of ONNX: i o f c of an LSTM, z r h of a GRU.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
+COLOURS = {
+    "rnnfast float32": "#e69f00", "rnnfast bfloat16": "#009e73", "rnnfast int8": "#d55e00", "torch float32": "#999999",
+    "torch int8": "#000000", "ort float32": "#56b4e9", "ort int8": "#0072b2",
+}  # fmt: skip
 # Seconds that a measurement is repeated for within one round.
 ROUND_SECONDS = 2e-3
 
@@ -195,7 +199,7 @@ def plot(report: dict, path: str) -> None:
         for name in cases[0]["median"]:
             if name != "rnnfast":
                 speeds = [row["median"]["rnnfast"] / row["median"][name] for row in cases]
-                axis.plot(speeds, marker="o", linewidth=1, label=name)
+                axis.plot(speeds, marker="o", linewidth=1, label=name, color=COLOURS.get(name))
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(cases)), [f"{row['steps']}x{row['batch']}x{row['hidden']}" for row in cases])
         axis.tick_params(axis="x", rotation=60)
