@@ -1,6 +1,6 @@
 """Frozen layers on the CPU against torch's quantize_dynamic and ONNX Runtime: errors and times of the same calls.
 
-    python -m benchmarks.frozen --out frozen.json [--threads 1 2] [--cells lstm gru rnn] [--shapes 1x1 50x16]
+    python -m benchmarks.frozen --out frozen.json [--plot frozen.png] [--threads 1 2] [--cells lstm gru] [--shapes 1x1]
 
 Every engine has the same weights and input. The error of an int8 engine is relative to a float32 layer of torch, as a
 relative L2 norm over the output. Engines alternate in one process; a time is the median of the rounds. Peers that are
@@ -27,6 +27,10 @@ QUICK_SHAPES, QUICK_HIDDEN = ((1, 1), (50, 1), (50, 16)), (64, 256, 512)
 FORMATS = ("float32", "bfloat16", "int8")
 # torch's gates in the order of ONNX: i o f c of an LSTM, z r h of a GRU.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
+COLOURS = {
+    "rnnfast float32": "#e69f00", "rnnfast bfloat16": "#009e73", "rnnfast int8": "#d55e00", "torch float32": "#999999",
+    "torch int8": "#000000", "ort float32": "#56b4e9", "ort int8": "#0072b2",
+}  # fmt: skip
 # Seconds that a measurement is repeated for within one round.
 ROUND_SECONDS = 2e-3
 
@@ -180,10 +184,36 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
     return told
 
 
+def plot(report: dict, path: str) -> None:
+    """Draw, from a file of results, each engine's speed in multiples of our layer that is not frozen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["rows"]
+    groups = sorted({(row["cell"], row["threads"]) for row in rows})
+    figure, axes = pyplot.subplots(len(groups), 1, figsize=(12, 3.2 * len(groups)), squeeze=False, layout="constrained")
+    for axis, (cell, threads) in zip(axes[:, 0], groups, strict=True):
+        cases = [row for row in rows if (row["cell"], row["threads"]) == (cell, threads)]
+        for name in cases[0]["median"]:
+            if name != "rnnfast":
+                speeds = [row["median"]["rnnfast"] / row["median"][name] for row in cases]
+                axis.plot(speeds, marker="o", linewidth=1, label=name, color=COLOURS.get(name))
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(cases)), [f"{row['steps']}x{row['batch']}x{row['hidden']}" for row in cases])
+        axis.tick_params(axis="x", rotation=60)
+        axis.set(yscale="log", ylabel="speed / rnnfast", title=f"{cell.upper()}, T x B x H, threads: {threads}")
+        axis.legend(fontsize=7, ncols=4)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Measure and write a file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--plot", help="a picture of the results, .png or .svg")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -216,6 +246,8 @@ def main() -> None:
     report = {"torch": torch.__version__, "onnxruntime": version, "rows": rows, "summary": summary(rows)}
     with open(asked.out, "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
+    if asked.plot:
+        plot(report, asked.plot)
     for name, each in report["summary"].items():
         print(f"{name}: geometric mean {each['geometric mean']:.2f}, least {each['least']:.2f}, {each['cases']} cases")
 

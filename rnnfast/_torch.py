@@ -194,6 +194,10 @@ init_weight_list: Callable[[torch.nn.Module], Any] = found("torch.nn.RNNBase._in
 update_weight_list: Callable[[torch.nn.Module], Any] = found("torch.nn.RNNBase._update_flat_weights", always)
 
 
+# What writes the tensors that a module has registered to a state_dict.
+save_registered: Callable[..., None] = needed("torch.nn.Module._save_to_state_dict", "the state_dict of frozen layers")
+
+
 class WeightNames:
     """The names of a layer's weights in order, for a torch whose layers do not keep them in `_flat_weights_names`."""
 

@@ -157,7 +157,7 @@ def survey(model: nn.Module) -> list[Finding]:
         ours = isinstance(layer, modules.Recurrent | Frozen)
         reason = "" if ours else reason_against(layer) or "accelerate() was not called"
         frozen = layer.weights_format if isinstance(layer, Frozen) else ""
-        kind = layer._get_name() if frozen else type(layer).__name__
+        kind = layer.type_name() if frozen else type(layer).__name__
         found.append(Finding(name, kind, ours, reason, frozen, layer.__dict__.get(REFUSED, "")))
     return found
 

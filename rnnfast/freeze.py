@@ -1,12 +1,13 @@
 """`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
 
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rnnfast import modules
+from rnnfast import _torch, modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
 from rnnfast.frozen import FIELDS, Frozen
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
@@ -93,7 +94,14 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
 
 def named_weights(layer: Any) -> dict[str, Any]:
     """Return a layer's weights by name."""
-    return {name: getattr(layer, name, None) for names in layer._all_weights for name in names}
+    return {name: getattr(layer, name, None) for names in weight_names(layer) for name in names}
+
+
+def weight_names(layer: Any) -> list[list[str]]:
+    """Return the names of the weights of each layer and direction."""
+    names = _torch.WeightNames().__get__(layer)
+    count = len(names) // (layer.num_layers * (2 if layer.bidirectional else 1))
+    return [names[n : n + count] for n in range(0, len(names), count)]
 
 
 def check_finite(place: str, layer: nn.Module) -> None:
@@ -115,7 +123,7 @@ def convert(layer: Any, weights: str) -> None:
     """Make a layer a frozen one."""
     shorts = {long: short for short, long in FIELDS.items()}
     held = []
-    for names in layer._all_weights:
+    for names in weight_names(layer):
         named: dict[str, Tensor] = {}
         for name in names:
             short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach()
@@ -126,8 +134,7 @@ def convert(layer: Any, weights: str) -> None:
             else:
                 named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
         held.append(named)
-    names = {name for each in layer._all_weights for name in each}
-    for name in names:
+    for name in chain.from_iterable(weight_names(layer)):
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
     for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",

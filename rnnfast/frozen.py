@@ -75,8 +75,12 @@ class Frozen(nn.Module):
         told = nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
         return f"{told}, weights={self.weights_format}"
 
-    def _get_name(self) -> str:
+    def type_name(self) -> str:
+        """Return what the layer is called."""
         return f"Frozen{self.mode.split('_')[0]}"
+
+    def _get_name(self) -> str:
+        return self.type_name()
 
     def hold(self, weights: list[dict[str, Tensor]]) -> None:
         """Pack weights, given for each layer and direction by the names of `meaning_names`."""
@@ -148,11 +152,11 @@ class Frozen(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith(("weight_", "bias_")) or name == "weights_format":
-            raise RuntimeError(f"{self._get_name()}: {name} is frozen; change the layer before rnnfast.freeze")
+            raise RuntimeError(f"{self.type_name()}: {name} is frozen; change the layer before rnnfast.freeze")
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _torch.save_registered(self, destination, prefix, keep_vars)
         meaning = self.meaning()
         for place, name, full in self.names():
             destination[prefix + full] = meaning[place][name]
@@ -176,6 +180,10 @@ class Frozen(nn.Module):
                 error_msgs.append(f"{prefix}{full}: expected finite numbers, got NaN or infinity")
             else:
                 weights[place][name] = given.detach().cpu()
+        for name, buffer in self.named_buffers(recurse=False):
+            known.add(prefix + name)
+            if prefix + name in state_dict:
+                buffer.copy_(state_dict[prefix + name])
         mine = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
         unexpected_keys += [key for key in mine if strict and key not in known]
         if len(error_msgs) == errors:
@@ -204,7 +212,7 @@ class Frozen(nn.Module):
                 by a layer that is not frozen.
         """
         if self.training:
-            raise RuntimeError(f"{self._get_name()}: frozen weights are for inference; call eval()")
+            raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
         if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
             results = self.run_prepared(input, hx)
             if results is not None:
@@ -258,7 +266,7 @@ class Frozen(nn.Module):
         """Raise RuntimeError where a gradient would be taken through the layer."""
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
             raise RuntimeError(
-                f"{self._get_name()}: no gradient can be taken through frozen weights; call it under torch.no_grad() "
+                f"{self.type_name()}: no gradient can be taken through frozen weights; call it under torch.no_grad() "
                 "or detach its input, or train the layer before rnnfast.freeze"
             )
 

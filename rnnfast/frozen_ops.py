@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rnnfast.changes import version_of
 from rnnfast.operators import expect, library
 
 SCHEMA = (
@@ -28,7 +29,7 @@ packed: "weakref.WeakKeyDictionary[Tensor, tuple[tuple, Tensor]]" = weakref.Weak
 @cache
 def kernels() -> ModuleType:
     """Import what runs frozen layers on the CPU."""
-    return importlib.import_module("rnnfast.backends.cpu_frozen")
+    return importlib.import_module("rnnfast.backends.cpu.frozen")
 
 
 def meaning_names(weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
@@ -85,7 +86,7 @@ def check(form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, res
 
 def panels_of(form, held: Sequence[Tensor]) -> Tensor:
     """Return the panels of weights, packed once."""
-    key = (form, *((id(tensor), tensor._version) for tensor in held))
+    key = (form, *((id(tensor), version_of(tensor)) for tensor in held))
     kept = packed.get(held[0])
     if kept is None or kept[0] != key:
         names = meaning_names(form.weights, form.projected, form.biased)

@@ -25,6 +25,14 @@ def test_a_wrong_engine_is_not_measured(monkeypatch):
         frozen.one_case("gru", 3, 2, 8, 1, 2)
 
 
+def test_a_picture(tmp_path):
+    medians = {"torch float32": 2.0, "rnnfast": 1.0, "rnnfast int8": 0.25}
+    row = {"cell": "gru", "steps": 3, "batch": 2, "hidden": 8, "threads": 1, "median": medians}
+    path = tmp_path / "frozen.svg"
+    frozen.plot({"rows": [row, {**row, "cell": "lstm"}]}, str(path))
+    assert path.read_text().count("<svg") == 1
+
+
 def test_summary():
     rows = [
         {"cell": "lstm", "median": {"ort int8": seconds, "rnnfast int8": 1.0, "rnnfast": 4.0}} for seconds in (2.0, 8.0)
