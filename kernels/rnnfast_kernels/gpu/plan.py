@@ -313,12 +313,13 @@ def choose(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def best(problem: Problem, with_gluon: bool = True) -> Plan:
+def best(problem: Problem, in_gluon: bool | None = None) -> Plan:
+    """The fastest by the model; with `in_gluon`, a Gluon loop or none, and if there is no other, a streamed one."""
     if problem.dtype == "float64":
         return streamed(problem)
-    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and (with_gluon or not plan.gluon))
+    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and in_gluon in (None, plan.gluon))
     # A tenth of a microsecond is less than the model can tell.
-    return min(fitting, key=lambda plan: round(step_time(problem, plan), 1))
+    return min(fitting, key=lambda plan: round(step_time(problem, plan), 1), default=streamed(problem))
 
 
 _override: Callable[[Problem], Plan] | None = None
