@@ -88,12 +88,17 @@ def of_share(cases, share: tuple[int, int]) -> list:
     return list(cases)[n::parts]
 
 
+def polled(asked: plan.Problem) -> plan.Plan:
+    """A Gluon loop whose programs poll values, where there is one."""
+    return vary.varied(asked, {"polled": 1}) if plan.can_gluon(asked) else plan.best(asked)
+
+
 LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 LOOPS = {
     "resident": (24, 3, lambda problem: plan.resident(problem, 16, 4)),
     "of the plan": (256, 3, plan.best),
     "largest": (1024, 16, plan.best),
-    "polled": (256, 3, lambda problem: vary.varied(problem, {"polled": 1})),
+    "polled": (256, 3, polled),
     "without Gluon": (256, 3, lambda problem: plan.best(problem, False)),
     "streamed": (40, 3, plan.streamed),
 }

@@ -32,9 +32,13 @@ LOOPS = {
     "resident": ALONE["resident"],
     "cooperative": TOGETHER["split"],
     "grid": TOGETHER["grid"],
+    "gluon": lambda problem: plan.gluon(problem, 16, 8),
     "streamed": plan.streamed,
 }
-SHORT = (("lstm", "resident"), ("lstm", "grid"), ("gru", "cooperative"), ("gru", "streamed"), ("rnn_tanh", "resident"))
+SHORT = (
+    ("lstm", "resident"), ("lstm", "grid"), ("lstm", "gluon"), ("gru", "cooperative"), ("gru", "streamed"),
+    ("rnn_tanh", "resident"),
+)  # fmt: skip
 EVERY = [
     pytest.param(cell, loop, marks=() if (cell, loop) in SHORT else pytest.mark.long)
     for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru")
@@ -88,7 +92,7 @@ def test_what_the_launcher_passes(cell, loop, described):
         assert passed.threads == 32 * wanted.options["num_warps"]
         assert passed.shared == passed.compiled.metadata.shared <= 232448
         assert passed.stream == fake_cuda.STREAM
-        waits = loop in ("cooperative", "grid") and passed.name.endswith("_loop")
+        waits = loop in ("cooperative", "grid", "gluon") and passed.name.endswith("_loop")
         assert passed.cooperative == waits == wanted.options.get("launch_cooperative_grid", False)
 
 

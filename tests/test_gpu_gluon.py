@@ -4,6 +4,7 @@ The machine that runs them lets a relaxed load give any value that PTX's memory 
 an exchange without one of its orders gives something wrong, or waits for ever.
 """
 
+from dataclasses import replace
 from functools import update_wrapper
 from types import FunctionType
 
@@ -68,7 +69,7 @@ def test_every_cell(case, polled, target):
 @pytest.mark.parametrize(
     ("case", "rows", "units"),
     [
-        # Pieces of 32 and of 16; two tiles of rows; a tile of two elements to a thread.
+        # Pieces of 16 and of 32, weights of one in shared memory; two tiles of rows; two elements to a thread.
         pytest.param(small("lstm", T=2, H=300, reverse=(True,), layout="dense"), 16, 16, marks=pytest.mark.long),
         pytest.param(small("gru", T=2, B=18, reverse=(False,)), 16, 8, marks=pytest.mark.long),
         pytest.param(small("lstm", T=2, B=35, reverse=(False,)), 32, 32, marks=pytest.mark.long),
@@ -77,7 +78,8 @@ def test_every_cell(case, polled, target):
 )
 @pytest.mark.parametrize("polled", [COUNTER, POLLED])
 def test_tiles_and_pieces(case, rows, units, polled):
-    with plan.override(by_gluon(polled, rows, units)), compiled_for("sm_90"):
+    some = by_gluon(polled, rows, units)
+    with plan.override(lambda problem: replace(some(problem), kept=some(problem).chunks // 2)), compiled_for("sm_90"):
         check(gpu, make(case, CPU))
 
 
@@ -190,4 +192,7 @@ def test_a_choice_of_triton_loops():
     assert varied(asked, {"polled": 1}) == plan.gluon(asked, 16, 8, True)
     assert varied(asked, {"units": 16}) == plan.gluon(asked, 16, 16)
     assert varied(asked, {"gluon": 0}) == plan.best(asked, False)
+    assert varied(replace(asked, H=256, B=1), {"polled": 1}).polled
     assert not varied(asked, {"warps": 4}).gluon
+    with pytest.raises(ValueError, match="no Gluon loop takes lstm with 1024 units in float32"):
+        varied(replace(asked, dtype="float32"), {"polled": 1})

@@ -8,7 +8,7 @@ from ptx.banks import turns
 from ptx.code import parse
 from ptx.machine import Machine
 from ptx.memory import Fault
-from ptx.operations import Unknown
+from ptx.operations import Unknown, operation
 
 HEAD = """
 .visible .entry kernel(
@@ -146,6 +146,16 @@ def test_turns_of_a_warp(width, stride, expected):
 
 def test_turns_are_those_of_all_warps():
     assert turns(np.arange(48), np.arange(48) * 8, 4) == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32"])
+def test_upper_halves_of_products(kind):
+    high = operation(("mul", "hi", kind)).function
+    dtype = np.dtype({"u": "u", "s": "i"}[kind[0]] + kind[1:].replace("16", "2").replace("32", "4"))
+    most, least = np.iinfo(dtype).max, np.iinfo(dtype).min
+    values = np.array([most, least, 3, most // 3], dtype)
+    expected = [int(a) * int(b) >> 8 * dtype.itemsize for a, b in zip(values, values[::-1], strict=True)]
+    assert high(values, values[::-1]).tolist() == expected
 
 
 def test_what_is_not_known_is_said():

@@ -81,8 +81,9 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def high_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of values of 32 bits at most."""
     wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return (a.astype(wide) * b.astype(wide) >> 32).astype(a.dtype)
+    return (a.astype(wide) * b.astype(wide) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def shift(ufunc: Callable) -> Callable:

@@ -5,6 +5,10 @@ tiles.py        what both passes share: rows of a step, loads, stores, the matri
 barrier.py      the barrier between the programs that share a recurrence
 forward.py      the whole time loop in one kernel, resident or cooperative
 backward.py     the same, in reverse
+gluon_tiles.py      the product of a Gluon loop: weights in registers, warps that split k
+gluon_exchange.py   how programs exchange a tile there, by a counter or by polling, and why that is enough
+gluon_forward.py    the cooperative loop in Gluon, for NVIDIA
+gluon_backward.py   the same, in reverse
 streamed.py     one step, between two library matrix products
 plan.py         which loop, which tiles: a pure function of the sizes and the device
 vary.py         the best plan with some of its choices replaced, for tuning

@@ -24,6 +24,7 @@ from rnnfast_kernels.gpu.gluon_tiles import (
     add_products,
     add_warps,
     count_of,
+    kept_pieces,
     load_weights,
     memory_for_sums,
     piece_sizes,
@@ -60,6 +61,7 @@ def backward_loop(
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
     UNITS: gl.constexpr,
+    KEPT_UNITS: gl.constexpr,
     WARPS: gl.constexpr,
     MEMBERS: gl.constexpr,
     POLLED: gl.constexpr,
@@ -69,7 +71,8 @@ def backward_loop(
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
     WIDTH: gl.constexpr = UNITS * UNIT * WARPS
     WORDS: gl.constexpr = GATES * WIDTH // EACH
-    SIZES: gl.constexpr = piece_sizes(GATES * UNITS * UNIT, BLOCK_B, EACH)
+    SIZES: gl.constexpr = piece_sizes(GATES * KEPT_UNITS * UNIT, GATES * UNITS * UNIT, BLOCK_B, EACH)
+    KEPT: gl.constexpr = kept_pieces(GATES * KEPT_UNITS * UNIT, BLOCK_B, EACH)
     RAGGED: gl.constexpr = p.rows is not None
     cell: gl.constexpr = gl.SliceLayout(0, sums_layout(WARPS, BLOCK_N))
     group = gl.program_id(0) // MEMBERS
@@ -83,7 +86,7 @@ def backward_loop(
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(gl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n0, 1, H, ROW, WIDTH, SIZES, BLOCK_N, WARPS)
+    weights = load_weights(p_w, n0, 1, H, ROW, WIDTH, SIZES, KEPT, BLOCK_N, WARPS)
     memory = memory_for_sums(1, BLOCK_B, BLOCK_N, WARPS)
     tile = p.exchange + group.to(gl.int64) * (BLOCK_B * WORDS)
     slot = (gl.num_programs(0) // MEMBERS).to(gl.int64) * (BLOCK_B * WORDS)
@@ -148,7 +151,7 @@ def backward_loop(
         sums = zero_sums(1, BLOCK_B, BLOCK_N, WARPS)
         for j in gl.static_range(count_of(SIZES)):
             operand = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, SIZES, WARPS, POLLED)
-            sums = add_products(operand, weights, sums, j, 1, PRECISION)
+            sums = add_products(operand, weights, sums, j, KEPT, 1, PRECISION)
         dentering = (direct[0] + add_warps(memory, sums, 1, BLOCK_N, WARPS)[0],)
         for s in gl.static_range(1, STATES):
             dentering = dentering + (direct[s],)

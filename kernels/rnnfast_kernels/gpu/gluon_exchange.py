@@ -6,7 +6,7 @@ Counter (POLLED = False): two slots, one for even and one for odd steps. A progr
 group's counter (release, behind a barrier) and waits for it (acquire, in front of one) before it reads the tile.
 
 Polled (POLLED = True): four slots and no counter. A reader loads its words again until none of them is POISON, a bit
-pattern that no result has (results that could be it, NaN, are made another NaN). In step k, which reads slot k and
+pattern that no result has (results that could be it, NaN, are made another NaN). In step k, which reads slot k and then
 publishes to slot k + 1, a program also poisons its words of slot k - 1, then issues one fence. All slots are poison at
 launch but for what nobody publishes, which is 0. What follows is why that is enough, in PTX's memory model.
 
@@ -26,8 +26,8 @@ thread, its owner, that publishes and poisons it, and coherence keeps the owner'
    which can return only it or what a stores behind it: the value of step k + 4.
 3. A loop over poison ends: the owner's store of step k + 3 depends on steps before it alone, and becomes visible.
 
-The fence stands behind the publication, so that no value waits for it. Without it, 2 fails; without the poison, 2
-fails; with three slots, 1 fails: the owner would poison what it publishes in the same step.
+The fence follows the publication, so that no value waits for it. Without fence or poison, 2 fails. With three slots y
+would be x itself, and nothing that r has read would order the poison in front of its load.
 """
 
 from triton.experimental import gluon

@@ -23,6 +23,7 @@ from rnnfast_kernels.gpu.gluon_tiles import (
     add_products,
     add_warps,
     count_of,
+    kept_pieces,
     load_weights,
     memory_for_sums,
     piece_sizes,
@@ -61,6 +62,7 @@ def forward_loop(
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
     UNITS: gl.constexpr,
+    KEPT_UNITS: gl.constexpr,
     WARPS: gl.constexpr,
     MEMBERS: gl.constexpr,
     POLLED: gl.constexpr,
@@ -70,7 +72,8 @@ def forward_loop(
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
     WIDTH: gl.constexpr = UNITS * UNIT * WARPS
     WORDS: gl.constexpr = WIDTH // EACH
-    SIZES: gl.constexpr = piece_sizes(UNITS * UNIT, BLOCK_B, EACH)
+    SIZES: gl.constexpr = piece_sizes(KEPT_UNITS * UNIT, UNITS * UNIT, BLOCK_B, EACH)
+    KEPT: gl.constexpr = kept_pieces(KEPT_UNITS * UNIT, BLOCK_B, EACH)
     cell: gl.constexpr = gl.SliceLayout(0, sums_layout(WARPS, BLOCK_N))
     group = gl.program_id(0) // MEMBERS
     n0 = gl.program_id(0) % MEMBERS * BLOCK_N
@@ -82,7 +85,7 @@ def forward_loop(
     whole = all_rows(d, b0, B)
 
     p_w = p.w_hh + d.to(gl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n0, GATES, H, ROW, WIDTH, SIZES, BLOCK_N, WARPS)
+    weights = load_weights(p_w, n0, GATES, H, ROW, WIDTH, SIZES, KEPT, BLOCK_N, WARPS)
     bias = ()
     for g in gl.static_range(GATES):
         if p.b_hh is None:
@@ -112,7 +115,7 @@ def forward_loop(
         sums = zero_sums(GATES, BLOCK_B, BLOCK_N, WARPS)
         for j in gl.static_range(count_of(SIZES)):
             h = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, SIZES, WARPS, POLLED)
-            sums = add_products(h, weights, sums, j, GATES, PRECISION)
+            sums = add_products(h, weights, sums, j, KEPT, GATES, PRECISION)
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
         after_next = rows_of_step(p, k + 2, reverse, T, B, b0)
         if p.resets is not None:

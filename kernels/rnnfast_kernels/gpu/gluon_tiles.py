@@ -14,16 +14,26 @@ UNIT = gl.constexpr(16)
 
 
 @gluon.constexpr_function
-def piece_sizes(width, R, entries):
-    """The pieces of a warp's `width` values of k, largest first: powers of two that take 64 registers at most.
+def pieces_of(width, R, entries):
+    """A warp's `width` values of k in pieces, largest first: powers of two that take 64 registers at most.
 
     R rows of an operand whose registers hold `entries` values of k.
     """
     sizes = []
     while width > sum(sizes):
-        left = width - sum(sizes)
-        sizes.append(min(2048 * entries // R, 1 << left.bit_length() - 1))
+        sizes.append(min(2048 * entries // R, 1 << (width - sum(sizes)).bit_length() - 1))
     return tuple(sizes)
+
+
+@gluon.constexpr_function
+def piece_sizes(kept, width, R, entries):
+    """The pieces of a warp: first those whose weights are in registers, `kept` values of k, then the others."""
+    return pieces_of(kept, R, entries) + pieces_of(width - kept, R, entries)
+
+
+@gluon.constexpr_function
+def kept_pieces(kept, R, entries):
+    return len(pieces_of(kept, R, entries))
 
 
 @gluon.constexpr_function
@@ -72,6 +82,13 @@ def quads_layout(layout, R, entries):
 
 
 @gluon.constexpr_function
+def own_places_layout(layout):
+    """A layout of shared memory for what threads hold in `layout`: 16 bytes of a thread, then those of the next."""
+    first, rest = layout.reg_bases[:3], layout.reg_bases[3:]
+    return gl.SharedLinearLayout([*first, *layout.lane_bases, *layout.warp_bases, *rest], [], 16)
+
+
+@gluon.constexpr_function
 def sums_layout(warps, U):
     """The layout in which a thread has the sums of all warps for its elements of a tile."""
     along = min(U, 32)
@@ -96,14 +113,22 @@ def load_piece(p_w, n0, j: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, WID
 
 
 @gluon.jit
+def in_shared_memory(weights):
+    """A piece of the weights in shared memory, each thread's own where no other meets it."""
+    layout: gl.constexpr = own_places_layout(gl.to_linear_layout(weights.type.layout, weights.shape))
+    return gl.allocate_shared_memory(weights.dtype, weights.shape, layout, weights)
+
+
+@gluon.jit
 def load_weights(p_w, n0, COUNT: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, WIDTH: gl.constexpr,
-                 SIZES: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """Every piece of COUNT products' weights: one for each gate, or for all gates as one."""
+                 SIZES: gl.constexpr, KEPT: gl.constexpr, U: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Every piece of COUNT products' weights: one for each gate, or for all gates as one. KEPT of them in registers."""
     weights = ()
     for g in gl.static_range(COUNT):
         pieces = ()
         for j in gl.static_range(count_of(SIZES)):
-            pieces = pieces + (load_piece(p_w + g * H * ROW, n0, j, H, ROW, WIDTH, SIZES, U, WARPS),)
+            piece = load_piece(p_w + g * H * ROW, n0, j, H, ROW, WIDTH, SIZES, U, WARPS)
+            pieces = pieces + ((piece if j < KEPT else in_shared_memory(piece)),)
         weights = weights + (pieces,)
     return weights
 
@@ -117,12 +142,23 @@ def zero_sums(COUNT: gl.constexpr, R: gl.constexpr, U: gl.constexpr, WARPS: gl.c
 
 
 @gluon.jit
-def add_products(operand, weights, sums, j: gl.constexpr, COUNT: gl.constexpr, PRECISION: gl.constexpr):
+def add_products(operand, weights, sums, j: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr,
+                 PRECISION: gl.constexpr):  # fmt: skip
     """sums[g] + operand @ piece j of weights[g], each warp for itself."""
     result = ()
     for g in gl.static_range(COUNT):
-        result = result + (mma_v2(operand, weights[g][j], sums[g], PRECISION),)
+        if j < KEPT:
+            result = result + (mma_v2(operand, weights[g][j], sums[g], PRECISION),)
+        else:
+            result = result + (mma_v2(operand, load_own(weights[g][j], operand), sums[g], PRECISION),)
     return result
+
+
+@gluon.jit
+def load_own(piece, operand):
+    """A piece of the weights from shared memory."""
+    layout: gl.constexpr = operand_layout(1, operand.shape[0], operand.dtype.primitive_bitwidth // 8)
+    return piece.load(layout)
 
 
 @gluon.jit

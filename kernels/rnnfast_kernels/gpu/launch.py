@@ -104,7 +104,16 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
     if plan.gluon:
         from rnnfast_kernels.gpu import gluon_backward, gluon_forward
 
-        own = (plan.precision, plan.block_b, plan.block_n, plan.chunks, plan.warps, plan.members, plan.polled)
+        own = (
+            plan.precision,
+            plan.block_b,
+            plan.block_n,
+            plan.chunks,
+            plan.kept,
+            plan.warps,
+            plan.members,
+            plan.polled,
+        )
         kernel = gluon_backward.backward_loop if backward else gluon_forward.forward_loop
         return Launch(kernel, (plan.programs,), (tensors, *extent, *layer, *own), options(plan))
     args = (

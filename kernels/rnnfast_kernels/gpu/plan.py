@@ -44,9 +44,12 @@ RATES = {
 
 # Whether the programs of a Gluon loop poll values rather than a counter: not before a GPU has run it.
 POLLED = False
-# Warps of a Gluon loop, values of k that one of them has at least, and registers of a thread for weights, sums, an
-# operand and elements, each with what belongs to it, by pass.
-WARPS, UNIT, ROOM, ELEMENT = 8, 16, 216, {False: 24, True: 40}
+# Warps of a Gluon loop, and values of k that one of them has at least.
+WARPS, UNIT = 8, 16
+# Registers of a thread of a Gluon loop. Beside weights, sums and operands, some are taken, by pass, and some for each
+# element of the tile that a thread has; polling takes more in backward, as does reading weights from shared memory.
+# Found by compiling.
+ROOM, BASE, ELEMENT, POLLING, READING = 240, {False: 28, True: 60}, {False: 20, True: 40}, 10, 32
 # Rows of a Gluon loop's tile, by pass.
 MOST_ROWS = {False: 32, True: 16}
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
@@ -161,8 +164,23 @@ def can_gluon(problem: Problem) -> bool:
 
 
 def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = None) -> Plan:
-    """The Gluon loop with tiles of block_b rows and block_n units: two numbers, from which all else follows."""
+    """The Gluon loop with tiles of block_b rows and block_n units: two numbers, from which all else follows.
+
+    The weights that a thread's registers do not hold are in shared memory.
+    """
     members, units = cdiv(problem.H, block_n), cdiv(problem.H, WARPS * UNIT)
+    threads, products = 32 * WARPS, 1 if problem.backward else problem.gates
+    weights = problem.gates * block_n * WARPS * UNIT * problem.itemsize  # of a unit
+    sums = products * block_b * block_n // 32
+    operand = min(64, block_b * units * UNIT * problem.gates // products * problem.itemsize // 128)
+    polled = POLLED if polled is None else polled
+    rest = BASE[problem.backward] + ELEMENT[problem.backward] * cdiv(block_b * block_n, threads)
+    rest += POLLING * problem.itemsize if polled and problem.backward else 0
+    free = ROOM - sums - operand - rest
+    kept = min(units, free * 4 * threads // weights)
+    if kept < units:
+        # What comes from shared memory takes registers too.
+        kept = max(0, (free - READING) * 4 * threads // weights)
     return Plan(
         loop="cooperative",
         block_b=block_b,
@@ -172,25 +190,15 @@ def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = No
         block_k=UNIT,
         split=WARPS,
         chunks=units,
-        kept=units,
+        kept=kept,
         members=members,
         programs=members * cdiv(problem.B, block_b) * problem.D,
         row=problem.row,
-        shared=(1 if problem.backward else problem.gates) * WARPS * block_b * block_n * 4,
+        shared=products * WARPS * block_b * block_n * 4 + (units - kept) * weights,
         registers=registers.per_program(problem.device, WARPS),
         gluon=True,
-        polled=POLLED if polled is None else polled,
+        polled=polled,
     )
-
-
-def holds_weights(problem: Problem, plan: Plan) -> bool:
-    """Whether a thread of a Gluon loop has the registers for its weights, the sums of its warp and an operand."""
-    threads, words = 32 * WARPS, problem.itemsize / 4
-    weights = problem.gates * plan.block_n * plan.width * words / threads
-    sums = (1 if problem.backward else problem.gates) * plan.block_b * plan.block_n / 32
-    operand = min(64, plan.block_b * plan.chunks * UNIT * words / 32 * (problem.gates if problem.backward else 1))
-    elements = cdiv(plan.block_b * plan.block_n, threads)
-    return weights + sums + operand + ELEMENT[problem.backward] * elements <= ROOM
 
 
 def fits(problem: Problem, plan: Plan) -> bool:
@@ -224,15 +232,16 @@ def step_time(problem: Problem, plan: Plan) -> float:
     passed = operands + 2 * parts * (1 if problem.backward else problem.gates)
     passed += operands * readers.rows + kept * readers.units
     if plan.gluon:
-        passed = 2 * parts * (1 if problem.backward else problem.gates)
+        passed = 2 * parts * (1 if problem.backward else problem.gates) + weights - kept
     time = rate.overhead + passed / rate.shared + repeated / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
     time += rate.polled if plan.polled else rate.barrier
     waits = 1 if plan.eager else plan.kept
-    waits += (plan.chunks - plan.kept) / plan.stages
+    if not plan.gluon:
+        waits += (plan.chunks - plan.kept) / plan.stages
     rows = problem.B if plan.sparse else plan.block_b
-    fetched = row * rows + weights - kept
+    fetched = row * rows + (0 if plan.gluon else weights - kept)
     if plan.slices > 1:
         # A second exchange: a program's sums for all programs of its column, and theirs for it.
         time += rate.barrier
@@ -273,7 +282,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
         if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
             for block_n in (8, 16, 32):
                 plan = gluon(problem, block_b, block_n)
-                if plan.members > 1 and holds_weights(problem, plan):
+                if plan.members > 1:
                     yield plan
         for block_n, slices in grids(problem, block_b):
             reach = block_n * slices
@@ -304,12 +313,13 @@ def choose(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def best(problem: Problem, with_gluon: bool = True) -> Plan:
+def best(problem: Problem, in_gluon: bool | None = None) -> Plan:
+    """The fastest by the model; with `in_gluon`, a Gluon loop or none, and if there is no other, a streamed one."""
     if problem.dtype == "float64":
         return streamed(problem)
-    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and (with_gluon or not plan.gluon))
+    fitting = (plan for plan in candidates(problem) if fits(problem, plan) and in_gluon in (None, plan.gluon))
     # A tenth of a microsecond is less than the model can tell.
-    return min(fitting, key=lambda plan: round(step_time(problem, plan), 1))
+    return min(fitting, key=lambda plan: round(step_time(problem, plan), 1), default=streamed(problem))
 
 
 _override: Callable[[Problem], Plan] | None = None

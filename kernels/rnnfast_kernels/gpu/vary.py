@@ -31,7 +31,7 @@ CHOICES = {
     "polled": "polled",
 }
 # What a Gluon loop is made from.
-OF_GLUON = {"block_b", "block_n", "gluon", "polled"}
+OF_GLUON = {"block_b", "block_n", "polled"}
 
 
 def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -> Plan:
@@ -43,8 +43,15 @@ def varied(problem: Problem, choices: dict[str, int], loop: str | None = None) -
     if unknown:
         raise ValueError(f"unknown choice {unknown[0]!r}; choose from {', '.join(CHOICES)}")
     given = {CHOICES[name]: value for name, value in choices.items()}
-    # Other choices are those of Triton's loops.
-    plan = best(problem, set(given) <= OF_GLUON and given.pop("gluon", True))
+    # Choices beyond those of Gluon loops are of Triton's.
+    in_gluon = None
+    if "gluon" in given or "polled" in given:
+        in_gluon = bool(given.pop("gluon", True))
+    if not set(given) <= OF_GLUON:
+        in_gluon = False
+    plan = best(problem, in_gluon)
+    if in_gluon and not plan.gluon:
+        raise ValueError(f"no Gluon loop takes {problem.cell} with {problem.H} units in {problem.dtype}")
     loop = loop or plan.loop
     rows, units, warps = (given.get(name, getattr(plan, name)) for name in ("block_b", "block_n", "warps"))
     fewest = row_tiles(problem)[0]
