@@ -90,13 +90,8 @@ def record(
     Returns None where no backend records it. The function returns None where a tensor has no memory.
     """
     options, differentiated, threads, *_ = key
-    cell = CELLS[options.cell]
-    if (
-        x.stride(-1) != 1
-        or len(cell.states) > 2
-        or cell.output > 0
-        or 0 in (*x.shape, options.hidden(weights), options.width(weights))
-    ):
+    extents = (*x.shape, options.hidden(weights), options.width(weights))
+    if x.stride(-1) != 1 or 0 in extents or not can_stack(options):
         return None
     backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
     if backend == "torch" and sizes is not None and x.dim() == 3:
@@ -110,6 +105,21 @@ def record(
         recorded.clear()
     recorded[key] = call
     return call
+
+
+def can_stack(options: Options) -> bool:
+    """Say whether layers of a cell on top of one another are recorded as one program."""
+    cell = CELLS[options.cell]
+    return len(cell.states) <= 2 and cell.output == 0
+
+
+def stacked_weights(options: Options, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the weights of all layers as they are recorded."""
+    if not options.present.parameters:
+        return weights
+    count = options.flat_count * options.directions
+    parts = (flat_weights(options, weights[n : n + count]) for n in range(0, len(weights), count))
+    return [each for part in parts for each in part]
 
 
 def signatures_of(
@@ -139,16 +149,14 @@ class Inference:
     """A call through which no derivative is taken."""
 
     def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
-        self.options, self.layers, self.parameters = options, len(signatures), options.present.parameters
+        self.options, self.parameters = options, options.present.parameters
         self.batch_first = options.batch_first and batched
         self.stack = load(backend).stack(signatures, batched)
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]):
         """Return the output and the final states, as a module does."""
         if self.parameters:
-            count = len(weights) // self.layers
-            parts = (flat_weights(self.options, weights[n * count : (n + 1) * count]) for n in range(self.layers))
-            weights = [each for part in parts for each in part]
+            weights = stacked_weights(self.options, weights)
         try:
             output, *finals = self.stack((x, *states, *weights))
         except NoMemoryError:

@@ -11,6 +11,7 @@ from rnnfast.backends.dispatch import backend_of, load, records
 from rnnfast.frozen import Frozen
 from rnnfast.functional import Call, initial_states, recurrent, single
 from rnnfast.modules import Recurrent
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 
 class Stream:
@@ -32,16 +33,23 @@ class Stream:
             y = stream(x)            # [B, P]
 
     Args:
-        module: an RNN, LSTM or GRU of rnnfast, of one direction; also a frozen one.
+        module: an RNN, LSTM or GRU of rnnfast, of one direction; also a frozen one, or an `rnnfast.Recurrent` whose
+            cell has no signals.
         batch: rows B of each step. Default 1.
 
     Raises:
-        TypeError: `module` is none of rnnfast's. ValueError: it is bidirectional.
+        TypeError: `module` is none of rnnfast's. ValueError: it is bidirectional, or its cell has signals.
     """
 
-    def __init__(self, module: Recurrent | Frozen, batch: int = 1):
-        if not isinstance(module, Recurrent | Frozen):
+    def __init__(self, module: Recurrent | Frozen | OfDeclaredCell, batch: int = 1):
+        if not isinstance(module, Recurrent | Frozen | OfDeclaredCell):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
+        # Places of the states in the order of the cell's declaration.
+        self.places: tuple[int, ...] | None = None
+        if isinstance(module, OfDeclaredCell):
+            if module.cell.signals:
+                raise ValueError(f"Stream: expected a cell without signals, got {module.cell.__name__}")
+            self.places = tuple(module.cell.order.index(n) for n in range(len(module.cell.order)))
         self.module, self.batch = module, batch
         self.states: tuple[Tensor, ...] = ()  # [layers, B, P or H] each
         self.refresh()
@@ -50,7 +58,8 @@ class Stream:
         return {"module": self.module, "batch": self.batch, "states": self.states, "output": self.output}
 
     def __setstate__(self, kept: dict) -> None:
-        self.module, self.batch, self.states = kept["module"], kept["batch"], kept["states"]
+        self.__init__(kept["module"], kept["batch"])  # type: ignore[misc]
+        self.states = kept["states"]
         self.refresh()
         with torch.no_grad():
             if self.output.shape == kept["output"].shape:
@@ -89,14 +98,16 @@ class Stream:
             if frozen:
                 self.weights = frozen.dequantised()
             self.backend = backend_of(options.cell, x.device, x.dtype, False)
-            self.step = self.lay_out(options) if records(self.backend) else self.call_layers
+            recorded = records(self.backend) and fast_path.can_stack(options)
+            self.step = self.lay_out(options) if recorded else self.call_layers
 
     def lay_out(self, options) -> Callable[[], None]:
         """Have the backend prepare a step, whose final states are written where its initial states are read."""
         x, output = self.input, self.output
         signatures = fast_path.signatures_of(options, x, self.weights, zero=False, threads=1)
         stack = load(self.backend).stack(tuple(each._replace(repeated=True) for each in signatures))
-        step = stack.repeat((x, *self.states, *self.weights), (output[None], *self.states))
+        weights = fast_path.stacked_weights(options, self.weights)
+        step = stack.repeat((x, *self.states, *weights), (output[None], *self.states))
 
         def run() -> None:
             step()
@@ -134,9 +145,14 @@ class Stream:
         return self.output
 
     @property
+    def in_order(self) -> tuple[Tensor, ...]:
+        """The states themselves, in the order of the module's."""
+        return self.states if self.places is None else tuple(self.states[n] for n in self.places)
+
+    @property
     def state(self) -> Tensor | tuple[Tensor, ...]:
         """A copy of the state, as the module returns it: [layers, B, P], for an LSTM (h, c)."""
-        return single(tuple(s.clone() for s in self.states))
+        return single(tuple(s.clone() for s in self.in_order))
 
     @state.setter
     @torch.no_grad()
@@ -149,7 +165,7 @@ class Stream:
         given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if len(given) != len(self.states):
             raise ValueError(f"Stream: expected {len(self.states)} state tensor(s), got {len(given)}")
-        for own, new in zip(self.states, given, strict=True):
+        for own, new in zip(self.in_order, given, strict=True):
             if not isinstance(new, Tensor):
                 raise TypeError(f"Stream: expected a state of type Tensor, got {type(new).__name__}")
             if own.shape != new.shape:
@@ -158,7 +174,7 @@ class Stream:
                 raise ValueError(
                     f"Stream: expected a state of {own.dtype} on {own.device}, got {new.dtype} on {new.device}"
                 )
-        for own, new in zip(self.states, given, strict=True):
+        for own, new in zip(self.in_order, given, strict=True):
             own.copy_(new)
 
     @torch.no_grad()
