@@ -52,6 +52,7 @@ import torch, rnnfast
 layer, cell, x = rnnfast.GRU(3, 5), rnnfast.GRUCell(3, 5), torch.randn(4, 2, 3)
 if "TypeError" not in {reason!r}:
     assert {reason!r} in rnnfast.explain(layer, x).reason, rnnfast.explain(layer, x)
+    from rnnfast.explain import environment
     environment()
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

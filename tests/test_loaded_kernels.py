@@ -20,7 +20,7 @@ def test_second_derivatives_from_disk():
         (dx,) = torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)
         torch.autograd.grad(dx.square().sum(), x)
         from rnnfast_kernels.cpu.runtime import compiled
-        assert ("lstm", "float64", 2) in compiled.kernels
+        assert ("lstm", "float64", 2, "") in compiled.kernels
         assert "numba" not in sys.modules
     """
     found = run_python(code)

@@ -86,7 +86,7 @@ def test_without_files_of_sources_torch_runs(form, tmp_path):
 
 NAMES = """
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu.compiled import file_name
+from rnnfast_kernels.cpu.runtime.compiled import file_name
 print(*(f"{cell} {file_name(cell, 'float32', order)}" for cell in CELLS for order in (1, 2)), sep="\\n")
 """
 
@@ -111,7 +111,7 @@ def test_an_edit_of_a_cell_compiles_that_cell_alone(tmp_path):
 def test_no_home_no_name_and_nowhere_to_write(tmp_path):
     """Kernels are compiled for the process, which says so once."""
     place = copied(tmp_path / "library")
-    (place / "rnnfast_kernels" / "cpu" / "__pycache__").write_text("a file, so that there can be no folder")
+    (place / "rnnfast_kernels" / "cpu" / "runtime" / "__pycache__").write_text("a file, so that there can be no folder")
     nobody = (
         "import os, pwd\n"
         "def unknown(*args): raise KeyError('no such user')\n"
