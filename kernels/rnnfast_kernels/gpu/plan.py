@@ -47,9 +47,9 @@ POLLED = False
 # Warps of a Gluon loop, and values of k that one of them has at least.
 WARPS, UNIT = 8, 16
 # Registers of a thread of a Gluon loop. Beside weights, sums and operands, some are taken, by pass, and some for each
-# element of the tile that a thread has; polling takes more in backward, as does reading weights from shared memory.
-# Found by compiling.
-ROOM, BASE, ELEMENT, POLLING, READING = 240, {False: 28, True: 60}, {False: 20, True: 40}, 10, 32
+# element of the tile that a thread has; polling takes more in backward, as does reading weights from shared memory, by
+# the bytes of an entry. Found by compiling.
+ROOM, BASE, ELEMENT, POLLING, READING = 240, {False: 28, True: 60}, {False: 20, True: 40}, 10, 16
 # Rows of a Gluon loop's tile, by pass.
 MOST_ROWS = {False: 32, True: 16}
 # Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
@@ -180,7 +180,7 @@ def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = No
     kept = min(units, free * 4 * threads // weights)
     if kept < units:
         # What comes from shared memory takes registers too.
-        kept = max(0, (free - READING) * 4 * threads // weights)
+        kept = max(0, (free - READING * problem.itemsize) * 4 * threads // weights)
     return Plan(
         loop="cooperative",
         block_b=block_b,
