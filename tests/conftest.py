@@ -30,11 +30,14 @@ COMPILE = """
 import sys
 from itertools import product
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu.compiled import kernel
+from rnnfast_kernels.cpu.runtime.compiled import kernel
 kinds = ("float32", 1), ("bfloat16", 1), ("float64", 1), ("float64", 2), ("float16", 1), ("float32", 2)
+frozen = [("float32", 0, "int8"), ("float32", 0, "bfloat16")]
+wanted = [(cell, *kind) for kind, cell in product(kinds, CELLS)]
+wanted += [("lstm", *frozen[0]), ("gru", *frozen[0]), ("gru", *frozen[1])]
 first, step = map(int, sys.argv[1:])
-for (dtype, order), cell in list(product(kinds, CELLS))[first::step]:
-    kernel(cell, dtype, order)
+for each in wanted[first::step]:
+    kernel(*each)
 """
 
 
@@ -65,7 +68,8 @@ def pytest_xdist_setupnodes(config, specs):
     """Processes that share the tests would each compile what all of them want: let them begin when that is done."""
     if backends_under_test() == ["numba"]:
         for compiler in [start_compiling(n, len(specs)) for n in range(len(specs))]:
-            compiler.wait()
+            if compiler.wait():
+                raise pytest.UsageError(f"kernels cannot be compiled: run python -c {COMPILE!r} 0 1")
 
 
 @pytest.fixture(scope="session", autouse=True)
