@@ -175,6 +175,11 @@ class Form(NamedTuple):
         return len(CELLS[self.cell].signals)
 
     @property
+    def arguments(self) -> tuple[str, list[bool], list[bool]]:
+        """Return what operators take; compilers keep no graphs on disk that hold types of ours."""
+        return self.cell, list(self.reverse), list(self.present)
+
+    @property
     def differentiable(self) -> int:
         """Return the number of tensors but batch_sizes and resets."""
         return 1 + self.states + self.signals + sum(self.present.weights) * len(self.reverse)
