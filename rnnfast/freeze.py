@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rnnfast import _torch, modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
-from rnnfast.frozen import FIELDS, Frozen
+from rnnfast.frozen import Frozen
+from rnnfast.frozen_weights import FIELDS
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 FORMATS = ("float32", "bfloat16", "int8")

@@ -20,6 +20,7 @@ LAYERS = (
     ("rnnfast.freeze",),
     ("rnnfast.accelerate", "rnnfast.warmup", "rnnfast.explain", "rnnfast.stream"),
     ("rnnfast.frozen",),
+    ("rnnfast.frozen_weights",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
     ("rnnfast.functional",),
     ("rnnfast.validate", "rnnfast.fast_path"),
