@@ -93,8 +93,9 @@ def record(
     extents = (*x.shape, options.hidden(weights), options.width(weights))
     if x.stride(-1) != 1 or 0 in extents or not can_stack(options):
         return None
+    whatever_the_size = backend_of(options.cell, x.device, x.dtype, False)
     backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
-    if backend == "torch" and x.dim() == 3 and sizes is not None and measured.slower(options.cell, sizes):
+    if backend == "torch" != whatever_the_size and x.dim() == 3:
         call: Callable = native.recorded(options, x.shape[0 if options.batch_first else 1], options.width(weights))
     elif records(backend):
         signatures = signatures_of(options, x, weights, not states, threads)
