@@ -1,16 +1,16 @@
 """`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
 
 import warnings
-from itertools import chain
 from typing import Any
 
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor, nn
 
 from rnnfast import _torch, modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
 from rnnfast.frozen import Frozen
-from rnnfast.frozen_weights import FIELDS
+from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -18,6 +18,7 @@ FORMATS = ("float32", "bfloat16", "int8")
 MOST_TERMS = 1 << 16
 
 
+@torch.no_grad()
 def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     """Pack the weights of every RNN, LSTM and GRU in `model`, torch's or rnnfast's, in place.
 
@@ -49,13 +50,15 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     reasons = {name: reason_against(layer, weights) for name, layer in found.items()}
     for name, layer in found.items():
         if reasons[name] is None:
-            check_finite(name, layer)
+            check_finite(name, layer, weights)
     if not found:
         warnings.warn("freeze: the model has no recurrent layer", RuntimeWarning, stacklevel=2)
+    # All are packed before any is changed.
+    packed = {name: held_by(layer, weights) for name, layer in found.items() if reasons[name] is None}
     for name, layer in found.items():
         reason = reasons[name]
         if reason is None:
-            convert(layer, weights)
+            convert(layer, weights, packed[name])
         elif not (isinstance(layer, Frozen) and layer.weights_format == weights):
             layer.__dict__[REFUSED] = reason
             warnings.warn(
@@ -84,13 +87,39 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             return f"{name} is not a tensor"
+        if name not in layer._parameters:
+            return (
+                f"{name} is no parameter; where a hook makes it, remove that first (remove_weight_norm, prune.remove)"
+            )
+        if tensor.layout is not torch.strided:
+            return f"{name} is sparse"
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}; frozen weights are for the CPU"
         if tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}; layers of torch.float32 can be frozen"
         if tensor.dim() == 2 and weights == "int8" and tensor.shape[1] > MOST_TERMS:
             return f"{name} has rows of {tensor.shape[1]} numbers; sums of int8 products hold {MOST_TERMS}"
-    return "a weight is empty" if any(tensor.numel() == 0 for tensor in tensors.values()) else None
+    if any(tensor.numel() == 0 for tensor in tensors.values()):
+        return "a weight is empty"
+    return wrong_shape(layer, tensors)
+
+
+def wrong_shape(layer: Any, tensors: dict[str, Tensor]) -> str | None:
+    """Say which weight has another shape than the layer's sizes ask for, or None."""
+    width, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
+    columns = CELLS[modules.CELL_OF_MODE[layer.mode]].gates * layer.hidden_size
+    for n, names in enumerate(layer._all_weights):
+        inputs = layer.input_size if n < directions else directions * width
+        shapes = {
+            "weight_ih": (columns, inputs),
+            "weight_hh": (columns, width),
+            "weight_hr": (width, layer.hidden_size),
+        }
+        for name in names:
+            expected = shapes.get("_".join(name.split("_")[:2]), (columns,))
+            if tensors[name].shape != expected:
+                return f"{name}: expected shape {list(expected)}, got {list(tensors[name].shape)}"
+    return None
 
 
 def named_weights(layer: Any) -> dict[str, Any]:
@@ -105,12 +134,14 @@ def weight_names(layer: Any) -> list[list[str]]:
     return [names[n : n + count] for n in range(0, len(names), count)]
 
 
-def check_finite(place: str, layer: nn.Module) -> None:
-    """Raise ValueError where a weight has NaN or infinity."""
+def check_finite(place: str, layer: nn.Module, weights: str) -> None:
+    """Raise ValueError where a weight has NaN or infinity, or would have in its format."""
     for name, tensor in named_weights(layer).items():
+        full = f"{place}.{name}" if place else name
         if not tensor.isfinite().all():
-            full = f"{place}.{name}" if place else name
             raise ValueError(f"freeze: expected finite weights, got NaN or infinity in {full}")
+        if weights == "bfloat16" and not tensor.to(torch.bfloat16).isfinite().all():
+            raise ValueError(f"freeze: expected weights that bfloat16 holds, got {tensor.abs().max():.4g} in {full}")
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,15 +150,14 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-@torch.no_grad()
-def convert(layer: Any, weights: str) -> None:
-    """Make a layer a frozen one."""
+def held_by(layer: Any, weights: str) -> dict[str, Any]:
+    """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
     shorts = {long: short for short, long in FIELDS.items()}
     held = []
-    for names in weight_names(layer):
+    for names in layer._all_weights:
         named: dict[str, Tensor] = {}
         for name in names:
-            short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach()
+            short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach().resolve_neg()
             if short.startswith("b_"):
                 named[short] = tensor.clone()
             elif weights == "int8":
@@ -135,13 +165,21 @@ def convert(layer: Any, weights: str) -> None:
             else:
                 named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
         held.append(named)
-    for name in chain.from_iterable(weight_names(layer)):
+    trial = Frozen.__new__(Frozen)
+    trial.__dict__.update(layer.__dict__, weights_format=weights)
+    trial.hold(held)
+    return {name: trial.__dict__[name] for name in (*NOT_IN_STATE, "weights_format") if name in trial.__dict__}
+
+
+def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:
+    """Make a layer a frozen one."""
+    names = {name for each in layer._all_weights for name in each}
+    for name in names:
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
     for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",
                  "_flat_weight_refs", "_kept_weights"):  # fmt: skip
         layer.__dict__.pop(name, None)
     layer.__class__ = Frozen
-    layer.__dict__["weights_format"] = weights
+    layer.__dict__.update(held)
     layer.training = False
-    layer.hold(held)

@@ -28,6 +28,7 @@ MOST = 64
 NONE: tuple[Tensor, ...] = ()
 # Settings under which the kernels run a layer.
 KERNELS = ("auto", "numba")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Shaped(NamedTuple):
@@ -38,9 +39,9 @@ class Shaped(NamedTuple):
     device: torch.device
 
 
-def key_of(threads: int, x: Tensor, states: Sequence[Tensor]) -> tuple:
+def key_of(batch_first: bool, threads: int, x: Tensor, states: Sequence[Tensor]) -> tuple:
     """Return all that a prepared call depends on, but addresses."""
-    key = threads, x.shape, x.stride(), x.dtype, x.is_cpu
+    key = batch_first, threads, x.shape, x.stride(), x.dtype, x.is_cpu
     return (*key, *[(each.shape, each.dtype, each.is_cpu) for each in states]) if states else key
 
 
@@ -48,6 +49,19 @@ def key_of(threads: int, x: Tensor, states: Sequence[Tensor]) -> tuple:
 def asked_for() -> str:
     """Return the backend asked for here. A compiled graph keeps the answer it was traced with."""
     return setting()
+
+
+def is_followed(tensor: Tensor) -> bool:
+    """Say whether a derivative is taken along a tensor, backwards or forwards."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and context.requires_grad_below(tensor):
+        return True
+    if _torch.in_dual_level() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    return _torch.forward_nesting() > 0 and _torch.is_wrapper(tensor)
 
 
 class Frozen(FrozenWeights):
@@ -74,19 +88,26 @@ class Frozen(FrozenWeights):
 
     def run_prepared(self, x, hx):
         """Run a call of sizes that were seen before, or return None."""
-        states = NONE if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        states: tuple[Tensor, ...] | None
+        if hx is None:
+            states = NONE
+        elif self.mode == "LSTM":
+            states = tuple(hx) if isinstance(hx, tuple | list) else None
+        else:
+            states = (hx,)
+        if states is None:
+            return None
         tensors = (x, *states) if states else (x,)
-        if not context.is_free(tensors) or setting() not in KERNELS:
+        if not context.is_free(tensors) or _torch.in_dual_level() or setting() not in KERNELS:
             return None
         threads = torch.get_num_threads()
         if threads > pool.known_cores:
             threads = pool.usable(threads)
-        prepared = self._prepared.get(key_of(threads, x, states))
-        if prepared is None or x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
+        prepared = self._prepared.get(key_of(self.batch_first, threads, x, states))
+        if prepared is None or not context.are_as_stored(tensors) or context.is_differentiated(tensors):
             return None
-        for each in states:
-            if each.is_neg() or not each.is_contiguous() or (each.requires_grad and torch.is_grad_enabled()):
-                return None
+        if states and not all(map(Tensor.is_contiguous, states)):
+            return None
         return prepared(x, states)
 
     def remember(self, x: Tensor, states: Sequence[Tensor]) -> None:
@@ -97,7 +118,7 @@ class Frozen(FrozenWeights):
         threads = pool.usable(torch.get_num_threads())
         if len(self._prepared) >= MOST:
             self._prepared.clear()
-        self._prepared[key_of(threads, x, states)] = PreparedCall(self, x, not states, threads)
+        self._prepared[key_of(self.batch_first, threads, x, states)] = PreparedCall(self, x, not states, threads)
 
     def run(self, input, hx, lengths, resets, all_states):
         """Check a call and run it."""
@@ -105,9 +126,11 @@ class Frozen(FrozenWeights):
         data = input.data if packed else input
         self.refuse_gradient((data, *(hx if isinstance(hx, tuple | list) else () if hx is None else (hx,))))
         options = self.options()
-        if _torch.is_any_autocast_enabled() and data.dtype in (torch.bfloat16, torch.float16):
-            data = data.float()
+        if data.layout is not torch.strided or (_torch.is_any_autocast_enabled() and data.dtype in HALVES):
+            data = (data if data.layout is torch.strided else data.to_dense()).float()
             input = input._replace(data=data) if packed else data
+        if hx is not None and _torch.is_any_autocast_enabled():
+            hx = hx.float() if isinstance(hx, Tensor) else tuple(each.float() for each in hx)
         reason = self.reason_for_plain(data)
         if reason is not None:
             return self.run_plain(options, input, hx, lengths, resets, all_states)
@@ -117,7 +140,7 @@ class Frozen(FrozenWeights):
 
     def refuse_gradient(self, tensors) -> None:
         """Raise RuntimeError where a gradient would be taken through the layer."""
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
+        if any(isinstance(each, Tensor) and is_followed(each) for each in tensors):
             raise RuntimeError(
                 f"{self.type_name()}: no gradient can be taken through frozen weights; call it under torch.no_grad() "
                 "or detach its input, or train the layer before rnnfast.freeze"

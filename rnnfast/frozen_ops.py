@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnnfast.changes import version_of
-from rnnfast.operators import expect, library
+from rnnfast.operators import check_memory, expect, library
 
 SCHEMA = (
     "frozen_layer(str cell, str weights, int inputs, int hidden, int width, bool projected, bool biased, "
@@ -44,6 +44,7 @@ def frozen_layer(
     resets,
 ) -> list[Tensor]:  # fmt: skip
     """Run one layer: h of every step, the aux state or an empty tensor, and the final states."""
+    check_memory((x, *hx, *held))
     backend = kernels()
     form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
     check(form, x, hx, batch_sizes, resets)

@@ -47,7 +47,8 @@ class FrozenWeights(nn.Module):
         object.__setattr__(self, "_prepared", {})
         object.__setattr__(self, "_elsewhere", {})
         problem = self.obstacle()
-        object.__setattr__(self, "_plain", weights if problem else None)
+        own = [{name: each.clone() for name, each in named.items()} for named in weights] if problem else None
+        object.__setattr__(self, "_plain", own)
         panels = None if problem else kernels().pack(self.form(), weights)
         object.__setattr__(self, "_array", None if panels is None else panels.numpy())
         # No buffer: it stays on the CPU, in uint8, whatever the model is moved to, and out of exported programs.
@@ -119,7 +120,7 @@ class FrozenWeights(nn.Module):
         _torch.save_registered(self, destination, prefix, keep_vars)
         meaning = self.meaning()
         for place, name, full in self.names():
-            destination[prefix + full] = meaning[place][name]
+            destination[prefix + full] = meaning[place][name].clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -138,6 +139,8 @@ class FrozenWeights(nn.Module):
                 )
             elif given.is_floating_point() and not given.isfinite().all():
                 error_msgs.append(f"{prefix}{full}: expected finite numbers, got NaN or infinity")
+            elif given.dtype == torch.int8 and (given == -128).any():
+                error_msgs.append(f"{prefix}{full}: expected integers from -127 to 127, got -128")
             else:
                 weights[place][name] = given.detach().cpu()
         for name, buffer in self.named_buffers(recurse=False):

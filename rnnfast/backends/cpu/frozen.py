@@ -20,7 +20,7 @@ from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from torch import Tensor
 
-from rnnfast.backends.cpu.arguments import row_cuts
+from rnnfast.backends.cpu.arguments import addresses_of, row_cuts
 from rnnfast.backends.cpu.executable import room, shape_of
 from rnnfast.spec import Form as LayerForm
 from rnnfast.spec import Present, Signature
@@ -84,7 +84,7 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     With int8 also w_ih_scale, w_hh_scale and w_hr_scale.
     """
     chosen = panels.held_target(form.weights)
-    buffer = room(torch.empty(0), offsets(form)[-1], dtype=torch.uint8).zero_()
+    buffer = room(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
     for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
@@ -186,8 +186,8 @@ class Prepared:
             scratch = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
             scratch = room(x, self.scratch)
-        addresses = [tensor.data_ptr() for tensor in (x, output, *finals, *initial)]
-        addresses.append(panels)
+        addresses = [*addresses_of((x, *initial)), panels]
+        addresses[1:1] = [tensor.data_ptr() for tensor in (output, *finals)]
         self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
         if self.scratch <= MOST_SPARE:
             self.spare.append(scratch)
