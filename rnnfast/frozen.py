@@ -89,6 +89,8 @@ class Frozen(FrozenWeights):
     def run_prepared(self, x, hx):
         """Run a call of sizes that were seen before, or return None."""
         states: tuple[Tensor, ...] | None
+        if torch.compiler.is_dynamo_compiling():  # after a break in the graph
+            return None
         if hx is None:
             states = NONE
         elif self.mode == "LSTM":
