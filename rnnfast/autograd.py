@@ -225,8 +225,13 @@ def positions(form: Form, fields: Sequence[str]) -> set[int]:
 
 
 def differentiated_loop(form: Form, tensors: Sequence[Tensor], grads, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Differentiate the plain loop, in a way that can be differentiated again."""
-    states, finals = reference.run(restore(form, tensors))
+    """Differentiate the plain loop, in a way that can be differentiated again.
+
+    By views of the tensors: these may depend on one another, be the same tensor, or have hooks.
+    """
+    with torch.enable_grad():
+        tensors = [each.view_as(each) for each in tensors]
+        states, finals = reference.run(restore(form, tensors))
     pairs = [(r, g) for r, g in zip((*states, *finals), grads, strict=True) if g is not None and r.requires_grad]
     results, seeds = zip(*pairs, strict=True)
     inputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]

@@ -207,3 +207,7 @@ def test_surrogate_is_a_step_with_the_derivative_given():
     assert rnnfast.surrogate(value, 0.5).tolist() == [0, 0, 1, 0]
     with pytest.raises(TypeError, match="expected a tensor, got float"):
         rnnfast.surrogate(0.5, 1.0)
+
+
+def test_printed_gradients_keep_their_parentheses():
+    assert "sigmoid(-(x.f + u.f))" in str(rnnfast.cells.slstm)

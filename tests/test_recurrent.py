@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from closeness import assert_all_close, relative_error
+from closeness import assert_all_close, assert_close, relative_error
 from conftest import backends_under_test
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -291,3 +291,42 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         output, finals = layer(x, {n: h.float() for n, h in hx.items()}, signals=signals)
     assert {t.dtype for t in (output, *finals)} == {torch.bfloat16}
+
+
+def test_gradients_to_be_differentiated_are_those_that_are_not():
+    """Inputs that depend on one another, that are one tensor, and that have hooks."""
+    cell = rnnfast.cells.peephole_lstm
+    layer, tied = rnnfast.Recurrent(cell, 4, 4, **F64), rnnfast.Recurrent(cell, 4, 4, 2, **F64)
+    tied.weight_hh_l1 = tied.weight_hh_l0
+    x, h = torch.randn(5, 2, 4, **F64, requires_grad=True), torch.randn(1, 2, 4, **F64, requires_grad=True)
+
+    def chunks():
+        _, state = layer(x)
+        return layer(x, state)[0], layer.weight_hh_l0
+
+    cases = {
+        "chunks": chunks,
+        "state of x": lambda: (layer(x, (x[:1] * 2, x[1:2]))[0], x),
+        "one state": lambda: (layer(x, (h, h))[0], h),
+        "tied": lambda: (tied(x)[0], tied.weight_hh_l0),
+    }
+    for name, make_case in cases.items():
+        found = []
+        for create_graph in (False, True):
+            output, leaf = make_case()
+            found.append(torch.autograd.grad(output.sin().sum(), leaf, create_graph=create_graph)[0])
+        assert_close(name, found[0], found[1], 1e-12)
+        output, leaf = make_case()
+        (gradient,) = torch.autograd.grad(output.sin().sum(), leaf, create_graph=True)
+        with rnnfast.use_backend("reference"):
+            output, leaf = make_case()
+            (expected,) = torch.autograd.grad(output.sin().sum(), leaf, create_graph=True)
+        others = [layer.weight_ih_l0 if name != "tied" else tied.weight_ih_l1, layer.p_i_l0 if name != "tied" else x]
+        pairs = [torch.autograd.grad(each.square().sum(), others) for each in (expected, gradient)]
+        for a, b in zip(*pairs, strict=True):
+            assert_close(f"{name}, second", a, b, 1e-11)
+    layer.weight_hh_l0.register_hook(lambda g: 2 * g)
+    once, twice = (
+        torch.autograd.grad(layer(x)[0].sum(), layer.weight_hh_l0, create_graph=create)[0] for create in (False, True)
+    )
+    assert_close("hook", once, twice, 1e-12)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from rnnfast_kernels.equations.cell import Cell
-from rnnfast_kernels.equations.emit import Writer
+from rnnfast_kernels.equations.emit import ATOM, Writer
 from rnnfast_kernels.equations.graph import Node
 
 
@@ -23,7 +23,7 @@ def text(cell: Cell, read: str, doc: str | None) -> str:
     forward.write(list(traced.new_state))
     results = [f"{name} = {forward.text(node)}" for node, name in new.items() if not node.operands]
     kept = [named(node, forward) for node in cell.kept_nodes]
-    known = given | {node: forward.names.get(node, text) for node, text in zip(cell.kept_nodes, kept, strict=True)}
+    known = given | {node: forward.inner(node, ATOM) for node in cell.kept_nodes}
     known |= {node: forward.names.get(node, name) for node, name in new.items()}
     known |= {seed: f"d{name}_new" for seed, name in zip(cell.seeds, cell.states, strict=True)}
     backward = gradient(cell, known)
