@@ -212,6 +212,8 @@ def named_states(cell: Cell, hx) -> dict[str, Tensor]:
         if len(cell.states) > 1:
             raise TypeError(f"hx: expected a sequence of {len(cell.states)} tensors, got one tensor")
         hx = (hx,)
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"hx: expected tensors of {', '.join(cell.states)}, got {type(hx).__name__}")
     if len(hx) != len(cell.states):
         raise RuntimeError(f"hx: expected {len(cell.states)} states ({', '.join(cell.states)}), got {len(hx)}")
     return {name: state for name, state in zip(cell.states, hx, strict=True) if state is not None}
@@ -219,6 +221,8 @@ def named_states(cell: Cell, hx) -> dict[str, Tensor]:
 
 def named_signals(cell: Cell, signals: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Check which signals there are."""
+    if signals is not None and not isinstance(signals, Mapping):
+        raise TypeError(f"signals: expected a mapping of tensors by name, got {type(signals).__name__}")
     given = dict(signals or {})
     missing, unknown = [n for n in cell.signals if n not in given], sorted(set(given) - set(cell.signals))
     if missing or unknown:
@@ -227,6 +231,8 @@ def named_signals(cell: Cell, signals: Mapping[str, Tensor] | None) -> dict[str,
     for name, signal in given.items():
         if not isinstance(signal, Tensor):
             raise TypeError(f"signals: expected a tensor for {name}, got {type(signal).__name__}")
+        if signal.is_complex():
+            raise TypeError(f"signals: expected real numbers for {name}, got {signal.dtype}")
     return given
 
 
@@ -244,6 +250,8 @@ def initial_state(name: str, state: Tensor | None, shape: tuple[int, ...], x: Te
     expected = shape if batched else (shape[0], shape[2])
     if state is None:
         return x.new_zeros(expected)
+    if not isinstance(state, Tensor):
+        raise TypeError(f"hx: expected a tensor for {name}, got {type(state).__name__}")
     if state.shape != expected:
         raise RuntimeError(f"Expected hidden state {name} of size {list(expected)}, got {list(state.shape)}")
     return state

@@ -330,3 +330,18 @@ def test_gradients_to_be_differentiated_are_those_that_are_not():
         torch.autograd.grad(layer(x)[0].sum(), layer.weight_hh_l0, create_graph=create)[0] for create in (False, True)
     )
     assert_close("hook", once, twice, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"signals": [torch.zeros(1)]}, "signals: expected a mapping of tensors by name, got list"),
+        ({"signals": {"a": torch.zeros(1, dtype=torch.complex64)}}, "signals: expected real numbers for a"),
+        ({"hx": 5}, "hx: expected tensors of h, got int"),
+        ({"hx": {"h": 0.0}}, "hx: expected a tensor for h, got float"),
+    ],
+)
+def test_things_that_are_no_tensors(options, says):
+    layer, x = rnnfast.Recurrent(rnnfast.cells.augru, 3, 4), torch.randn(5, 2, 3)
+    with pytest.raises(TypeError, match=says):
+        layer(x, **{"signals": {"a": torch.zeros(1)}, **options})
