@@ -336,7 +336,7 @@ def test_gradients_to_be_differentiated_are_those_that_are_not():
     ("options", "says"),
     [
         ({"signals": [torch.zeros(1)]}, "signals: expected a mapping of tensors by name, got list"),
-        ({"signals": {"a": torch.zeros(1, dtype=torch.complex64)}}, "signals: expected real numbers for a"),
+        ({"signals": {"attention": torch.zeros(1, dtype=torch.complex64)}}, "signals: expected real numbers"),
         ({"hx": 5}, "hx: expected tensors of h, got int"),
         ({"hx": {"h": 0.0}}, "hx: expected a tensor for h, got float"),
     ],
@@ -344,4 +344,4 @@ def test_gradients_to_be_differentiated_are_those_that_are_not():
 def test_things_that_are_no_tensors(options, says):
     layer, x = rnnfast.Recurrent(rnnfast.cells.augru, 3, 4), torch.randn(5, 2, 3)
     with pytest.raises(TypeError, match=says):
-        layer(x, **{"signals": {"a": torch.zeros(1)}, **options})
+        layer(x, **{"signals": {"attention": torch.zeros(1)}, **options})
