@@ -108,7 +108,7 @@ def wrong_shape(layer: Any, tensors: dict[str, Tensor]) -> str | None:
     """Say which weight has another shape than the layer's sizes ask for, or None."""
     width, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
     columns = CELLS[modules.CELL_OF_MODE[layer.mode]].gates * layer.hidden_size
-    for n, names in enumerate(layer._all_weights):
+    for n, names in enumerate(weight_names(layer)):
         inputs = layer.input_size if n < directions else directions * width
         shapes = {
             "weight_ih": (columns, inputs),
@@ -154,7 +154,7 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
     """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
     shorts = {long: short for short, long in FIELDS.items()}
     held = []
-    for names in layer._all_weights:
+    for names in weight_names(layer):
         named: dict[str, Tensor] = {}
         for name in names:
             short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach().resolve_neg()
@@ -173,7 +173,7 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
 
 def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:
     """Make a layer a frozen one."""
-    names = {name for each in layer._all_weights for name in each}
+    names = {name for each in weight_names(layer) for name in each}
     for name in names:
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
