@@ -57,7 +57,7 @@ def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
     mode, options = layer.training, {}
     if isinstance(layer, OfDeclaredCell):
-        options = {"signals": {name: torch.zeros(1) for name in layer.cell.signals}}
+        options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
     try:
         layer.training = False  # dropout would consume random numbers
         with torch.no_grad():

@@ -118,7 +118,7 @@ def reduced(layer: Layer, gradient: Tensor, signal: Tensor) -> Tensor:
     if sizes is not None and layer.x.dim() == 2:
         batch = layer.hx[0].shape[1]
         padded = gradient.new_zeros(layer.steps, batch, gradient.shape[-1])
-        padded[torch.arange(batch) < sizes[:, None]] = gradient
+        padded[torch.arange(batch, device=sizes.device) < sizes[:, None]] = gradient
         gradient = padded
     return gradient.sum_to_size(signal.shape).clone(memory_format=torch.contiguous_format)
 
