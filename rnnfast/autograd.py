@@ -50,9 +50,9 @@ def layer(layer: Layer, backend: str, all_states: bool) -> tuple[States, States]
         return onnx_export.layer(layer, all_states)
     if compiling:
         results = torch.ops.rnnfast.layer(backend, *form.arguments, False, all_states, tensors, operators.version())
-    elif not is_differentiated(tensors) and (layer.row.standard or _torch.innermost_transform() is None):
+    elif not is_differentiated(tensors) and (layer.definition.standard or _torch.innermost_transform() is None):
         results = below_autograd("layer", tensors, backend, *form.arguments, False, all_states, tensors)
-    elif not layer.row.standard and (_torch.innermost_transform() is not None or _torch.in_dual_level()):
+    elif not layer.definition.standard and (_torch.innermost_transform() is not None or _torch.in_dual_level()):
         return by_plain_loop(layer)
     elif _torch.forward_nesting() > 1:
         return reference.run(layer)

@@ -58,7 +58,7 @@ def check_layer(layer: Layer) -> None:
 
     Kernels take addresses and sizes, so what is let through here is read and written as if it did fit.
     """
-    cell, x, first = layer.row, layer.x, layer.weights[0]
+    cell, x, first = layer.definition, layer.x, layer.weights[0]
     directions, packed = len(layer.reverse), x.dim() == 2
     inputs, hidden = first.w_ih.shape[-1], layer.hidden
     width = hidden if first.w_hh is None else first.w_hh.shape[-1]

@@ -131,7 +131,7 @@ class Layer:
     signals: States = ()
 
     @property
-    def row(self) -> Cell:
+    def definition(self) -> Cell:
         """Return the cell."""
         return CELLS[self.cell]
 
@@ -143,7 +143,7 @@ class Layer:
     @property
     def hidden(self) -> int:
         """Return H."""
-        return self.weights[0].w_ih.shape[0] // self.row.gates
+        return self.weights[0].w_ih.shape[0] // self.definition.gates
 
     @property
     def inputs(self) -> int:

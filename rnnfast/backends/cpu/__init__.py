@@ -51,7 +51,7 @@ def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
 
     gates [*L, D, kept * H]: what the cell wants back, in float32 at least. unprojected [*L, D, H].
     """
-    cell, dtype, hidden = layer.row, layer.x.dtype, layer.hidden
+    cell, dtype, hidden = layer.definition, layer.x.dtype, layer.hidden
     lead = (*layer.x.shape[:-1], len(layer.reverse))
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
     if cell.saved:

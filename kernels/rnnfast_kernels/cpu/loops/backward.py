@@ -109,17 +109,17 @@ def clear_gradients(job, step, live):
             clear_row(job.dsignals + index * job.dsignals_row, SIGNALS * job.hidden)
 
 
-def backward_phase(address, phase):
-    """Phase 0 takes the gradients by the final states, phase n goes back through the n-th step from the last.
+def backward_turn(address, turn):
+    """Turn 0 takes the gradients by the final states, turn n goes back through the n-th step from the last.
 
     The product that takes a step's gradients to the h that entered it wants all its gates, so it stands at the
-    beginning of the next phase. The last phase gives the gradients by the initial states.
+    beginning of the next turn. The last turn gives the gradients by the initial states.
     """
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     aux_stride = (job.hidden + LANES - 1) // LANES * VECTOR
-    order = job.steps - phase
-    if phase == 0:
+    order = job.steps - turn
+    if turn == 0:
         if job.first_block == 0:
             start_gradients(job, h_stride, aux_stride)
         return
@@ -127,7 +127,7 @@ def backward_phase(address, phase):
         if job.first_block == 0:
             end_gradients(job, h_stride, aux_stride)
         return
-    if phase == 1:
+    if turn == 1:
         fill_pointers(job.out_pointers, job.h_work, h_stride, job.rows)
     else:
         through_recurrent(job, order + 1, h_stride, aux_stride)
@@ -176,4 +176,4 @@ def through_recurrent(job, order, h_stride, aux_stride):
 def layer_backward(address):
     """Run the slice back through all steps: gradients by the gates and, if wanted, by the initial states."""
     job = layer_at(address)
-    run_phases(address, job.steps + (3 if job.dh_first else 1), True)
+    run_turns(address, job.steps + (3 if job.dh_first else 1), True)

@@ -68,7 +68,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride):
     block = job.first_block
     while block < job.last_block:
         blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
-        panel = job.w_hh + block * (HEAD + lines(job.width)) * RECURRENT * VECTOR
+        panel = recurrent_panel(job.w_hh, block, job.width)
         first = 0
         while first < live:
             count = recurrent_rows(live - first)
@@ -119,18 +119,18 @@ def project_output(job, step, live, h_next, h_stride, unprojected_stride):
         write_row(h_next + row * h_stride, h + row * job.h_row, job.width)
 
 
-def forward_phase(address, phase):
-    """Phase 0 takes the initial states, phase n the n-th step, and the last one gives the final states."""
+def forward_turn(address, turn):
+    """Turn 0 takes the initial states, turn n the n-th step, and the last one gives the final states."""
     job = layer_at(address)
     h_stride = (job.width + LANES - 1) // LANES * VECTOR
     aux_stride = (job.hidden + LANES - 1) // LANES * VECTOR
-    if phase == 0:
+    if turn == 0:
         if job.first_block == 0:
             start_states(job, h_stride, aux_stride)
         return
-    order = phase - 1
+    order = turn - 1
     h_now = job.h_work + order % 2 * job.rows * h_stride
-    h_next = job.h_work + phase % 2 * job.rows * h_stride
+    h_next = job.h_work + turn % 2 * job.rows * h_stride
     live = live_rows(job, step_at(job, order)) if order < job.steps else 0
     if job.first_block == 0 and order > 0:
         for row in range(live, live_rows(job, step_at(job, order - 1))):
@@ -160,4 +160,4 @@ def write_aux_finals(job, aux_stride):
 
 def layer_forward(address):
     """Run the slice through all steps."""
-    run_phases(address, layer_at(address).steps + 2, False)
+    run_turns(address, layer_at(address).steps + 2, False)

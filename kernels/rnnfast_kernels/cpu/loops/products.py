@@ -29,6 +29,11 @@ def tile_rows(rows):
     return (rows + tiles - 1) // tiles
 
 
+def panel_address(panels, block, depth):
+    """Where the panel that begins with a block of units is."""
+    return panels + block * (HEAD + lines(depth)) * GATES * VECTOR
+
+
 def strip_address(panel, vector, depth):
     """Where a panel's strips hold one of its vectors: its initial value, before those of all lines."""
     return panel + vector // STRIP * STRIP * (HEAD + lines(depth)) * VECTOR + vector % STRIP * VECTOR
@@ -44,7 +49,7 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (HEAD + lines(depth)) * GATES * VECTOR
+        panel = panel_address(panels, block, depth)
         for vector in range(blocks * GATES):
             line = strip_line(blocks * GATES, vector)
             unit = (block + vector // GATES) * LANES
@@ -64,7 +69,7 @@ def pack_rows(row_pointers, depth, units, panels, first_block, last_block):
     block = first_block
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (HEAD + lines(depth)) * VECTOR
+        panel = panel_address(panels, block, depth)
         for i in range(blocks):
             store(strip_address(panel, i, depth), zeros(), LANES)
         for k in range(0, depth, TERMS):
@@ -89,7 +94,7 @@ def project_blocks(
     """Do that for some blocks of the units. They begin and end where panels do."""
     while block < last_block:
         blocks = panel_blocks(last_block - block)
-        panel = panels + block * (HEAD + lines(depth)) * GATES * VECTOR
+        panel = panel_address(panels, block, depth)
         first = 0
         while first < rows:
             count = tile_rows(rows - first)
@@ -185,6 +190,7 @@ def pack(address):
         pack_rows(job.row_pointers, job.depth, job.units, job.panels, job.first, job.last)
 
 
+PLACES = (panel_blocks, tile_rows, panel_address, strip_address, strip_line)
 ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
 PACKING = (pack_columns, pack_rows)

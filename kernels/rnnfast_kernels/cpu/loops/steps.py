@@ -30,8 +30,8 @@ LAYER = Record(
     "tile", "row_pointers", "operands", "out_pointers", "h_work", "aux_work", "unprojected_work", "zeros",
     # Blocks of hidden units that this job computes. If these are not all, the slice has `workers` such jobs, the parts,
     # whose records follow one another from `parts` on. They share the slice's work space. `claimed` is the address of a
-    # count of the phases of this part that a thread has taken, `finished` that of the phases of all parts that are done
-    # (see `run_phases`). `sched_yield` is that function.
+    # count of the turns of this part that a thread has taken, `finished` that of the turns of all parts that are done
+    # (see `run_turns`). `sched_yield` is that function.
     "first_block", "last_block", "workers", "parts", "claimed", "finished", "sched_yield",
     # Where this record is of a layer's changes (see `tangents`): the record of the layer itself, and scratch for the
     # recurrent part of a step's gates, [rows, G, hidden].
@@ -83,24 +83,24 @@ def gates_address(job, order, step):
     return job.gates + (order % job.chunk) * job.rows * job.gates_row
 
 
-def run_phases(address, phases, backward):
-    """Run all phases of a part, and those of other parts whose threads do not come.
+def run_turns(address, turns, backward):
+    """Run all turns of a part, and those of other parts whose threads do not come.
 
-    A phase of a part is taken by whoever first adds one to the part's count `claimed`; phase n + 1 begins when all
-    parts have finished phase n. Usually every thread takes its own part. One that the scheduler has stopped holds up
-    the others only if that happens within a phase: elsewhere they take its part, and it skips what was done meanwhile.
+    A turn of a part is taken by whoever first adds one to the part's count `claimed`; turn n + 1 begins when all
+    parts have finished turn n. Usually every thread takes its own part. One that the scheduler has stopped holds up
+    the others only if that happens within a turn: elsewhere they take its part, and it skips what was done meanwhile.
     """
     job = layer_at(address)
     if job.workers == 1:
-        for phase in range(phases):
-            run_phase(address, phase, backward)
+        for turn in range(turns):
+            run_turn(address, turn, backward)
         return
     patience = PATIENCE
-    for phase in range(phases):
-        if claim(job.claimed, phase):
-            run_phase(address, phase, backward)
+    for turn in range(turns):
+        if claim(job.claimed, turn):
+            run_turn(address, turn, backward)
             arrive(job.finished)
-        goal = (phase + 1) * job.workers
+        goal = (turn + 1) * job.workers
         looks = 0
         while count_of(job.finished) < goal:
             pause()
@@ -109,22 +109,22 @@ def run_phases(address, phases, backward):
                 patience = PATIENCE
                 for part in range(job.workers):
                     other = job.parts + part * LAYER_BYTES
-                    if claim(layer_at(other).claimed, phase):
-                        run_phase(other, phase, backward)
+                    if claim(layer_at(other).claimed, turn):
+                        run_turn(other, turn, backward)
                         arrive(job.finished)
                         patience = SHORT_PATIENCE
             if looks > REST:
                 call_address(job.sched_yield)
 
 
-def run_phase(address, phase, backward):
-    """Run one phase of a part."""
+def run_turn(address, turn, backward):
+    """Run one turn of a part."""
     if backward:
-        backward_phase(address, phase)
+        backward_turn(address, turn)
     else:
-        forward_phase(address, phase)
+        forward_turn(address, turn)
 
 
-def run_forward_phase(address, phase, backward):
-    """Stand in for `run_phase` where there is no backward pass."""
-    forward_phase(address, phase)
+def run_forward_turn(address, turn, backward):
+    """Stand in for `run_turn` where there is no backward pass."""
+    forward_turn(address, turn)

@@ -70,7 +70,7 @@ def backward(
 def pack_backward(recipe: Recipe, shape: Shape, recurrent: bool = True) -> list[dict[str, Ref]]:
     """Have the weights packed that the backward loop needs, the `recurrent` ones if so: fields for every direction."""
     sizes = {}
-    if recurrent and shape.row.recurrent:
+    if recurrent and shape.definition.recurrent:
         sizes["w_hh"] = shape.width, shape.recurrent_columns
     if shape.projected:
         sizes["w_hr"] = shape.hidden, shape.width
@@ -95,9 +95,11 @@ def gradient_work(recipe: Recipe, shape: Shape) -> GradientWork:
     """Reserve it."""
     row = shape.rows * shape.directions * shape.acc_bytes
     dx_gates = recipe.buffer(row * shape.gate_columns)
-    du_gates = dx_gates if shape.row.one_gradient else recipe.buffer(row * shape.recurrent_columns)
+    du_gates = dx_gates if shape.definition.one_gradient else recipe.buffer(row * shape.recurrent_columns)
     dh_total = recipe.buffer(row * shape.width) if shape.projected else 0
-    return GradientWork(dx_gates, du_gates, dh_total, recipe.buffer(row * len(shape.row.parameters) * shape.hidden))
+    return GradientWork(
+        dx_gates, du_gates, dh_total, recipe.buffer(row * len(shape.definition.parameters) * shape.hidden)
+    )
 
 
 def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: GradientWork) -> dict[str, int | Ref]:
@@ -106,7 +108,7 @@ def gradient_fields(shape: Shape, direction: int, given: Sequence[str], work: Gr
     gates, total = shape.gate_columns * shape.acc_bytes, shape.width * shape.acc_bytes
     recurrent = shape.recurrent_columns * shape.acc_bytes
     parameters, signals = (
-        len(each) * shape.hidden * shape.acc_bytes for each in (shape.row.parameters, shape.row.signals)
+        len(each) * shape.hidden * shape.acc_bytes for each in (shape.definition.parameters, shape.definition.signals)
     )
     fields = {
         "dx_gates": work.dx_gates.at(direction * gates),
@@ -184,7 +186,7 @@ def weight_gradients(
     for d, layer in enumerate(whole):
         dx_gates, du_gates = work.dx_gates.at(d * columns * item), work.du_gates.at(d * recurrent * item)
         biases = (f"db_ih{d}", f"db_hh{d}") if biased else ()
-        first, second = (biases, ()) if shape.row.one_gradient else (biases[:1], biases[1:])
+        first, second = (biases, ()) if shape.definition.one_gradient else (biases[:1], biases[1:])
         parts = [
             (gradients.INPUTS, dx_gates, columns, shape.inputs, f"dw_ih{d}", first),
             (gradients.ENTERING, du_gates, recurrent, shape.width, f"dw_hh{d}", second),
@@ -192,9 +194,9 @@ def weight_gradients(
         if isinstance(work.dh_total, Ref):
             total = work.dh_total.at(d * shape.width * item)
             parts.append((gradients.OTHERS, total, shape.width, shape.hidden, f"dw_hr{d}", ()))
-        if shape.row.parameters:
+        if shape.definition.parameters:
             # Sums over all rows alone: a product of no columns, with its bias.
-            count = len(shape.row.parameters) * shape.hidden
+            count = len(shape.definition.parameters) * shape.hidden
             dparameters = work.dparameters.at(d * count * item)
             parts.append((gradients.INPUTS, dparameters, count, 0, f"dparameters{d}", (f"dparameters{d}",)))
         for part in parts if inputs else parts[1:]:

@@ -93,13 +93,13 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
     for d in range(shape.directions):
         bias_ih, bias_hh = (Ref(f"b_ih{d}"), Ref(f"b_hh{d}")) if biased else (0, 0)
         weights.append((products.GATE_COLUMNS, Ref(f"w_ih{d}"), shape.hidden, shape.inputs, bias_ih))
-        if shape.row.recurrent:
+        if shape.definition.recurrent:
             weights.append((products.RECURRENT_COLUMNS, Ref(f"w_hh{d}"), shape.hidden, shape.width, bias_hh))
         if shape.projected:
             weights.append((products.PLAIN_COLUMNS, Ref(f"w_hr{d}"), shape.width, shape.hidden))
     panels = pack_all(recipe, shape, weights)
     each = len(panels) // shape.directions
-    names = ("w_ih", "w_hh", "w_hr")[: 3 if shape.row.recurrent else 1]
+    names = ("w_ih", "w_hh", "w_hr")[: 3 if shape.definition.recurrent else 1]
     return [dict(zip(names, panels[d * each : (d + 1) * each], strict=False)) for d in range(shape.directions)]
 
 
@@ -126,5 +126,5 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
 def gate_work(recipe: Recipe, shape: Shape, rows: int, chunk: int) -> dict[str, int | Ref]:
     """Scratch for the gates of a chunk of steps, where they are not kept."""
     gate = shape.target.padded(shape.hidden) * shape.acc_bytes
-    row = shape.row.gates * gate
+    row = shape.definition.gates * gate
     return {"gates": recipe.buffer(rows * chunk * row), "gates_row": row, "gate_step": gate}

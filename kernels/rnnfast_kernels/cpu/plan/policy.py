@@ -46,6 +46,6 @@ def slices_for(work: int, batch: int, directions: int, threads: int) -> int:
 
 def chunk_steps(shape, rows: int) -> int:
     """Steps whose input products are computed together."""
-    row_bytes = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
+    row_bytes = shape.definition.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
     rows = max(1, rows)
     return max(1, min(shape.steps, max(CHUNK_BYTES // (rows * row_bytes), CHUNK_ROWS // rows)))

@@ -54,8 +54,8 @@ class Shape:
     weights: str = ""
 
     @property
-    def row(self) -> Cell:
-        """The cell's row of the table."""
+    def definition(self) -> Cell:
+        """The cell's entry in the table."""
         return CELLS[self.cell]
 
     @functools.cached_property
@@ -78,25 +78,25 @@ class Shape:
 
     @property
     def aux(self) -> int:
-        return len(self.row.states) - 1
+        return len(self.definition.states) - 1
 
     @property
     def gate_columns(self) -> int:
-        return self.row.gates * self.hidden
+        return self.definition.gates * self.hidden
 
     @property
     def recurrent_columns(self) -> int:
-        return self.row.recurrent * self.hidden
+        return self.definition.recurrent * self.hidden
 
     @property
     def panel_blocks(self) -> int:
         """Blocks of the widest panel; workers share the units at the ends of such."""
-        return max(widest_panel(self.row.gates), widest_panel(max(1, self.row.recurrent)))
+        return max(widest_panel(self.definition.gates), widest_panel(max(1, self.definition.recurrent)))
 
     @property
     def work(self) -> int:
         """Multiplications of the forward pass."""
-        return self.rows * self.directions * work_per_row(self.row, self.inputs, self.hidden, self.width)
+        return self.rows * self.directions * work_per_row(self.definition, self.inputs, self.hidden, self.width)
 
 
 def panel_cuts(blocks: int, widest: int, parts: int) -> tuple[int, ...]:
@@ -133,7 +133,9 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
 
 def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth: int, bias: Ref | int = 0):
     """Add the records that pack a weight, and return them and the panels' place."""
-    gates = {products.GATE_COLUMNS: shape.row.gates, products.RECURRENT_COLUMNS: shape.row.recurrent}.get(kind, 1)
+    gates = {products.GATE_COLUMNS: shape.definition.gates, products.RECURRENT_COLUMNS: shape.definition.recurrent}.get(
+        kind, 1
+    )
     panels = recipe.buffer(panel_bytes(shape.target, units, depth) * gates)
     parts = threads_for(units * depth * gates * 8, shape.threads)
     cuts = panel_cuts(-(-units // shape.target.lanes), widest_panel(gates), parts)
@@ -188,7 +190,7 @@ def slice_fields(shape: Shape, direction: int, first: int, last: int) -> dict[st
         "aux_final_step": shape.directions * shape.batch * shape.hidden * item,
         "daux_final_step": shape.directions * shape.batch * shape.hidden * item,
         "daux_first_step": shape.directions * shape.batch * shape.hidden * item,
-        "parameters": Ref(f"parameters{direction}") if shape.row.parameters else 0,
+        "parameters": Ref(f"parameters{direction}") if shape.definition.parameters else 0,
     }
 
 
@@ -209,7 +211,7 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
         fields |= {"unprojected": Ref("unprojected", direction * hidden), "unprojected_row": shape.directions * hidden}
     if "gates" in kept:
         hidden = shape.hidden * shape.acc_bytes
-        row = shape.row.kept * hidden
+        row = shape.definition.kept * hidden
         fields |= {
             "gates": Ref("gates", direction * row),
             "gates_row": shape.directions * row,
@@ -229,7 +231,7 @@ def signal_fields(recipe: Recipe, shape: Shape) -> dict[str, int | Ref]:
             row=Ref(f"signal{n}_row"),
             unit=Ref(f"signal{n}_unit"),
         )
-        for n in range(len(shape.row.signals))
+        for n in range(len(shape.definition.signals))
     ]
     return {"signals": places[0]} if places else {}
 
@@ -255,7 +257,7 @@ def loop_jobs(
 
     def job(first: int, last: int, **part: "int | Ref") -> Ref:
         private = {
-            "tile": recipe.buffer(shape.target.tile_bytes(shape.row.gates)),
+            "tile": recipe.buffer(shape.target.tile_bytes(shape.definition.gates)),
             "row_pointers": recipe.buffer(8 * rows * chunk),
             "out_pointers": recipe.buffer(8 * rows * chunk),
             "operands": operands(recipe, shape.target, rows * chunk, depth),

@@ -130,7 +130,7 @@ def write_jvp(
             fields |= final_fields(shape, d, first, ("h_final", "aux_final")[: 1 + shape.aux])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)
-            u_row = shape.row.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
+            u_row = shape.definition.gates * shape.target.padded(shape.hidden) * shape.acc_bytes
             fields |= {"u_work": recipe.buffer(rows * u_row), "u_row": u_row, "chunk": chunk}
             fields |= {"around": recipe.record(steps.LAYER, **where | panels[d])}
             with recipe.renamed(names):

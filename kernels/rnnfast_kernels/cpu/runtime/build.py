@@ -31,7 +31,7 @@ HELPERS = (
     forward.advance,
     forward.project_output,
     forward.write_aux_finals,
-    forward.forward_phase,
+    forward.forward_turn,
     backward.start_gradients,
     backward.end_gradients,
     backward.last_unit,
@@ -42,9 +42,9 @@ HELPERS = (
     backward.clear_gradients,
     backward.through_cell,
     backward.through_recurrent,
-    backward.backward_phase,
-    steps.run_phase,
-    steps.run_phases,
+    backward.backward_turn,
+    steps.run_turn,
+    steps.run_turns,
     gradients.right_address,
     gradients.pack_strip,
     gradients.add_block,
@@ -105,8 +105,8 @@ def integers(function: Callable, result: types.Type = types.void) -> Signature:
 # The functions of `HELPERS` that a forward pass over packed weights calls.
 INFERENCE = (
     *HELPERS[: HELPERS.index(backward.start_gradients)],
-    steps.run_forward_phase,
-    steps.run_phases,
+    steps.run_forward_turn,
+    steps.run_turns,
     forward.layer_forward,
 )
 
@@ -161,7 +161,7 @@ def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Calla
         "STRIP": target.strip(gates * widest_panel(gates)),
         "multiply": tile.multiplier(target, gates),
     }
-    for function in (products.panel_blocks, products.tile_rows, products.strip_address, products.strip_line):
+    for function in products.PLACES:
         inline(function, over, forceinline=True)
     for function in functions:
         inline(function, over, integers(function))
@@ -190,6 +190,7 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "project_unpacked": gated["project_unpacked"],
         "recurrent_blocks": recurrent["panel_blocks"],
         "recurrent_rows": recurrent["tile_rows"],
+        "recurrent_panel": recurrent["panel_address"],
         "project_gate_blocks": gated["project_blocks"],
         "project_plain": plain["project"],
         "project_plain_blocks": plain["project_blocks"],
@@ -223,8 +224,8 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
     helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in tangents.HELPERS)
     for function in helpers if derivatives else INFERENCE:
         inline(function, namespace)
-        if function is steps.run_forward_phase:
-            namespace["run_phase"] = namespace["run_forward_phase"]
+        if function is steps.run_forward_turn:
+            namespace["run_turn"] = namespace["run_forward_turn"]
     return namespace
 
 
