@@ -77,17 +77,18 @@ def machine_tables(path: Path) -> str:
 
 def model_table(records: list[dict[str, Any]]) -> str:
     """A line per layer of a published model: what is run, and the speed of rnnfast and of its peer."""
-    lines = [f"| model | layer | mode | rnnfast | {VERSIONS[PEER]} |", "|---|---|---|---:|---:|"]
+    lines = [f"| model | rnnfast | {VERSIONS[PEER]} | mode | layer |", "|---|---:|---:|---|---|"]
     for record in records:
         case, rows = store.case_of(record), store.ok_rows(record)
         ratios = [ratio_text(rows[name], record["noise"]) if name in rows else "" for name in (OURS, PEER)]
-        lines.append(f"| {case.label} | {layer_text(case)} | {case.mode} | {ratios[0]} | {ratios[1]} |")
+        lines.append(f"| {case.label} | {' | '.join(ratios)} | {case.mode} | {layer_text(case)} |")
     return "\n".join(lines)
 
 
 def layer_text(case: Case) -> str:
-    """Name a case's cell, its sizes and what else sets it apart."""
-    return ", ".join(filter(None, (case.cell.upper(), case.sizes, case.extras)))
+    """Name a case's cell, its sizes and what else sets it apart; the sizes stay on one line."""
+    sizes = case.sizes.replace(" ", "\N{NO-BREAK SPACE}")
+    return ", ".join(filter(None, (case.cell.upper(), sizes, case.extras)))
 
 
 def length_table(records: list[dict[str, Any]]) -> str:
