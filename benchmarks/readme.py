@@ -1,21 +1,25 @@
-"""README's benchmark section, made from the stored results: `python -m benchmarks.readme` prints it.
+"""The benchmark results in README.md and docs/benchmarks.md, made from what is stored: `python -m benchmarks.readme`.
 
-With --write it goes between the markers of README.md; with --check the exit status is 1 where README says otherwise.
+README gets one sentence per machine, docs/benchmarks.md the tables. With --write they go between the markers of both
+files; with --check the exit status is 1 where a file says otherwise.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import store
-from benchmarks.cases import CELLS
+from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import BASELINE, OURS
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- benchmarks: begin; `python -m benchmarks.readme --write` makes what follows -->"
 END = "<!-- benchmarks: end -->"
-ROWS = ((OURS, "inference", "forward"), (OURS, "training", "training"), ("onnxruntime", "inference", "forward"))
+PEER = "onnxruntime"
+ROWS = ((OURS, "inference", "forward"), (OURS, "training", "training"), (PEER, "inference", "forward"))
+VERSIONS = {"torch": "torch", PEER: "ONNX Runtime"}
 
 
 def full_results() -> list[Path]:
@@ -23,32 +27,72 @@ def full_results() -> list[Path]:
     return sorted(store.RESULTS.glob("*/results.json"))
 
 
-def section() -> str:
-    """Everything between the markers, one part per machine."""
-    return "\n\n".join(machine_section(path) for path in full_results())
+def summary() -> str:
+    """README's sentences: one per machine on which the layers of published models were timed."""
+    every = [store.load(path) for path in full_results()]
+    return "\n\n".join(sentence(results) for results in every if store.records_of(results, "real-layers"))
 
 
-def machine_section(path: Path) -> str:
-    results = store.load(path)
-    machine = results["machine"]
-    records = store.records_of(results, "sequence-length")
-    case = store.case_of(records[0])
-    folder = path.parent.relative_to(ROOT).as_posix()
-    versions = " ".join(
-        f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime") if name in machine["versions"]
+def sentence(results: dict[str, Any]) -> str:
+    """Say how many times as fast as torch.nn layers of published models are: least, most and geometric mean."""
+    records = store.records_of(results, "real-layers")
+    ratios = [row["ratio"][0] for record in records if "ratio" in (row := store.ok_rows(record).get(OURS, {}))]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return (
+        f"In {len(ratios)} cases from published models, rnnfast runs {min(ratios):.1f} to {max(ratios):.1f} times as\n"
+        f"fast as `torch.nn`; the geometric mean is {mean:.1f} ({conditions(results)}).\n"
+        "[Benchmarks](docs/benchmarks.md) has every case."
     )
-    return f"""![Times faster than torch.nn against sequence length]({folder}/sequence-length-speedup.png)
-
-How many times faster than `torch.nn`, by sequence length T: {case.dtype}, B={case.B}, I={case.I}, H={case.H}, on
-{machine["device"]} with {machine["threads"]} threads, {versions};
-commit {machine["commit"]}, {results["started"][:10]}.
-`~` stands before what the noise does not tell from even. Everything else: [{folder}/report.html]({folder}/report.html).
-
-{table(records)}"""
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Ratios to torch.nn as Markdown: a line per cell, contender and mode, a column per T."""
+def conditions(results: dict[str, Any]) -> str:
+    """Say where and when results were taken."""
+    machine = results["machine"]
+    versions = [f"{name} {machine['versions'][key]}" for key, name in VERSIONS.items() if key in machine["versions"]]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return ", ".join([machine["device"], threads, *versions, results["started"][:10]])
+
+
+def tables() -> str:
+    """The tables of docs/benchmarks.md, one part per machine."""
+    return "\n\n".join(machine_tables(path) for path in full_results())
+
+
+def machine_tables(path: Path) -> str:
+    results = store.load(path)
+    page = f"{path.parent.relative_to(ROOT).as_posix()}/report.html"
+    told = [
+        f"### {results['machine']['device']}",
+        f"Conditions: {conditions(results)}, commit {results['machine']['commit']}. All results of this run, with\n"
+        f"plots, are in `{page}`.",
+    ]
+    if real := store.records_of(results, "real-layers"):
+        told += ["Speed relative to `torch.nn`, layers of published models:", model_table(real)]
+    if by_length := store.records_of(results, "sequence-length"):
+        case = store.case_of(by_length[0])
+        sizes = f"{case.dtype}, B={case.B}, I={case.I}, H={case.H}"
+        told += [f"Speed relative to `torch.nn` by sequence length T, {sizes}:", length_table(by_length)]
+    return "\n\n".join(told)
+
+
+def model_table(records: list[dict[str, Any]]) -> str:
+    """A line per layer of a published model: what is run, and the speed of rnnfast and of its peer."""
+    lines = [f"| model | rnnfast | {VERSIONS[PEER]} | mode | layer |", "|---|---:|---:|---|---|"]
+    for record in records:
+        case, rows = store.case_of(record), store.ok_rows(record)
+        ratios = [ratio_text(rows[name], record["noise"]) if name in rows else "" for name in (OURS, PEER)]
+        lines.append(f"| {case.label} | {' | '.join(ratios)} | {case.mode} | {layer_text(case)} |")
+    return "\n".join(lines)
+
+
+def layer_text(case: Case) -> str:
+    """Name a case's cell, its sizes and what else sets it apart; the sizes stay on one line."""
+    sizes = case.sizes.replace(" ", "\N{NO-BREAK SPACE}")
+    return ", ".join(filter(None, (case.cell.upper(), sizes, case.extras)))
+
+
+def length_table(records: list[dict[str, Any]]) -> str:
+    """A line per cell, contender and mode, a column per T."""
     ratios: dict[tuple[str, str, str, int], str] = {}
     for record in records:
         case = store.case_of(record)
@@ -61,7 +105,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for name, mode, word in ROWS:
             cells = [ratios.get((cell, name, mode, length), "") for length in lengths]
             if any(cells):
-                lines.append(f"| {cell.upper()} {word}, {name} | " + " | ".join(cells) + " |")
+                lines.append(f"| {cell.upper()} {word}, {VERSIONS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -70,11 +114,14 @@ def ratio_text(row: dict[str, Any], noise: float | None) -> str:
     return f"{mark}{row['ratio'][0]:.1f}" if row["ratio"][0] >= 10 else f"{mark}{row['ratio'][0]:.2f}"
 
 
-def parts(readme: str) -> tuple[str, str, str]:
-    """README before, between and after the markers. Raises ValueError where they are missing."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md lacks the markers\n{BEGIN}\n{END}")
-    before, rest = readme.split(BEGIN, 1)
+SECTIONS = {"README.md": summary, "docs/benchmarks.md": tables}
+
+
+def parts(name: str, text: str) -> tuple[str, str, str]:
+    """A page before, between and after the markers. Raises ValueError where they are missing."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{name} lacks the markers\n{BEGIN}\n{END}")
+    before, rest = text.split(BEGIN, 1)
     between, after = rest.split(END, 1)
     return before, between, after
 
@@ -82,25 +129,28 @@ def parts(readme: str) -> tuple[str, str, str]:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--write", action="store_true", help="put the section into README.md")
-    choice.add_argument("--check", action="store_true", help="exit 1 where README.md says otherwise")
+    choice.add_argument("--write", action="store_true", help="put the results into both files")
+    choice.add_argument("--check", action="store_true", help="exit 1 where a file says otherwise")
     arguments = parser.parse_args(words)
-    if not (arguments.write or arguments.check):
-        print(section())
-        return 0
-    path = ROOT / "README.md"
-    try:
-        before, between, after = parts(path.read_text())
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    wanted = f"\n{section()}\n"
-    if arguments.write:
-        path.write_text(before + BEGIN + wanted + END + after)
-    elif between != wanted:
-        print("README.md differs from the stored results: run python -m benchmarks.readme --write", file=sys.stderr)
-        return 1
-    return 0
+    stale = []
+    for name, section in SECTIONS.items():
+        if not (arguments.write or arguments.check):
+            print(f"{name}\n\n{section()}\n")
+            continue
+        path, wanted = ROOT / name, f"\n{section()}\n"
+        try:
+            before, between, after = parts(name, path.read_text())
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        if arguments.write:
+            path.write_text(before + BEGIN + wanted + END + after)
+        elif between != wanted:
+            stale.append(name)
+    if stale:
+        command = "python -m benchmarks.readme --write"
+        print(f"{', '.join(stale)}: not what the stored results give; run {command}", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The examples do what they say: they learn, they give what torch.nn gives, and the README's code runs."""
+"""The examples do what they say: they learn, and they give what torch.nn gives."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,16 +83,3 @@ def test_example_runs_by_itself(example):
     )
     assert result.stdout
     assert not result.stderr
-
-
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(README)))
-def test_code_in_the_readme_runs(number):
-    # As a file, since an error in a cell's step names its line.
-    exec(compile(README[number], "README.md", "exec"), {"__name__": "readme"})
-
-
-def test_the_readme_shows_code():
-    assert len(README) >= 5
