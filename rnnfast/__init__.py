@@ -1,6 +1,7 @@
 """Fused recurrent layers for PyTorch: `from rnnfast import LSTM` in place of `from torch.nn import LSTM`."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from rnnfast import functional
 from rnnfast.accelerate import Finding, accelerate, restore, survey
@@ -40,9 +41,17 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from rnnfast import cells
+else:
 
-def __getattr__(name: str):
-    """Import the library of cells when it is first used."""
-    if name == "cells":
-        return importlib.import_module("rnnfast.cells")
-    raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")
+    def __getattr__(name: str):
+        """Import the library of cells when it is first used."""
+        if name == "cells":
+            return importlib.import_module("rnnfast.cells")
+        raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names alone."""
+    return list(__all__)

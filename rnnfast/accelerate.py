@@ -15,7 +15,7 @@ A layer with a `forward` of its own in the instance is left alone: that is what 
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from rnnfast import _torch, cell_modules, modules
 from rnnfast.frozen import Frozen
 from rnnfast.modules import EXACT
 
+Model = TypeVar("Model", bound=nn.Module)
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
 # What ours become where torch's are wanted instead.
 TORCHS = {ours: theirs for theirs, ours in COUNTERPARTS.items()} | {
@@ -56,7 +57,7 @@ class Finding(NamedTuple):
         return f"{self.name or 'the model itself'}: {self.type}, {told}"
 
 
-def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
+def accelerate(model: Model, *, keep_types: bool = False) -> Model:
     """Make every nn.RNN, nn.LSTM and nn.GRU in `model` run on rnnfast's kernels, in place.
 
     The Parameter objects, the state_dict, hooks and shared layers stay as they are, so an optimizer that holds the
@@ -89,7 +90,7 @@ def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
     return model
 
 
-def restore(model: nn.Module, *, own: bool = False) -> nn.Module:
+def restore(model: Model, *, own: bool = False) -> Model:
     """Undo `accelerate`: give every accelerated layer in `model` the exact class it had. Returns `model`.
 
     Args:
@@ -148,6 +149,9 @@ def take_properties(to: type, of: type) -> None:
 
 def survey(model: nn.Module) -> list[Finding]:
     """List the recurrent layers of a model: which are accelerated, and why the others are not.
+
+    Args:
+        model: any module, also a recurrent layer itself.
 
     Raises:
         TypeError: `model` is no torch.nn.Module.

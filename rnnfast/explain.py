@@ -39,6 +39,11 @@ def explain(
 ) -> Explanation:
     """Say which backend and kernel would run `module(input, ...)` here and now, and why. Runs nothing.
 
+    Args:
+        module: a layer or cell of rnnfast, or a frozen layer.
+        input: what it would be called with. Only its sizes, dtype and device are read.
+        resets, all_states: as given to the call. torch's operators have neither.
+
     Raises:
         TypeError: `module` is not one of rnnfast's.
         RuntimeError: the backend asked for by name cannot run the case.

@@ -33,7 +33,7 @@ LAYERS = (
     ("rnnfast.context",),
     ("rnnfast.backends",),
     ("rnnfast.spec",),
-    ("rnnfast._torch",),
+    ("rnnfast._torch", "rnnfast.signatures"),
     ("rnnfast_kernels.cpu.plan",),
     ("rnnfast_kernels.cpu.runtime",),
     ("rnnfast_kernels.cpu.loops",),
