@@ -8,7 +8,8 @@ from rnnfast.accelerate import Finding, accelerate, restore, survey
 from rnnfast.backends.dispatch import use_backend
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.declare import CellError, cell, surrogate
-from rnnfast.explain import Explanation, explain
+from rnnfast.explain import explain
+from rnnfast.explanations import Explanation
 from rnnfast.freeze import freeze
 from rnnfast.modules import GRU, LSTM, RNN
 from rnnfast.recurrent import Recurrent

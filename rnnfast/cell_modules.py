@@ -37,6 +37,10 @@ class Cell(nn.RNNCellBase):
             return True
         return steps_by_torch(self.equations, input.device, input.dtype)
 
+    def extra_repr(self) -> str:
+        """Show torch's text, and that the cell is rnnfast's."""
+        return f"{super().extra_repr()}, rnnfast"
+
     def __prepare_scriptable__(self):
         raise TypeError(no_script(self))
 

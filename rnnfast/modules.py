@@ -36,6 +36,8 @@ NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
+# The attribute of an accelerated layer that holds the class it had.
+ORIGINAL = "_class_before_accelerate"
 # Attributes of a layer that do not go along where it is copied or pickled: the list that stands for its weights, and
 # the class that parametrize made for it before `accelerate`.
 EXACT = "_exact_class_before_accelerate"
@@ -196,6 +198,11 @@ class Recurrent(nn.RNNBase):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self._init_flat_weights()
+
+    def extra_repr(self) -> str:
+        """Show torch's text, and that the layer is rnnfast's."""
+        form = ", accelerated" if ORIGINAL in self.__dict__ else ""
+        return f"{super().extra_repr()}, rnnfast{form}{', recompute=True' if self.recompute else ''}"
 
     def __prepare_scriptable__(self):
         raise TypeError(no_script(self))

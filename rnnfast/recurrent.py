@@ -209,7 +209,11 @@ class Recurrent(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.cell.__name__}, {self.input_size}, {self.hidden_size}"
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        return text + "".join(f", {n}={getattr(self, n)}" for n, usual in defaults.items() if getattr(self, n) != usual)
+        return (
+            text
+            + "".join(f", {n}={getattr(self, n)}" for n, usual in defaults.items() if getattr(self, n) != usual)
+            + ", rnnfast"
+        )
 
 
 def recurrent(

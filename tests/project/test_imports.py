@@ -18,7 +18,9 @@ PACKAGES = {"rnnfast": ROOT / "rnnfast", "rnnfast_kernels": ROOT / "kernels" / "
 LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.freeze",),
-    ("rnnfast.accelerate", "rnnfast.warmup", "rnnfast.explain", "rnnfast.stream"),
+    ("rnnfast.explain", "rnnfast.stream", "rnnfast.warmup"),
+    ("rnnfast.explanations",),
+    ("rnnfast.accelerate", "rnnfast.limits"),
     ("rnnfast.frozen",),
     ("rnnfast.frozen_weights",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),

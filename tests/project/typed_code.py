@@ -94,6 +94,8 @@ def models() -> None:
     assert_type(rnnfast.freeze(model.eval(), "int8"), Tagger)
     assert_type(rnnfast.survey(model), list[rnnfast.Finding])
     assert_type(rnnfast.explain(rnnfast.GRU(5, 4), x), rnnfast.Explanation)
+    for each in rnnfast.explain(model, (x, lengths), measure=True):
+        assert_type(each.explanation, rnnfast.Explanation | None)
     rnnfast.warmup(model, training=False, verbose=True)
     with rnnfast.use_backend("numba"):
         model(x, lengths)
