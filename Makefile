@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-models check fuzz lint bench aot gpu gpu-kernels clean
+.PHONY: help setup demo test test-all test-models check fuzz lint bench dist aot gpu gpu-kernels clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -25,6 +25,7 @@ help:
 	@echo "make fuzz         draw options and actions at random for SECONDS=600 from SEED=0 on, and print what fails"
 	@echo "make lint         the formatter, the linter and the type checker alone"
 	@echo "make bench        time rnnfast beside its peers"
+	@echo "make dist         build dist/*.tar.gz and dist/*.whl and check what a package index will show"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
 	@echo "make gpu          check and measure on a machine with a GPU, in under 9 minutes; CALL=second: 3 minutes more"
 	@echo "make gpu-kernels  compile for such a machine's Triton what make gpu wants; needs no GPU"
@@ -73,6 +74,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+dist: $(INSTALLED)
+	$(PIP) --editable '.[release]'
+	rm -rf dist && $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 aot: $(INSTALLED)
 	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick
