@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-models check fuzz lint bench docs aot gpu gpu-kernels clean
+.PHONY: help setup demo test test-all test-models check fuzz lint bench docs dist aot gpu gpu-kernels clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -26,6 +26,7 @@ help:
 	@echo "make lint         the formatter, the linter and the type checker alone"
 	@echo "make bench        time rnnfast beside its peers"
 	@echo "make docs         build the documentation as a site in build/site; warnings are errors"
+	@echo "make dist         build dist/*.tar.gz and dist/*.whl and check what a package index will show"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
 	@echo "make gpu          check and measure on a machine with a GPU, in under 9 minutes; CALL=second: 3 minutes more"
 	@echo "make gpu-kernels  compile for such a machine's Triton what make gpu wants; needs no GPU"
@@ -78,6 +79,11 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "the site is build/site/index.html"
+
+dist: $(INSTALLED)
+	$(PIP) --editable '.[release]'
+	rm -rf dist && $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 aot: $(INSTALLED)
 	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick

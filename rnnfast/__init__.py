@@ -40,7 +40,7 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from rnnfast import cells
