@@ -18,7 +18,7 @@ from benchmarks.contenders import PEERS, Call, Contender, by_backend, torch_nn
 from benchmarks.measure import Settings, run_case
 from benchmarks.workload import draw
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = Case("lstm", T=3, B=2, I=4, H=5)
 QUICKLY = Settings(seconds=0.001, fewest=3, most=3)
 
