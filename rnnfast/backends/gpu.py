@@ -130,9 +130,8 @@ def input_weights(call: Call) -> Tensor:
 
 def input_gates(call: Call) -> Tensor:
     """W_ih x + b_ih for all rows and directions: [*L, D, G, H]."""
-    x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
     bias = stack_present([w.b_ih for w in call.layer.weights])
-    gates = multiply_add(None if bias is None else bias.view(-1), x, input_weights(call).t())
+    gates = multiply_add(None if bias is None else bias.view(-1), call.input_rows(), input_weights(call).t())
     return gates.view(*call.layer.x.shape[:-1], call.D, call.cell.gates, call.H)
 
 
@@ -234,9 +233,7 @@ def weight_gradients(
     call: Call, h: Tensor, saved: tuple[Tensor, ...], dx, du, dparameters, dleaving: Tensor | None, groups: int
 ) -> tuple[Weights, ...]:
     """Gradients by the weights of each direction: products over the rows of all steps, accumulated in float32."""
-    x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
-    live = call.rows.live()
-    x = x if live is None else x.masked_fill(~live, 0)
+    x = call.input_rows()
     entering = x.new_zeros(call.D, call.rows.total, h.shape[-1]) if call.cell.recurrent else None
     if call.rows.total and entering is not None:
         edge = call.layer.hx[0].contiguous()

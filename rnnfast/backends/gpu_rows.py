@@ -114,6 +114,15 @@ class Call:
         lead = self.layer.x.shape[:-1]
         return self.layer.x.new_zeros(*lead, *shape) if self.rows.padded else self.layer.x.new_empty(*lead, *shape)
 
+    def input_rows(self) -> Tensor:
+        """The input as [R, I], with 0 in the padding.
+
+        A library's product may read past the end of a row, into the next one, and multiply that by 0: NaN in the
+        padding would then reach the row in front of it (bfloat16 products of odd width on CPUs do so).
+        """
+        x, live = self.layer.x.reshape(self.rows.total, self.layer.x.shape[-1]), self.rows.live()
+        return x if live is None else x.masked_fill(~live, 0)
+
     def by_row(self, tensor: Tensor) -> Tensor:
         """The leading dimensions as one: [R, ...]."""
         return tensor.reshape(self.rows.total, *tensor.shape[self.layer.x.dim() - 1 :])

@@ -38,7 +38,7 @@ def any_of(names):
 SEQUENCES = ("sequences", "autograd", "transforms", "numerics", "stream")
 PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
-    "layouts and the rest": (KERNELS, f"not ({LONG})"),
+    "layouts and the rest": ((*KERNELS, "gpu_tanh"), f"not ({LONG})"),
     "programs that wait for each other": (("gpu_cooperative", "race_detector"), ""),
     "declared cells": (("declared_backends", "cells_of_any_form"), ""),
     "sequences": (SEQUENCES, any_of(LAYERS)),
