@@ -19,6 +19,7 @@ LAYERS = (
     ("rnnfast", "rnnfast.__main__"),
     ("rnnfast.freeze",),
     ("rnnfast.accelerate", "rnnfast.warmup", "rnnfast.explain", "rnnfast.stream"),
+    ("rnnfast.frozen_cells",),
     ("rnnfast.frozen",),
     ("rnnfast.frozen_weights",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
