@@ -170,7 +170,7 @@ def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
-    return isinstance(module, nn.RNNBase | Frozen)
+    return isinstance(module, nn.RNNBase | Frozen) or REFUSED in module.__dict__
 
 
 def is_listed(module: nn.Module) -> bool:
@@ -199,6 +199,8 @@ def reason_against(layer: nn.Module) -> str | None:
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"
     if isinstance(layer, nn.RNNCellBase):
         return f"accelerate leaves modules of one step alone; rnnfast has {', '.join(CELLS)}"
+    if not isinstance(layer, nn.RNNBase):
+        return "its cell is a declared one, rnnfast's already"
     if not isinstance(layer, tuple(COUNTERPARTS)):
         return "a subclass of RNNBase with a cell that rnnfast does not know"
     names = (name for name in modules.ASKED_BY_TORCH if name in layer.__dict__ and name != "_flat_weights")

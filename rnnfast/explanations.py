@@ -71,11 +71,11 @@ def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None
     if isinstance(module, Cell):
         cell, projection = module.equations, 0
         choice = choose_step(cell, data.device, data.dtype)
+    elif isinstance(module, Frozen):
+        return explain_frozen(module, data, resets is not None or all_states)
     elif isinstance(module, OfDeclaredCell):
         cell, projection = module.cell.identity, 0
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
-    elif isinstance(module, Frozen):
-        return explain_frozen(module, data, resets is not None or all_states)
     elif isinstance(module, Recurrent):
         cell, projection = module.options().cell, module.proj_size
         needs_ours = resets is not None or all_states

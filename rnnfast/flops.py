@@ -1,4 +1,4 @@
-"""FLOP formulas of both operators, for torch's FlopCounterMode: two for each multiplication and addition of a product.
+"""FLOP formulas of the operators, for torch's FlopCounterMode: two for each multiplication and addition of a product.
 
 Torch counts the products of its own layers like this, and nothing that is done element by element.
 """
@@ -6,9 +6,10 @@ Torch counts the products of its own layers like this, and nothing that is done 
 import sys
 
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import _torch, operators
+from rnnfast import _torch, frozen_ops, operators
 from rnnfast.spec import Needs
 
 
@@ -37,13 +38,27 @@ def of_backward(backend, cell, reverse, present, needs, groups, tensors, *others
     return 2 * found
 
 
+def of_frozen(
+    cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
+    *others, **options,
+) -> int:  # fmt: skip
+    """Count what `rnnfast::frozen_layer` multiplies and adds, in whatever format."""
+    row = CELLS[cell]
+    each = hidden * (row.gates * inputs + row.recurrent * width) + (width * hidden if projected else 0)
+    return 2 * count_rows(x, batch_sizes) * len(reverse) * each
+
+
 def count_rows(x: Tensor, batch_sizes: Tensor | None) -> int:
     """Return the number of steps that all rows have together."""
     sizes = known_sizes(batch_sizes)
     return x.shape[:-1].numel() if sizes is None or x.dim() == 2 else int(sizes.sum())
 
 
-FORMULAS = {torch.ops.rnnfast.layer: of_layer, torch.ops.rnnfast.layer_backward: of_backward}
+FORMULAS = {
+    torch.ops.rnnfast.layer: of_layer,
+    torch.ops.rnnfast.layer_backward: of_backward,
+    getattr(torch.ops.rnnfast, frozen_ops.NAME): of_frozen,
+}
 
 
 def register() -> None:

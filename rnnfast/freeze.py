@@ -4,14 +4,15 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor, nn
 
-from rnnfast import _torch, modules
+from rnnfast import modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, Model, is_parametrized, recurrent_layers
 from rnnfast.frozen import Frozen
-from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE
+from rnnfast.frozen_cells import FrozenRecurrent
+from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE, weight_shapes
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.spec import parameter_name
 
 FORMATS = ("float32", "bfloat16", "int8")
 # Terms of a sum that int32 holds at most.
@@ -20,7 +21,7 @@ MOST_TERMS = 1 << 16
 
 @torch.no_grad()
 def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "float32") -> Model:
-    """Pack the weights of every RNN, LSTM and GRU in `model`, torch's or rnnfast's, in place.
+    """Pack the weights of every recurrent layer in `model`, in place: RNN, LSTM, GRU, and those of declared cells.
 
     A frozen layer stays the object it was, with its hooks, and takes the same calls. It has no parameters any more,
     is in eval mode, and cannot be trained. `state_dict` has its weights in the format chosen. `survey(model)` lists
@@ -71,13 +72,11 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
     """Say why a layer cannot be frozen, or None where it can."""
     if isinstance(layer, Frozen):
         return f"it is frozen already, in {layer.weights_format}"
-    if isinstance(layer, OfDeclaredCell):
-        return f"its cell, {layer.cell.__name__}, is a declared one; RNN, LSTM and GRU can be frozen"
     if isinstance(layer, torch.jit.ScriptModule):
         return "a scripted layer cannot change; freeze the model before torch.jit.script"
     if is_parametrized(layer):
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    known = (*COUNTERPARTS, *COUNTERPARTS.values())
+    known = (*COUNTERPARTS, *COUNTERPARTS.values(), OfDeclaredCell)
     plain = layer.__dict__.get(ORIGINAL, type(layer))
     if plain not in known:
         return f"freezing would lose the methods of its class, {type(layer).__name__}"
@@ -106,17 +105,8 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
 
 def wrong_shape(layer: Any, tensors: dict[str, Tensor]) -> str | None:
     """Say which weight has another shape than the layer's sizes ask for, or None."""
-    width, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
-    columns = CELLS[modules.CELL_OF_MODE[layer.mode]].gates * layer.hidden_size
-    for n, names in enumerate(weight_names(layer)):
-        inputs = layer.input_size if n < directions else directions * width
-        shapes = {
-            "weight_ih": (columns, inputs),
-            "weight_hh": (columns, width),
-            "weight_hr": (width, layer.hidden_size),
-        }
-        for name in names:
-            expected = shapes.get("_".join(name.split("_")[:2]), (columns,))
+    for shapes in shapes_of(layer):
+        for name, expected in shapes.items():
             if tensors[name].shape != expected:
                 return f"{name}: expected shape {list(expected)}, got {list(tensors[name].shape)}"
     return None
@@ -124,14 +114,16 @@ def wrong_shape(layer: Any, tensors: dict[str, Tensor]) -> str | None:
 
 def named_weights(layer: Any) -> dict[str, Any]:
     """Return a layer's weights by name."""
-    return {name: getattr(layer, name, None) for names in weight_names(layer) for name in names}
+    return {name: getattr(layer, name, None) for shapes in shapes_of(layer) for name in shapes}
 
 
-def weight_names(layer: Any) -> list[list[str]]:
-    """Return the names of the weights of each layer and direction."""
-    names = _torch.WeightNames().__get__(layer)
-    count = len(names) // (layer.num_layers * (2 if layer.bidirectional else 1))
-    return [names[n : n + count] for n in range(0, len(names), count)]
+def shapes_of(layer: Any) -> list[dict[str, tuple[int, ...]]]:
+    """Name the weights, and their shapes, of each layer and direction."""
+    if not isinstance(layer, OfDeclaredCell):
+        return weight_shapes(layer)
+    return [
+        {f"{name}_{suffix}": shape for name, shape in layer.shapes(inputs).items()} for suffix, inputs in layer.places()
+    ]
 
 
 def check_finite(place: str, layer: nn.Module, weights: str) -> None:
@@ -153,33 +145,41 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def held_by(layer: Any, weights: str) -> dict[str, Any]:
     """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
     shorts = {long: short for short, long in FIELDS.items()}
+    own = layer.cell.parameters if isinstance(layer, OfDeclaredCell) else ()
     held = []
-    for names in weight_names(layer):
+    for names in shapes_of(layer):
         named: dict[str, Tensor] = {}
         for name in names:
-            short, tensor = shorts["_".join(name.split("_")[:2])], getattr(layer, name).detach().resolve_neg()
-            if short.startswith("b_"):
+            stem = name.removesuffix("_reverse").rpartition("_")[0]
+            short = parameter_name(stem) if stem in own else shorts[stem]
+            tensor = getattr(layer, name).detach().resolve_neg()
+            if tensor.dim() == 1:
                 named[short] = tensor.clone()
             elif weights == "int8":
                 named[short], named[f"{short}_scale"] = quantised(tensor)
             else:
                 named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
         held.append(named)
-    trial = Frozen.__new__(Frozen)
+    kind = frozen_class(layer)
+    trial = kind.__new__(kind)
     trial.__dict__.update(layer.__dict__, weights_format=weights)
     trial.hold(held)
     return {name: trial.__dict__[name] for name in (*NOT_IN_STATE, "weights_format") if name in trial.__dict__}
 
 
+def frozen_class(layer: nn.Module) -> type[Frozen]:
+    """Return the class of a layer once it is frozen."""
+    return FrozenRecurrent if isinstance(layer, OfDeclaredCell) else Frozen
+
+
 def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:
     """Make a layer a frozen one."""
-    names = {name for each in weight_names(layer) for name in each}
-    for name in names:
+    for name in named_weights(layer):
         layer._parameters.pop(name, None)
         layer.__dict__.pop(name, None)
     for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",
                  "_flat_weight_refs", "_kept_weights"):  # fmt: skip
         layer.__dict__.pop(name, None)
-    layer.__class__ = Frozen
+    layer.__class__ = frozen_class(layer)
     layer.__dict__.update(held)
     layer.training = False

@@ -4,6 +4,7 @@ A frozen layer holds its weights once, as panels for this machine's processor. `
 them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G*H, I] and `weight_ih_l0_scale` [G*H].
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,12 +16,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import _torch, context, functional, operators, validate
+from rnnfast import _torch, context, flops, functional, operators, validate
 from rnnfast.backends.dispatch import setting
-from rnnfast.frozen_ops import kernels, meaning_names
-from rnnfast.frozen_weights import FrozenWeights
+from rnnfast.frozen_ops import kernels
+from rnnfast.frozen_weights import FrozenWeights, weight_shapes
 from rnnfast.layers import through_layers
-from rnnfast.modules import CELL_OF_MODE
 from rnnfast.spec import Options
 
 # Prepared calls that a layer keeps; forgotten when there are more.
@@ -78,25 +78,29 @@ class Frozen(FrozenWeights):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
-        if self.training:
-            raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
-        if lengths is None and resets is None and not all_states and not torch.compiler.is_compiling():
+        self.refuse_training()
+        return self.call(input, hx, lengths, resets, all_states)
+
+    def call(self, input, hx, lengths, resets, all_states, signals=()):
+        """Run the layers; initial states and signals are in the order and layout of loops."""
+        plain = lengths is None and resets is None and not all_states and len(signals) == 0
+        if plain and not torch.compiler.is_compiling():
             results = self.run_prepared(input, hx)
             if results is not None:
                 return results
-        return self.run(input, hx, lengths, resets, all_states)
+        return self.run(input, hx, lengths, resets, all_states, signals)
+
+    def states_of(self, hx) -> tuple[Tensor, ...] | None:
+        """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
+        if self.mode == "LSTM":
+            return tuple(hx) if isinstance(hx, tuple | list) else None
+        return (hx,)
 
     def run_prepared(self, x, hx):
         """Run a call of sizes that were seen before, or return None."""
-        states: tuple[Tensor, ...] | None
         if torch.compiler.is_dynamo_compiling():  # after a break in the graph
             return None
-        if hx is None:
-            states = NONE
-        elif self.mode == "LSTM":
-            states = tuple(hx) if isinstance(hx, tuple | list) else None
-        else:
-            states = (hx,)
+        states = NONE if hx is None else self.states_of(hx)
         if states is None:
             return None
         tensors = (x, *states) if states else (x,)
@@ -122,23 +126,34 @@ class Frozen(FrozenWeights):
             self._prepared.clear()
         self._prepared[key_of(self.batch_first, threads, x, states)] = PreparedCall(self, x, not states, threads)
 
-    def run(self, input, hx, lengths, resets, all_states):
+    def run(self, input, hx, lengths, resets, all_states, signals=()):
         """Check a call and run it."""
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        self.refuse_gradient((data, *(hx if isinstance(hx, tuple | list) else () if hx is None else (hx,))))
+        states = tuple(hx) if isinstance(hx, tuple | list) else () if hx is None else (hx,)
+        self.refuse_gradient((data, *states, *signals))
         options = self.options()
-        if data.layout is not torch.strided or (_torch.is_any_autocast_enabled() and data.dtype in HALVES):
-            data = (data if data.layout is torch.strided else data.to_dense()).float()
-            input = input._replace(data=data) if packed else data
-        if hx is not None and _torch.is_any_autocast_enabled():
-            hx = hx.float() if isinstance(hx, Tensor) else tuple(each.float() for each in hx)
-        reason = self.reason_for_plain(data)
-        if reason is not None:
-            return self.run_plain(options, input, hx, lengths, resets, all_states)
+        if data.layout is not torch.strided:
+            data = data.to_dense()
+        if _torch.is_any_autocast_enabled():
+            data, *others = map(in_float32, (data, *states, *signals))
+            hx = hx if hx is None else others[0] if isinstance(hx, Tensor) else tuple(others[: len(states)])
+            signals = tuple(others[len(states) :])
+        input = input._replace(data=data) if packed else data
+        if not torch.compiler.is_compiling() and _torch.count_dispatch_modes() > 0:
+            flops.register()
+        if self.reason_for_plain(data) is not None:
+            return self.run_plain(options, input, hx, lengths, resets, all_states, signals)
+        if _torch.is_any_autocast_enabled():
+            validate.one_kind(functional.Call(options, data, tuple(others), self.like_weights(), resets=resets))
         if packed:
-            return self.run_packed(options, input, hx, lengths, resets, all_states)
-        return self.run_dense(options, input, hx, lengths, resets, all_states)
+            return self.run_packed(options, input, hx, lengths, resets, all_states, signals)
+        return self.run_dense(options, input, hx, lengths, resets, all_states, signals)
+
+    def refuse_training(self) -> None:
+        """Raise RuntimeError in training mode."""
+        if self.training:
+            raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
 
     def refuse_gradient(self, tensors) -> None:
         """Raise RuntimeError where a gradient would be taken through the layer."""
@@ -151,25 +166,22 @@ class Frozen(FrozenWeights):
     def options(self) -> Options:
         """Return the constants of a call."""
         return Options(
-            CELL_OF_MODE[self.mode], self.num_layers, self.bidirectional, self.batch_first,
+            self.cell_name, self.num_layers, self.bidirectional, self.batch_first,
             bias=bool(self.bias), projected=self.proj_size > 0,
         )  # fmt: skip
 
     def like_weights(self) -> list[Any]:
         """Return what checks ask of the weights, in the order of `torch.nn.LSTM._flat_weights`."""
-        gates = CELLS[CELL_OF_MODE[self.mode]].gates * self.hidden_size
-        width, device = self.proj_size or self.hidden_size, torch.device("cpu")
-        directions = 2 if self.bidirectional else 1
-        found = []
-        for layer in range(self.num_layers):
-            inputs = self.input_size if layer == 0 else directions * width
-            shapes = [(gates, inputs), (gates, width), *[(gates,)] * (2 if self.bias else 0)]
-            shapes += [(width, self.hidden_size)] * (self.proj_size > 0)
-            found += [Shaped(torch.Size(shape), torch.float32, device) for shape in shapes] * directions
-        return found
+        shapes = (shape for each in weight_shapes(self) for shape in each.values())
+        return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
 
     def reason_for_plain(self, data: Tensor) -> str | None:
         """Say why a call runs on dequantised weights, or None where the kernels run it."""
+        if torch.compiler.is_compiling():
+            if operators.in_onnx_export():
+                return "ONNX has operators over float32 weights"
+        elif functional.is_traced():
+            return "torch.jit.trace records torch's operators"
         if data.device.type != "cpu":
             return f"frozen weights are packed for the CPU, not for {data.device.type}"
         if asked_for() not in KERNELS:
@@ -189,17 +201,25 @@ class Frozen(FrozenWeights):
 
         return run
 
-    def run_plain(self, options, input, hx, lengths, resets, all_states):
+    def run_plain(self, options, input, hx, lengths, resets, all_states, signals=()):
         """Run on float32 weights, as a layer that is not frozen."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if data.device not in self._elsewhere:
-            self._elsewhere[data.device] = [each.to(data.device) for each in self.dequantised()]
+        if torch.compiler.is_exporting():
+            weights = self.dequantised(self.constants(wide=True))
+        elif functional.is_traced():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that they are constants of the trace
+                weights = self.dequantised()
+        else:
+            if data.device not in self._elsewhere:
+                self._elsewhere[data.device] = [each.to(data.device) for each in self.dequantised()]
+            weights = self._elsewhere[data.device]
         with torch.no_grad():
             return functional.recurrent(
-                options, input, self._elsewhere[data.device], hx, lengths=lengths, resets=resets, all_states=all_states
+                options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states, signals=signals
             )
 
-    def run_dense(self, options, input, hx, lengths, resets, all_states):
+    def run_dense(self, options, input, hx, lengths, resets, all_states, signals=()):
         batched = validate.input_is_batched(options, input)
         x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
         given = hx
@@ -215,19 +235,19 @@ class Frozen(FrozenWeights):
             validate.lengths(lengths, batch, batched)
             batch_sizes, order, inverse = operators.sort_rows(lengths, steps)
             x, initial = x.index_select(1, order), functional.permuted(initial, order)
-            resets = None if resets is None else resets.index_select(1, order)
-        outcome = self.run_layers(options, x, initial, batch_sizes, resets, all_states)
+            resets, signals = permuted_options(resets, signals, order)
+        outcome = self.run_layers(options, x, initial, batch_sizes, resets, all_states, signals)
         if inverse is not None:
             outcome = functional.Outcome(
                 outcome.output.index_select(1, inverse),
                 functional.permuted(outcome.finals, inverse),
                 functional.permuted(outcome.states, inverse),
             )
-        if plain and not torch.compiler.is_compiling():
-            self.remember(input, () if given is None else tuple(given) if self.mode == "LSTM" else (given,))
+        if plain and not torch.compiler.is_compiling() and self.form().stacks:
+            self.remember(input, (() if given is None else self.states_of(given)) or ())
         return functional.present(options, outcome, batched, all_states)
 
-    def run_packed(self, options, packed, hx, lengths, resets, all_states):
+    def run_packed(self, options, packed, hx, lengths, resets, all_states, signals=()):
         validate.packed(packed, lengths)
         data, batch_sizes, order, inverse = packed
         batch = int(batch_sizes[0])
@@ -236,9 +256,8 @@ class Frozen(FrozenWeights):
         resets = validate.resets(options, resets, len(batch_sizes), batch)
         initial = functional.initial_states(options, hx, data, batch, self.like_weights())
         initial = functional.permuted(initial, order)
-        if resets is not None and order is not None:
-            resets = resets.index_select(1, order)
-        outcome = self.run_layers(options, data, initial, batch_sizes, resets, all_states)
+        resets, signals = permuted_options(resets, signals, order)
+        outcome = self.run_layers(options, data, initial, batch_sizes, resets, all_states, signals)
         finals = functional.single(functional.permuted(outcome.finals, inverse))
         output = PackedSequence(outcome.output, batch_sizes, order, inverse)
         if all_states:
@@ -246,14 +265,14 @@ class Frozen(FrozenWeights):
             return output, finals, states
         return output, finals
 
-    def run_layers(self, options, x, initial, batch_sizes, resets, all_states) -> functional.Outcome:
+    def run_layers(self, options, x, initial, batch_sizes, resets, all_states, signals=()) -> functional.Outcome:
         """Call the operator for each layer."""
-        forms, (held, processor) = self._forms, self.held()
+        forms, (held, processor), shown = self._forms, self.held(), CELLS[options.cell].output
 
         def run(n, x, hx, _):
             form = forms[n]
-            wanted = all_states and n == len(forms) - 1
-            output, aux, *finals = torch.ops.rnnfast.frozen_layer(
+            wanted = shown > 0 or (all_states and n == len(forms) - 1)
+            results = torch.ops.rnnfast.frozen_layer(
                 form.cell,
                 form.weights,
                 form.inputs,
@@ -269,25 +288,37 @@ class Frozen(FrozenWeights):
                 held[n],
                 batch_sizes,
                 resets,
+                list(signals),
             )
-            return output.flatten(-2), finals, (output, aux)[: len(hx)]
+            states, finals = results[: len(hx)], results[len(hx) :]
+            return states[shown].flatten(-2), finals, states
 
         output, finals, states = through_layers(options, x, initial, (), run)
-        states = (output.clone(), *(each.flatten(-2) for each in states[1:])) if all_states else ()
-        return functional.Outcome(output, finals, states)
+        if not all_states:
+            return functional.Outcome(output, finals, ())
+        flat = (output.clone() if n == shown else each.flatten(-2) for n, each in enumerate(states))
+        return functional.Outcome(output, finals, tuple(flat))
 
     def held(self) -> tuple[list[list[Tensor]], str]:
         """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            directions = 2 if self.bidirectional else 1
-            names = meaning_names(self.weights_format, self.proj_size > 0, bool(self.bias))
-            # Constants of the program.
-            flat = [
-                [torch.ops.aten.lift_fresh(torch.from_numpy(named[name])) for name in names]
-                for named in kernels().unpacked(self.form(), self._array)
-            ]
+            directions, names = 2 if self.bidirectional else 1, self.meaning_names()
+            flat = [[named[name] for name in names] for named in self.constants()]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""
         return [[self.panels[a:b]] for a, b in self._places], self._processor  # type: ignore[index]
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Make a tensor of half precision float32: what autocast gives."""
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def permuted_options(resets: Tensor | None, signals: Sequence[Tensor], order: Tensor | None):
+    """Reorder the rows of resets and signals."""
+    if order is None:
+        return resets, signals
+    resets = None if resets is None else resets.index_select(1, order)
+    return resets, tuple(each if each.shape[1] == 1 else each.index_select(1, order) for each in signals)
 
 
 class PreparedCall:

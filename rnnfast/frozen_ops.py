@@ -11,15 +11,19 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast.changes import version_of
-from rnnfast.operators import check_memory, expect, library
+from rnnfast.operators import check_memory, check_signals, expect, library
+from rnnfast.spec import parameter_name
+from rnnfast.vmap import each, fold, unfold
 
+NAME = "frozen_layer"
 SCHEMA = (
-    "frozen_layer(str cell, str weights, int inputs, int hidden, int width, bool projected, bool biased, "
+    f"{NAME}(str cell, str weights, int inputs, int hidden, int width, bool projected, bool biased, "
     "bool[] reverse, bool all_states, str processor, Tensor x, Tensor[] hx, Tensor[] held, Tensor? batch_sizes, "
-    "Tensor? resets) -> Tensor[]"
+    "Tensor? resets, Tensor[] signals) -> Tensor[]"
 )
 library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -32,22 +36,24 @@ def kernels() -> ModuleType:
     return importlib.import_module("rnnfast.backends.cpu.frozen")
 
 
-def meaning_names(weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
-    """Name a direction's tensors in order: matrices, their scales, biases."""
-    matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2]
+def meaning_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
+    """Name a direction's tensors in order: matrices, their scales, biases, parameters of the cell."""
+    row = CELLS[cell]
+    matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2 if row.recurrent else 1]
     scales = tuple(f"{name}_scale" for name in matrices) if weights == "int8" else ()
-    return (*matrices, *scales, *(("b_ih", "b_hh") if biased else ()))
+    biases = ("b_ih", "b_hh")[: 2 if row.recurrent else 1] if biased else ()
+    return (*matrices, *scales, *biases, *map(parameter_name, row.parameters))
 
 
 def frozen_layer(
     cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
-    resets,
+    resets, signals,
 ) -> list[Tensor]:  # fmt: skip
-    """Run one layer: h of every step, the aux state or an empty tensor, and the final states."""
-    check_memory((x, *hx, *held))
+    """Run one layer: every state of every step, of those but h empty tensors unless asked for, and the final states."""
+    check_memory((x, *hx, *held, *signals))
     backend = kernels()
     form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
-    check(form, x, hx, batch_sizes, resets)
+    check(form, x, hx, batch_sizes, resets, signals)
     if processor:
         here = backend.processor_of(form)
         if processor != here:
@@ -56,11 +62,13 @@ def frozen_layer(
         expect("panels", panels, (backend.offsets(form)[-1],), None, torch.uint8)
     else:
         panels = panels_of(form, held)
-    output, aux, finals = backend.run_layer(form, x, hx, panels, batch_sizes, resets, all_states)
-    return [output, aux, *finals]
+    output, others, finals = backend.run_layer(form, x, hx, panels, batch_sizes, resets, all_states, signals)
+    return [output, *others, *finals]
 
 
-def check(form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, resets: Tensor | None) -> None:
+def check(
+    form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, resets: Tensor | None, signals: Sequence[Tensor]
+) -> None:
     """Raise RuntimeError where tensors do not fit: a graph may be called with other sizes than those traced."""
     if x.dim() not in (2, 3) or x.shape[-1] != form.inputs or x.dtype != torch.float32:
         raise RuntimeError(
@@ -83,6 +91,7 @@ def check(form, x: Tensor, hx: Sequence[Tensor], batch_sizes: Tensor | None, res
         expect("batch_sizes", batch_sizes, (steps,), None, torch.int64)
     if resets is not None:
         expect("resets", resets, (steps, batch), None, torch.bool)
+    check_signals(form.cell, signals, (steps, batch, form.hidden), x)
 
 
 def panels_of(form, held: Sequence[Tensor]) -> Tensor:
@@ -90,7 +99,7 @@ def panels_of(form, held: Sequence[Tensor]) -> Tensor:
     key = (form, *((id(tensor), version_of(tensor)) for tensor in held))
     kept = packed.get(held[0])
     if kept is None or kept[0] != key:
-        names = meaning_names(form.weights, form.projected, form.biased)
+        names = meaning_names(form.cell, form.weights, form.projected, form.biased)
         groups = [held[n : n + len(names)] for n in range(0, len(held), len(names))]
         kept = key, kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
         packed[held[0]] = kept
@@ -99,16 +108,44 @@ def panels_of(form, held: Sequence[Tensor]) -> Tensor:
 
 def frozen_layer_fake(
     cell, weights, inputs, hidden, width, projected, biased, reverse, all_states, processor, x, hx, held, batch_sizes,
-    resets,
+    resets, signals,
 ) -> list[Tensor]:  # fmt: skip
     """Shapes of `frozen_layer`."""
-    aux = (*x.shape[:-1], len(reverse), hidden) if all_states and len(hx) > 1 else (0,)
+    other = (*x.shape[:-1], len(reverse), hidden) if all_states else (0,)
     return [
         x.new_empty((*x.shape[:-1], len(reverse), width)),
-        x.new_empty(aux),
+        *(x.new_empty(other) for _ in hx[1:]),
         *(x.new_empty(state.shape) for state in hx),
     ]
 
 
-library.impl("frozen_layer", frozen_layer, "CPU")
-torch.library.register_fake("rnnfast::frozen_layer", frozen_layer_fake, lib=library)
+def frozen_layer_vmap(info, in_dims, *args):
+    """Map `frozen_layer`: the mapped dimension joins the batch, as in `rnnfast.vmap`; or member by member."""
+    *form, x, hx, held, batch_sizes, resets, signals = args
+    dim, hx_dims, held_dims, *other_dims = in_dims[len(form) :]
+    op, size, listed = getattr(torch.ops.rnnfast, NAME), info.batch_size, other_dims[2] or []
+    hx_dims = hx_dims or [None] * len(hx)
+    if other_dims[0] is not None or signals or any(each is not None for each in held_dims or ()):
+        tensors = (x, *hx, *held, batch_sizes, resets, *signals)
+        dims = (dim, *hx_dims, *(held_dims or [None] * len(held)), *other_dims[:2], *(listed or [None] * len(signals)))
+        first, second = 1 + len(hx), 1 + len(hx) + len(held)
+
+        def call(*given):
+            sizes, flags, *rest = given[second:]
+            return op(*form, given[0], list(given[1:first]), list(given[first:second]), sizes, flags, rest)
+
+        results, found = each(call, size, tensors, dims)
+        return list(results), list(found)
+    at = x.dim() - (dim is not None) - 2
+    sizes = None if batch_sizes is None else batch_sizes * size
+    folded = [fold(each, own, size, 1) for each, own in zip(hx, hx_dims, strict=True)]
+    flags = fold(resets, other_dims[1], size, 1)
+    results = op(*form, fold(x, dim, size, at), folded, held, sizes, flags, [])
+    ats = [None if each.shape == (0,) else 1 if n >= len(hx) else at for n, each in enumerate(results)]
+    pairs = list(zip(results, ats, strict=True))
+    return [r if a is None else unfold(r, size, a) for r, a in pairs], [None if a is None else a + 1 for a in ats]
+
+
+library.impl(NAME, frozen_layer, "CPU")
+torch.library.register_fake(f"rnnfast::{NAME}", frozen_layer_fake, lib=library)
+torch.library.register_vmap(f"rnnfast::{NAME}", frozen_layer_vmap, lib=library)

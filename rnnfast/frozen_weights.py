@@ -5,14 +5,17 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor, nn
 
 from rnnfast import _torch
 from rnnfast.frozen_ops import kernels, meaning_names
 from rnnfast.modules import CELL_OF_MODE
+from rnnfast.spec import parameter_name
 
 # Attributes that `hold` makes.
 NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_places", "_processor")
+PARAMETER = parameter_name("")
 FIELDS = {"w_ih": "weight_ih", "w_hh": "weight_hh", "w_hr": "weight_hr", "b_ih": "bias_ih", "b_hh": "bias_hh"}
 
 
@@ -59,6 +62,11 @@ class FrozenWeights(nn.Module):
             object.__setattr__(self, "_places", tuple(pairwise(kernels().offsets(form))))
             object.__setattr__(self, "_processor", kernels().processor_of(form))
 
+    @property
+    def cell_name(self) -> str:
+        """Return the name of the cell."""
+        return CELL_OF_MODE[self.mode]
+
     def obstacle(self) -> str | None:
         """Say why there are no kernels for this layer, or None where there are."""
         try:
@@ -71,7 +79,7 @@ class FrozenWeights(nn.Module):
         """Describe the layers to the backend."""
         width = self.proj_size or self.hidden_size
         return kernels().Form(
-            CELL_OF_MODE[self.mode],
+            self.cell_name,
             self.weights_format,
             self.num_layers,
             2 if self.bidirectional else 1,
@@ -91,12 +99,20 @@ class FrozenWeights(nn.Module):
     def names(self) -> Iterator[tuple[int, str, str]]:
         """Yield, for each tensor of `state_dict`, its place in `meaning`, its name there and its full name."""
         directions = 2 if self.bidirectional else 1
-        own = meaning_names(self.weights_format, self.proj_size > 0, bool(self.bias))
         for layer, direction in product(range(self.num_layers), range(directions)):
-            for name in own:
-                field, scale = name.removesuffix("_scale"), "_scale" if name.endswith("_scale") else ""
-                full = f"{FIELDS[field]}_l{layer}{'_reverse' * direction}{scale}"
-                yield layer * directions + direction, name, full
+            for name in self.meaning_names():
+                own = name.startswith(PARAMETER)
+                field, scale = (name, "") if own else (name.removesuffix("_scale"), "_scale" * name.endswith("_scale"))
+                known = field.removeprefix(PARAMETER) if own else FIELDS[field]
+                yield layer * directions + direction, name, f"{known}_l{layer}{'_reverse' * direction}{scale}"
+
+    def meaning_names(self) -> tuple[str, ...]:
+        """Name the tensors of each layer and direction."""
+        return meaning_names(self.cell_name, self.weights_format, self.proj_size > 0, bool(self.bias))
+
+    def is_weight(self, name: str) -> bool:
+        """Say whether an attribute is named like a weight."""
+        return name.startswith(("weight_", "bias_"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return copies of all tensors of `state_dict`. They refuse to be changed in place."""
@@ -105,14 +121,19 @@ class FrozenWeights(nn.Module):
             return {full: meaning[place][name].clone() for place, name, full in self.names()}
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("weight_", "bias_")) and "weights_format" in self.__dict__:
-            tensors = self.tensors()
-            if name in tensors:
-                return tensors[name]
+        if "weights_format" in self.__dict__ and self.is_weight(name):
+            weight = self.weight_named(name)
+            if weight is not None:
+                return weight
         return super().__getattr__(name)
 
+    @_torch.constant_in_graphs
+    def weight_named(self, name: str) -> Tensor | None:
+        """Return a copy of one weight, or None if there is none of the name. Graphs keep it as a constant."""
+        return self.tensors().get(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith(("weight_", "bias_")) or name == "weights_format":
+        if name == "weights_format" or self.is_weight(name):
             raise RuntimeError(f"{self.type_name()}: {name} is frozen; change the layer before rnnfast.freeze")
         super().__setattr__(name, value)
 
@@ -120,18 +141,28 @@ class FrozenWeights(nn.Module):
         _torch.save_registered(self, destination, prefix, keep_vars)
         meaning = self.meaning()
         for place, name, full in self.names():
-            destination[prefix + full] = meaning[place][name].clone()
+            destination[prefix + full] = self.stored(name, meaning[place][name]).clone()
+
+    def stored(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight as `state_dict` has it: int8 integers as [G, H, I], so that layers of floats refuse them."""
+        if weight.dtype != torch.int8:
+            return weight
+        cell = CELLS[self.cell_name]
+        return weight.unflatten(0, ({"w_ih": cell.gates, "w_hh": cell.recurrent}.get(name, 1), -1))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         weights = [dict(named) for named in self.meaning()]
-        known, errors = set(), len(error_msgs)
+        known, errors, halves = set(), len(error_msgs), []
         for place, name, full in self.names():
             known.add(prefix + full)
-            given, own = state_dict.get(prefix + full), weights[place][name]
+            given, own = state_dict.get(prefix + full), self.stored(name, weights[place][name])
             if given is None:
                 missing_keys.append(prefix + full)
+                other = f"{full}_scale" if own.dtype == torch.int8 else full.removesuffix("_scale")
+                if other != full and prefix + other in state_dict:
+                    halves.append(f"{prefix}{full}: expected it beside {prefix}{other}, got that alone")
             elif given.shape != own.shape or given.dtype != own.dtype:
                 error_msgs.append(
                     f"{prefix}{full}: expected {own.dtype} of shape {list(own.shape)}, for weights frozen in "
@@ -142,13 +173,15 @@ class FrozenWeights(nn.Module):
             elif given.dtype == torch.int8 and (given == -128).any():
                 error_msgs.append(f"{prefix}{full}: expected integers from -127 to 127, got -128")
             else:
-                weights[place][name] = given.detach().cpu()
+                weights[place][name] = given.detach().cpu().reshape(weights[place][name].shape)
         for name, buffer in self.named_buffers(recurse=False):
             known.add(prefix + name)
             if prefix + name in state_dict:
                 buffer.copy_(state_dict[prefix + name])
         mine = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
         unexpected_keys += [key for key in mine if strict and key not in known]
+        if len(error_msgs) == errors:
+            error_msgs += halves
         if len(error_msgs) == errors:
             self.hold(weights)
 
@@ -167,12 +200,39 @@ class FrozenWeights(nn.Module):
     def flatten_parameters(self) -> None:
         """Do nothing, for callers of torch's modules."""
 
-    def dequantised(self) -> list[Tensor]:
-        """Return float32 weights in the order of `torch.nn.LSTM._flat_weights`."""
+    def constants(self, wide: bool = False) -> list[dict[str, Tensor]]:
+        """Return what `meaning` does as constants of a program that is being exported.
+
+        bfloat16 is int16 there, or float32 if `wide`.
+        """
+        if self.__dict__.get("_plain") is not None:
+            return self._plain
+        arrays = kernels().unpacked(self.form(), self._array)
+        lift = torch.ops.aten.lift_fresh
+        widened = kernels().widened if wide else lambda array: array
+        return [{name: lift(torch.from_numpy(widened(each))) for name, each in named.items()} for named in arrays]
+
+    def dequantised(self, meaning: list[dict[str, Tensor]] | None = None) -> list[Tensor]:
+        """Return float32 weights in the order of `torch.nn.LSTM._flat_weights`, or of `rnnfast.Recurrent.weights`."""
         found = []
-        for named in self.meaning():
-            for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr"):
+        parameters = [name for name in self.meaning_names() if name.startswith(PARAMETER)]
+        for named in self.meaning() if meaning is None else meaning:
+            for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", *parameters):
                 if name in named:
-                    scale = named.get(f"{name}_scale")
-                    found.append(named[name].float() * (1.0 if scale is None else scale[:, None]))
+                    scale, weight = named.get(f"{name}_scale"), named[name]
+                    found.append(weight.float() if scale is None else weight.float() * scale[:, None])
         return found
+
+
+def weight_shapes(layer: Any) -> list[dict[str, tuple[int, ...]]]:
+    """Name the weights of an RNN, LSTM or GRU, and their shapes, for each layer and direction."""
+    width, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
+    columns = CELLS[CELL_OF_MODE[layer.mode]].gates * layer.hidden_size
+    found = []
+    for n, suffix in product(range(layer.num_layers), ("", "_reverse")[:directions]):
+        inputs = layer.input_size if n == 0 else directions * width
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (columns, inputs), "weight_hh": (columns, width)}
+        shapes |= {"bias_ih": (columns,), "bias_hh": (columns,)} if layer.bias else {}
+        shapes |= {"weight_hr": (width, layer.hidden_size)} if layer.proj_size else {}
+        found.append({f"{name}_l{n}{suffix}": shape for name, shape in shapes.items()})
+    return found

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import rnnfast_kernels
 import torch
+from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import _torch
@@ -84,8 +85,15 @@ def check_layer(layer: Layer) -> None:
             raise RuntimeError(f"rnnfast: expected batch_sizes for {len(x)} rows of {batch} sequences, got {sizes}")
     if layer.resets is not None:
         expect("resets", layer.resets, (layer.steps, batch), None, torch.bool)
-    full = (layer.steps, batch, hidden)
-    for name, signal in zip(cell.signals, layer.signals, strict=True):
+    check_signals(layer.cell, layer.signals, (layer.steps, batch, hidden), x)
+
+
+def check_signals(cell: str, signals: Sequence[Tensor], full: tuple[int, int, int], x: Tensor) -> None:
+    """Raise RuntimeError where signals are not those of a cell, broadcastable to [T, B, H]."""
+    names = CELLS[cell].signals
+    if len(signals) != len(names):
+        raise RuntimeError(f"rnnfast: expected {len(names)} signals of {cell}, got {len(signals)}")
+    for name, signal in zip(names, signals, strict=True):
         if signal.dim() != 3 or any(a not in (1, b) for a, b in zip(signal.shape, full, strict=True)):
             raise RuntimeError(
                 f"rnnfast: expected the signal {name} to be broadcastable to {list(full)}, got {list(signal.shape)}"

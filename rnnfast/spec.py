@@ -109,6 +109,11 @@ class Weights(NamedTuple):
     parameters: Any = None  # [number of the cell's parameters, H]
 
 
+def parameter_name(name: str) -> str:
+    """Name a parameter of a cell among the fields of `Weights`, which its own name may be one of."""
+    return f"p.{name}"
+
+
 @dataclass(slots=True)
 class Layer:
     """One call of a layer, as backends receive it.

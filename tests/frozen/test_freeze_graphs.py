@@ -71,7 +71,7 @@ def test_panels_of_another_processor_are_refused(frozen):
 
     def call(x, hx, held, processor):
         *constants, _, _ = form.cell, form.weights, 7, 20, 20, False, True, [False, True], False, 0, 0
-        return torch.ops.rnnfast.frozen_layer(*constants, processor, x, hx, held, None, None)
+        return torch.ops.rnnfast.frozen_layer(*constants, processor, x, hx, held, None, None, [])
 
     panels = layer.panels[a:b]
     assert torch.equal(call(x, hx, [panels], processor)[2][0], layer(x)[1][0][0])

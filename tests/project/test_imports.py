@@ -21,6 +21,7 @@ LAYERS = (
     ("rnnfast.explain", "rnnfast.stream", "rnnfast.warmup"),
     ("rnnfast.explanations",),
     ("rnnfast.accelerate", "rnnfast.limits"),
+    ("rnnfast.frozen_cells",),
     ("rnnfast.frozen",),
     ("rnnfast.frozen_weights",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),

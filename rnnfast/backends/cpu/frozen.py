@@ -20,10 +20,10 @@ from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from torch import Tensor
 
-from rnnfast.backends.cpu.arguments import addresses_of, row_cuts
-from rnnfast.backends.cpu.executable import room, shape_of
+from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, row_cuts, strides_of, together
+from rnnfast.backends.cpu.executable import STATES, room, shape_of
 from rnnfast.spec import Form as LayerForm
-from rnnfast.spec import Present, Signature
+from rnnfast.spec import Present, Signature, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
@@ -53,7 +53,13 @@ class Form(NamedTuple):
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Return the width of each state."""
-        return (self.width, self.hidden)[: len(CELLS[self.cell].states)]
+        return (self.width, *[self.hidden] * (len(CELLS[self.cell].states) - 1))
+
+    @property
+    def stacks(self) -> bool:
+        """Say whether all layers run in one program: cells of at most two states, without signals."""
+        cell = CELLS[self.cell]
+        return len(cell.states) <= 2 and cell.output == 0 and not cell.signals
 
 
 @functools.lru_cache(maxsize=1024)
@@ -78,10 +84,15 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def widened(array: np.ndarray) -> np.ndarray:
+    """Return bfloat16, as int16, in float32, and other arrays as they are."""
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if array.dtype == np.int16 else array
+
+
 def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     """Pack all layers. weights: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, what of them there is.
 
-    With int8 also w_ih_scale, w_hh_scale and w_hr_scale.
+    With int8 also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters stand under `parameter_name`.
     """
     chosen = panels.held_target(form.weights)
     buffer = room(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
@@ -97,7 +108,19 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
                 None if bias is None else as_array(bias),
                 None if scale is None else as_array(scale),
             )
+        for direction, each in enumerate(parameters_of(one, buffer[place:].numpy())):
+            named = weights[n * form.directions + direction]
+            for goal, name in zip(each, CELLS[form.cell].parameters, strict=True):
+                goal[:] = as_array(named[parameter_name(name)])
     return buffer
+
+
+def parameters_of(form: Form, buffer: np.ndarray) -> list[np.ndarray]:
+    """Return where one layer's buffer has the parameters of each direction, [P, H]."""
+    count = len(CELLS[form.cell].parameters)
+    size = count * form.hidden * panels.PARAMETER_BYTES
+    places = layout(form).parameters
+    return [buffer[place : place + size].view(np.float32).reshape(count, form.hidden) for place in places]
 
 
 def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
@@ -125,6 +148,10 @@ def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
                 own[f"{matrix.name}_scale"] = scale
             if form.biased and matrix.name != "w_hr":
                 own[matrix.name.replace("w_", "b_")] = bias
+        for own, each in zip(named, parameters_of(one, buffer[place:]), strict=False):
+            own |= {
+                parameter_name(name): row.copy() for name, row in zip(CELLS[form.cell].parameters, each, strict=True)
+            }
         found += named
     return found
 
@@ -148,15 +175,17 @@ def shape(
     cuts: tuple[int, ...] | None = None,
 ) -> plan.Shape:
     """The plan's shape of one layer. options: whether there are batch_sizes, and resets."""
-    reverse, biased = (False, True)[: form.directions], form.biased
-    layer = LayerForm(form.cell, reverse, Present(True, True, biased, biased, form.projected, False, *options))
+    reverse, biased, cell = (False, True)[: form.directions], form.biased, CELLS[form.cell]
+    recurrent = cell.recurrent > 0
+    present = (True, recurrent, biased, biased and recurrent, form.projected, bool(cell.parameters), *options)
+    layer = LayerForm(form.cell, reverse, Present(*present))
     sizes = (steps, batch, form.hidden, form.width, 1, False, threads)
     signature = Signature(layer, torch.float32, x_shape, x_strides, *sizes, cuts=cuts, repeated=True)
     return replace(shape_of(signature), weights=form.weights)
 
 
 class Prepared:
-    """A call of known sizes over the whole stack: dense, without lengths and resets.
+    """A call of known sizes over the whole stack (see `Form.stacks`): dense, without lengths and resets.
 
     x_strides: of [T, B, I] in elements, of which the last is 1. zero: whether the initial states are zero.
     """
@@ -167,7 +196,7 @@ class Prepared:
             shapes.append(shape(one, x_shape, x_strides, steps, batch, threads))
             columns = form.directions * form.width
             x_shape, x_strides = (steps, batch, columns), (batch * columns, columns, 1)
-        states = ("h", "aux")[: len(form.state_sizes)]
+        states = STATES[: len(form.state_sizes)]
         names = ["x", "h", *(f"{state}_final" for state in states)]
         names += [] if zero else [f"{state}_first" for state in states]
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
@@ -222,10 +251,10 @@ def run_layer(
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     all_states: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Run one layer: its output [*L, D, P], with `all_states` its aux state [*L, D, H], and the final states."""
+    signals: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Run one layer: h [*L, D, P], with `all_states` the other states [*L, D, H], else empty ones, and final states."""
     x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
-    initial = [state.contiguous() for state in initial]
     batch, directions = initial[0].shape[1], form.directions
     sizes = starts = cuts = None
     threads = pool.usable(torch.get_num_threads())
@@ -237,19 +266,28 @@ def run_layer(
     options = sizes is not None, resets is not None
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
     output = room(x, *x.shape[:-1], directions, form.width)
-    finals = tuple(torch.empty_like(state) for state in initial)
-    aux = x.new_empty(0)
-    kept: tuple[str, ...] = ()
+    first = [state.contiguous() for state in initial[:1]]
+    first += [] if planned.aux == 0 else [together(initial[1:], initial[1:])]
+    finals = [torch.empty_like(state) for state in first]
+    aux, kept = None, ()
     if all_states and planned.aux:
-        aux, kept = room(x, *x.shape[:-1], directions, form.hidden), ("aux",)
+        lead = (planned.aux,) if planned.aux > 1 else ()
+        aux, kept = room(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
     tensors = {"x": x, "h": output, "aux": aux, "panels": panels, "sizes": sizes, "starts": starts}
     tensors["resets"] = None if resets is None else resets.contiguous()
-    tensors |= zip(("h_first", "aux_first"), initial, strict=False)
-    tensors |= zip(("h_final", "aux_final"), finals, strict=False)
+    tensors |= zip((f"{state}_first" for state in STATES), first, strict=False)
+    tensors |= zip((f"{state}_final" for state in STATES), finals, strict=False)
+    signals = [as_signal(each) for each in signals]
+    tensors |= zip((f"signal{n}" for n in range(len(signals))), signals, strict=True)
     recipe = recorded(planned, kept)
+    addresses = recipe.addresses(tensors)
+    for n, signal in enumerate(signals):
+        for name, stride in zip(("step", "row", "unit"), strides_of(signal), strict=True):
+            addresses[recipe.named.index(f"signal{n}_{name}")] = stride
     scratch = room(x, recipe.scratch, dtype=torch.uint8)
-    recipe.call(kernel_of(form), scratch.data_ptr(), recipe.addresses(tensors))
-    return output, aux, finals
+    recipe.call(kernel_of(form), scratch.data_ptr(), addresses)
+    others = apart(finals[1] if planned.aux else None, planned.aux)
+    return output, apart(aux, planned.aux, x), [finals[0], *others]
 
 
 @functools.cache

@@ -58,10 +58,15 @@ def clear_padding(job, step, live):
                 clear_io_row(job.aux + state * job.aux_step + index * job.aux_row, job.hidden)
 
 
-def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride):
-    """One step for all live rows: tile by tile the recurrent product, followed at once by the cell."""
-    fill_pointers(job.row_pointers, h_now, h_stride, live)
-    row_pointers = as_operands(live, job.row_pointers, job.width, job.operands)
+def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
+    """One step for all live rows: tile by tile the recurrent product, followed at once by the cell.
+
+    zero: whether h is zero, so that the product is the bias.
+    """
+    row_pointers = job.row_pointers
+    if RECURRENT > 0 and not zero:
+        fill_pointers(job.row_pointers, h_now, h_stride, live)
+        row_pointers = as_operands(live, job.row_pointers, job.width, job.operands)
     index = first_index(job, step)
     cell_out = job.unprojected_work if job.w_hr else h_next
     cell_stride = aux_stride if job.w_hr else h_stride
@@ -74,6 +79,8 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride):
             count = recurrent_rows(live - first)
             if job.unpacked:
                 multiply_block(count, row_pointers, job.w_hh, job.b_hh, job.width, job.hidden, block * LANES, job.tile)
+            elif RECURRENT > 0 and zero:
+                start_tile(blocks * RECURRENT, count, panel, job.width, job.tile)
             elif RECURRENT > 0:
                 multiply(
                     blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), job.tile
@@ -146,7 +153,8 @@ def forward_turn(address, turn):
         clear_padding(job, step, live)
     if job.resets:
         apply_resets(job, step, live, h_now, h_stride, aux_stride)
-    advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, aux_stride)
+    zero = job.zero_first != 0 and order == 0
+    advance(job, step, live, gates_address(job, order, step), h_now, h_next, h_stride, aux_stride, zero)
     if job.w_hr:
         project_output(job, step, live, h_next, h_stride, aux_stride)
 

@@ -114,6 +114,15 @@ def project_blocks(
         block += blocks
 
 
+def start_tile(vectors, rows, panel, depth, tile):
+    """The tile of rows of zeros. (A bias of -0.0 becomes 0.0, as it does in a sum.)"""
+    for vector in range(vectors):
+        spot = strip_address(panel, vector, depth) + (HEAD - 1) * strip_line(vectors, vector)
+        value = load(spot, LANES) + zeros()
+        for row in range(rows):
+            store(tile + (row * vectors + vector) * VECTOR, value, LANES)
+
+
 def project_unpacked(rows, row_pointers, weight, bias, depth, units, block, last_block, out_pointers, gate_step, tile):
     """Multiply a few rows by some blocks of a weight [G*units, depth] that is not packed, as `project_blocks` does."""
     while block < last_block:
@@ -195,4 +204,4 @@ ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill
 # What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
 PACKING = (pack_columns, pack_rows)
 PLAIN = (pack_columns, pack_rows, project_blocks, project)
-GATED = (pack_columns, project_blocks, multiply_block, project_unpacked)
+GATED = (pack_columns, project_blocks, start_tile, multiply_block, project_unpacked)

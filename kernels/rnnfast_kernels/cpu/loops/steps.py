@@ -15,8 +15,8 @@ LAYER = Record(
     "inputs", "hidden", "width",
     # Input, and the panels of the weights; if `unpacked`, the weights as they are, and their biases.
     "x", "x_row", "x_step", "w_ih", "w_hh", "w_hr", "unpacked", "b_ih", "b_hh",
-    # Initial and final states.
-    "h_first", "h_first_row", "aux_first", "aux_first_row", "aux_first_step",
+    # Initial and final states; `zero_first` where the initial ones are zero and the weights finite.
+    "zero_first", "h_first", "h_first_row", "aux_first", "aux_first_row", "aux_first_step",
     "h_final", "aux_final", "aux_final_step",
     # States after every step: h is [rows, width], each aux state [rows, hidden].
     "h", "h_row", "aux", "aux_row", "aux_step",

@@ -57,7 +57,7 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
             bases["panels"] = Ref("panels", place)
             place += panel_layout(shape).size
         with recipe.renamed(bases):
-            write_forward(recipe, shape, biased, ())
+            write_forward(recipe, shape, biased, (), zero)
         x = h
     return recipe.finish()
 
@@ -76,8 +76,11 @@ def pass_weights(shape: Shape, biased: bool) -> list[dict[str, int | Ref]]:
 def held_weights(shape: Shape) -> list[dict[str, int | Ref]]:
     """Fields for every direction's panels, which the base `panels` holds."""
     weights: list[dict[str, int | Ref]] = [{} for _ in range(shape.directions)]
-    for matrix in panel_layout(shape).matrices:
+    layout = panel_layout(shape)
+    for matrix in layout.matrices:
         weights[matrix.direction][matrix.name] = Ref("panels", matrix.offset)
+    for direction, offset in enumerate(layout.parameters):
+        weights[direction]["parameters"] = Ref("panels", offset)
     return weights
 
 
@@ -103,8 +106,8 @@ def pack_forward(recipe: Recipe, shape: Shape, biased: bool) -> list[dict[str, i
     return [dict(zip(names, panels[d * each : (d + 1) * each], strict=False)) for d in range(shape.directions)]
 
 
-def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...]) -> None:
-    """Add a layer's forward pass."""
+def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, ...], zero: bool = False) -> None:
+    """Add a layer's forward pass. zero: whether the initial states are zero."""
     if shape.weights:
         weights = held_weights(shape)
     else:
@@ -112,10 +115,15 @@ def write_forward(recipe: Recipe, shape: Shape, biased: bool, kept: tuple[str, .
     depth = max(shape.inputs, shape.width, shape.hidden)
     jobs, signals = [], signal_fields(recipe, shape)
     for d in range(shape.directions):
-        shared = state_fields(shape, d, kept) | weights[d] | signals
+        shared = state_fields(shape, d, kept) | signals
         for first, last in pairwise(shape.cuts):
             rows, chunk = last - first, chunk_steps(shape, last - first)
-            fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows) | {"chunk": chunk}
+            fields = shared | slice_fields(shape, d, first, last) | weights[d]
+            # A weight that is a tensor may be infinite, and a product with zero then is NaN.
+            fields |= state_work(recipe, shape, rows) | {
+                "chunk": chunk,
+                "zero_first": int(zero and shape.weights != ""),
+            }
             fields |= final_fields(shape, d, first, ("h_final", "aux_final")[: 1 + shape.aux])
             if "gates" not in kept:
                 fields |= gate_work(recipe, shape, rows, chunk)

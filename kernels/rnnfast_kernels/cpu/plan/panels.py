@@ -6,7 +6,8 @@ The layout of panels is that of `tile` and `products`. Formats of weights:
     bfloat16   pairs of terms, in place of one float32
     int8       quads of terms, and a float32 scale for each row of the weight (see `int8`)
 
-A weight is [G*units, depth], its bias and scales are [G*units]. All of a layer's panels stand in one buffer.
+A weight is [G*units, depth], its bias and scales are [G*units]. All of a layer's panels stand in one buffer, and behind
+them the parameters of its cell, [P, H] for each direction, in float32.
 """
 
 import functools
@@ -18,8 +19,8 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
 FORMATS = ("float32", "bfloat16", "int8")
-# Bytes that each matrix is aligned to.
-LINE = 64
+# Bytes that each matrix is aligned to, and those of a parameter.
+LINE, PARAMETER_BYTES = 64, 4
 
 
 class Matrix(NamedTuple):
@@ -34,9 +35,10 @@ class Matrix(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The panels of a layer and the bytes of its buffer."""
+    """The panels of a layer, offsets of each direction's parameters, and the bytes of its buffer."""
 
     matrices: tuple[Matrix, ...]
+    parameters: tuple[int, ...]
     size: int
 
 
@@ -49,7 +51,7 @@ def held_target(weights: str) -> Target:
 def layout(
     chosen: Target, cell_name: str, inputs: int, hidden: int, width: int, projected: bool, directions: int
 ) -> Layout:
-    """Place a layer's matrices one after another."""
+    """Place a layer's matrices, and its parameters, one after another."""
     cell = CELLS[cell_name]
     sizes = [("w_ih", cell.gates, hidden, inputs), ("w_hh", cell.recurrent, hidden, width)]
     sizes += [("w_hr", 1, width, hidden)] * projected
@@ -59,7 +61,9 @@ def layout(
             if gates:
                 matrices.append(Matrix(name, direction, gates, units, depth, offset))
                 offset += -(-matrix_bytes(chosen, gates, units, depth) // LINE) * LINE
-    return Layout(tuple(matrices), offset)
+    size = -(-len(cell.parameters) * hidden * PARAMETER_BYTES // LINE) * LINE
+    parameters = tuple(offset + direction * size for direction in range(directions if size else 0))
+    return Layout(tuple(matrices), parameters, offset + directions * size)
 
 
 def matrix_bytes(chosen: Target, gates: int, units: int, depth: int) -> int:

@@ -187,6 +187,7 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "SIGNALS": len(cell.signals),
         "multiply": recurrent["multiply"],
         "multiply_block": recurrent["multiply_block"],
+        "start_tile": recurrent["start_tile"],
         "project_unpacked": gated["project_unpacked"],
         "recurrent_blocks": recurrent["panel_blocks"],
         "recurrent_rows": recurrent["tile_rows"],

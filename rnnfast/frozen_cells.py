@@ -1,0 +1,91 @@
+"""Layers of declared cells whose weights are frozen."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from rnnfast_kernels.cells import CELLS
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import functional, recurrent
+from rnnfast.frozen import Frozen, Shaped
+from rnnfast.recurrent import Recurrent
+
+
+class FrozenRecurrent(Frozen, Recurrent):
+    """A frozen `rnnfast.Recurrent`: `forward` takes the same calls, for inference in float32."""
+
+    proj_size = 0
+
+    def forward(self, input, hx=None, *, signals=None, lengths=None, resets=None, all_states=False):
+        """Run the layers over `input`; arguments and results are those of `rnnfast.Recurrent.forward`.
+
+        Raises:
+            RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
+                by a layer that is not frozen.
+        """
+        self.refuse_training()
+        cell, laid_out = self.cell, ()
+        if hx is not None or signals or cell.signals:
+            hx, laid_out = self.in_loop_layout(input, hx, signals)
+        result = self.call(input, hx, lengths, resets, all_states, laid_out)
+        return recurrent.in_user_order(cell, *result)
+
+    def in_loop_layout(self, input, hx, signals) -> tuple[Tensor | tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
+        """Return initial states in the order of loops, None where none are given, and signals in their layout."""
+        cell, options, like = self.cell, self.options(), self.like_weights()
+        by_name, given = recurrent.named_signals(cell, signals), recurrent.named_states(cell, hx)
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        batched = packed or data.dim() != 2
+        steps, batch = recurrent.extent(options, input, batched)
+        initial = None
+        if given:
+            rows = (self.num_layers * options.directions, batch, self.hidden_size)
+            found = [recurrent.initial_state(name, given.get(name), rows, data, batched) for name in cell.states]
+            initial = functional.single(tuple(found[n] for n in cell.order))
+        hidden, first = options.hidden(like), self.batch_first and not packed
+        laid_out = tuple(
+            recurrent.lay_out(name, by_name[name], steps, batch, hidden, first, batched).to(data.dtype)
+            for name in cell.signals
+        )
+        return initial, laid_out
+
+    def states_of(self, hx) -> tuple[Tensor, ...] | None:
+        return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+    @property
+    def cell_name(self) -> str:
+        return self.cell.identity
+
+    def type_name(self) -> str:
+        return "FrozenRecurrent"
+
+    def extra_repr(self) -> str:
+        return f"{Recurrent.extra_repr(self)}, weights={self.weights_format}"
+
+    def is_weight(self, name: str) -> bool:
+        stem = re.sub(r"_l\d+(_reverse)?$", "", name)
+        return super().is_weight(name) or (stem != name and stem in self.cell.parameters)
+
+    def like_weights(self) -> list[Shaped]:
+        shapes = (shape for _, inputs in self.places() for shape in self.shapes(inputs).values())
+        return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
+
+    def reset_parameters(self) -> None:
+        """Refuse to change weights."""
+        raise RuntimeError(f"{self.type_name()}: its weights are frozen; change the layer before rnnfast.freeze")
+
+    def stepper(self, x: Tensor, output: Tensor, states: Sequence[Tensor]) -> Callable[[], None]:
+        if self.form().stacks:
+            return super().stepper(x, output, states)
+        options, shown = self.options()._replace(batch_first=False), CELLS[self.cell_name].output
+
+        def run() -> None:
+            outcome = self.run_layers(options, x, tuple(states), None, None, shown > 0)
+            output.copy_(outcome.output[0])
+            for own, final in zip(states, outcome.finals, strict=True):
+                own.copy_(final)
+
+        return run
