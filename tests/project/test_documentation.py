@@ -15,6 +15,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import rnnfast
+from rnnfast.declare import Cell
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -111,6 +114,19 @@ def test_links_lead_somewhere(page):
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors_of(file.read_text()), target
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in rnnfast.__all__ if not re.search(rf"rnnfast\.{name}\b", page)] == []
+
+
+def test_the_published_cells_are_all_named():
+    cells = {name for name, cell in vars(rnnfast.cells).items() if isinstance(cell, Cell)}
+    page = (ROOT / "docs" / "cells.md").read_text()
+    section = page.split("## Published cells")[1].split("```")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == cells
+    assert f"`rnnfast.cells` has {len(cells)} published cells" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(
