@@ -233,6 +233,8 @@ def differentiated_loop(form: Form, tensors: Sequence[Tensor], grads, wanted: Se
         tensors = [each.view_as(each) for each in tensors]
         states, finals = reference.run(restore(form, tensors))
     pairs = [(r, g) for r, g in zip((*states, *finals), grads, strict=True) if g is not None and r.requires_grad]
+    if not pairs:  # no step ran, and the initial states want no gradient
+        return [None] * form.differentiable
     results, seeds = zip(*pairs, strict=True)
     inputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(results, inputs, seeds, create_graph=True, allow_unused=True))

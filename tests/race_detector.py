@@ -8,6 +8,11 @@ but another order may have accesses, or chance arrivals, that this one has not.
 
 A program counts as one thread: the order of its own threads, which the compiler and tl.debug_barrier see to, is taken
 for granted. Of atomic operations those of ACCESSES are known; tl.atomic_load and its like count as plain accesses.
+
+The machine that runs PTX (ptx/memory.py) finds races between programs too, and between the threads of one program. It
+takes the place of this detector for no target but NVIDIA's, for none of Triton's atomic operations but additions, and
+for no version of Triton whose PTX has instructions that it does not know. And it compiles each loop, at some seconds
+each, where the interpreter tries every loop and cell in a dozen orders.
 """
 
 from collections import defaultdict

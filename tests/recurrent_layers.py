@@ -1,4 +1,4 @@
-"""A declared cell with everything that a cell may have, and layers of it."""
+"""Declared cells: one with everything that a cell may have, and layers of it; and one that streams take."""
 
 import torch
 
@@ -16,6 +16,13 @@ def everything(x, u, state, p, s):
     m = a * m + (1 - a) * c
     n = torch.tanh(m + p.q * n * s.r)
     return m, n * torch.sigmoid(h), n
+
+
+@rnnfast.cell(gates="a b", states="slow h", recurrent="a", parameters="p", output="h", read="h")
+def two_speeds(x, u, state, p):
+    slow, h = state
+    slow = slow + 0.1 * torch.tanh(x.a + u.a + p.p * slow)
+    return slow, torch.tanh(slow + x.b + h)
 
 
 def make(steps=5, batch=4, inputs=3, hidden=19, directions=1, layers=1, shapes=((5, 4, 19), (5, 1, 1)), **options):

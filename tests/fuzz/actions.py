@@ -10,10 +10,29 @@ from torch import Tensor, nn
 
 import rnnfast
 from rnnfast import fast_path
+from tests.recurrent_layers import two_speeds
 
 # The name of an action and its seed: what it does is drawn from that, so that any part of a sequence can be run alone.
 Action = tuple[str, int]
-NAMES = ("LSTM", "GRU", "RNN", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+NAMES = ("LSTM", "GRU", "RNN", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Recurrent", "Recurrent")
+
+
+class Plain(rnnfast.Recurrent):
+    """Layers of a declared cell by the plain loop."""
+
+    proj_size = 0
+
+    def forward(self, *args):
+        """Run the loop."""
+        with rnnfast.use_backend("reference"):
+            return super().forward(*args)
+
+
+def module_of(library, kind: str, **options) -> nn.Module:
+    """Make a small module, of torch or ours, in float64; of a declared cell, in float32 alone."""
+    if kind == "Recurrent":
+        return (Plain if library is nn else rnnfast.Recurrent)(two_speeds, 3, 4, **options)
+    return getattr(library, kind)(3, 4, **options).double()
 
 
 class Pair:
@@ -30,12 +49,11 @@ class Pair:
         }
         if kind == "LSTM" and random.random() < 0.3:
             options["proj_size"] = 2
-        self.is_cell, self.states = kind.endswith("Cell"), 2 if kind.startswith("LSTM") else 1
+        self.is_cell, self.states = kind.endswith("Cell"), 2 if kind.startswith(("LSTM", "Recurrent")) else 1
         if self.is_cell:
             options = {"bias": options["bias"]}
         torch.manual_seed(seed)
-        self.theirs = getattr(nn, kind)(3, 4, **options).double()
-        self.ours = getattr(rnnfast, kind)(3, 4, **options).double()
+        self.theirs, self.ours = module_of(nn, kind, **options), module_of(rnnfast, kind, **options)
         self.ours.load_state_dict(self.theirs.state_dict())
         self.graphs: list[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]] = []
         self.kept: list[tuple[nn.RNNBase, nn.RNNBase]] = []
@@ -196,6 +214,8 @@ def freeze(pair: Pair, random: Random) -> None:
 def convert(pair: Pair, random: Random) -> None:
     """Convert to another dtype and forget the graphs of the last."""
     dtype = random.choice((torch.float32, torch.float64))
+    if isinstance(pair.theirs, Plain):
+        return
     for module in pair.both:
         module.to(dtype)
         module.zero_grad()

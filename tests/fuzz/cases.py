@@ -164,9 +164,9 @@ def draw(random: Random) -> Case:
     return legal(Case(**{name: value for name, value in drawn.items() if value is not None}))
 
 
-def simpler(case: Case) -> Iterator[Case]:
+def simpler(case, legal=legal) -> Iterator:
     """Yield cases that differ from this one in one option, which is simpler."""
-    simplest = Case()
+    simplest = type(case)()
     for field in fields(case):
         value, default = getattr(case, field.name), getattr(simplest, field.name)
         values = [default]

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import rnnfast
-from tests.fuzz import actions, cases, layers, streams
+from tests.fuzz import actions, cases, declared, layers, streams
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,7 @@ def shorter(drawn: tuple[int, list]) -> Iterator[tuple[int, list]]:
 
 KINDS = {
     "layers": Kind("layers", lambda random: (cases.draw(random),), layers.check, lambda drawn: simpler_case(*drawn)),
+    "declared": Kind("declared", declared.draw, declared.check, lambda drawn: declared.simpler(*drawn)),
     "actions": Kind("actions", actions.draw, actions.check, shorter),
     "streams": Kind("streams", streams.draw, streams.check, shorter),
 }
@@ -86,7 +87,7 @@ def script(kind: str, drawn: Any, backend: str = "auto") -> str:
     """Return a script that checks what was drawn."""
     lines = [
         "import rnnfast",
-        "from tests.fuzz.cases import Case" if kind == "layers" else "",
+        {"layers": "from tests.fuzz.cases import Case", "declared": "from tests.fuzz.declared import Case"}.get(kind),
         f"from tests.fuzz.{kind} import check",
         f"with rnnfast.use_backend({backend!r}):",
         f"    problem = check({', '.join(map(repr, drawn))})",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
-from tests.fuzz.actions import Action, do_all, same
+from tests.fuzz.actions import Action, Plain, do_all, module_of, same
 
 
 class Streamed:
@@ -17,14 +17,13 @@ class Streamed:
 
     def __init__(self, seed: int):
         random = Random(seed)
-        kind = random.choice(("LSTM", "GRU", "RNN"))
+        kind = random.choice(("LSTM", "GRU", "RNN", "Recurrent"))
         options = {"num_layers": random.choice((1, 2)), "bias": random.random() < 0.8}
         if kind == "LSTM" and random.random() < 0.4:
             options["proj_size"] = 2
         torch.manual_seed(seed)
         self.batch = random.choice((1, 1, 2, 5))
-        self.theirs = getattr(nn, kind)(3, 4, **options).double()
-        self.ours = getattr(rnnfast, kind)(3, 4, **options).double()
+        self.theirs, self.ours = module_of(nn, kind, **options), module_of(rnnfast, kind, **options)
         self.ours.load_state_dict(self.theirs.state_dict())
         with torch.inference_mode(random.random() < 0.2):
             self.stream = rnnfast.Stream(self.ours, self.batch)
@@ -34,7 +33,7 @@ class Streamed:
 
     def zeros(self) -> list[Tensor]:
         """Return a state of zeros."""
-        widths = [self.steps.proj_size or 4, 4][: 2 if self.steps.mode == "LSTM" else 1]
+        widths = [self.steps.proj_size or 4, 4][: 2 if getattr(self.steps, "mode", "LSTM") == "LSTM" else 1]
         like = next(self.steps.parameters())
         return [like.new_zeros(self.steps.num_layers, self.batch, width).detach() for width in widths]
 
@@ -109,7 +108,7 @@ def change_weights(s: Streamed, random: Random) -> None:
 
 def convert(s: Streamed, random: Random) -> None:
     """Convert the module to another dtype, and refresh."""
-    dtype = random.choice((torch.float32, torch.float64))
+    dtype = torch.float32 if isinstance(s.theirs, Plain) else random.choice((torch.float32, torch.float64))
     s.theirs.to(dtype)
     s.ours.to(dtype)
     refresh(s, random)

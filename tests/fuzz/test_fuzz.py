@@ -1,5 +1,6 @@
 """The fuzzer with fixed seeds, and that it can find faults; `make fuzz` runs it for longer."""
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import INTERPRETED, backends_under_test
 
 import rnnfast
 from rnnfast import operators
+from tests.fuzz import declared
 from tests.fuzz.cases import Case
 from tests.fuzz.search import KINDS, check, check_alone, draw, script, smallest
 
@@ -15,14 +17,26 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="what is drawn is on the CPU"),
     pytest.mark.filterwarnings("ignore"),  # torch's, of what is drawn
 ]
-NUMBER = {"layers": 120, "actions": 25, "streams": 40}
+NUMBER = {"layers": 90, "declared": 25, "actions": 25, "streams": 40}
+ON_THE_CPU = pytest.mark.skipif(backends_under_test() != ["numba"], reason="kernels of declared cells are the CPU's")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
+@ON_THE_CPU
+def test_nothing_is_found_of_published_cells_and_of_some_that_were_made_up():
+    for seed in range(200):
+        drawn = draw("declared", seed)
+        problem = check("declared", drawn)
+        assert problem is None, f"{problem}\n{script('declared', drawn)}"
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=ON_THE_CPU if kind == "declared" else ()) for kind in KINDS])
 def test_nothing_is_found(kind):
     backend = backends_under_test()[0]
     for seed in range(3 if INTERPRETED else NUMBER[kind]):
         drawn = draw(kind, seed)
+        if kind == "declared":  # one cell, whose kernels other tests want, too
+            drawn = (declared.legal(replace(drawn[0], cell="everything", dtype="float64")),)
         problem = check(kind, drawn, backend)
         assert problem is None, f"{problem}\n{script(kind, drawn, backend)}"
 
@@ -33,6 +47,21 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
     found = smallest((case,), KINDS["layers"].simpler, lambda drawn: check("layers", drawn) is not None, 60)[0]
     assert found.incoming_layout == "negated"
     assert (found.cell, found.steps, found.input_size, found.threads, found.hx) == ("rnn_tanh", 1, 1, 1, "none")
+
+
+@ON_THE_CPU
+def test_a_fault_of_declared_cells_is_found_and_made_small(monkeypatch):
+    """One state read for another where states are given by name."""
+    given = rnnfast.recurrent.named_states
+    monkeypatch.setattr(
+        rnnfast.recurrent,
+        "named_states",
+        lambda cell, hx: given(cell, tuple(reversed(hx)) if type(hx) is tuple else hx),
+    )
+    options = {"steps": 3, "batch": 2, "hidden_size": 5, "signals": "mixed", "mode": "no_grad", "seed": 1}
+    case = declared.Case("everything", 4, hx="all", **options)
+    found = smallest((case,), KINDS["declared"].simpler, lambda drawn: check("declared", drawn) is not None, 60)[0]
+    assert (found.hx, found.seed, found.steps, found.batch, found.signals) == ("all", 1, 1, 1, "full")
 
 
 def test_stale_weights_are_found(monkeypatch):

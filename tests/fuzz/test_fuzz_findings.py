@@ -8,6 +8,7 @@ from conftest import backends_under_test
 from torch.func import grad, jvp
 
 from rnnfast.functional import gru
+from tests.fuzz import declared
 from tests.fuzz.cases import CELLS, Case, legal
 from tests.fuzz.search import check
 
@@ -35,6 +36,13 @@ def test_second_derivatives_of_no_steps(cell, options):
     for derivative in ("second", "jvp"):
         case = legal(Case(cell, derivative=derivative, **sizes, **options))
         assert check("layers", (case,), BACKEND) is None
+
+
+@pytest.mark.skipif(BACKEND != "numba", reason="kernels of declared cells are the CPU's")
+@pytest.mark.parametrize("hx", ["none", "all"])
+def test_second_derivatives_of_no_steps_of_a_declared_cell(hx):
+    case = declared.Case("everything", 3, 5, steps=0, batch=2, hx=hx, derivative="second")
+    assert check("declared", (case,)) is None
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -5,18 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import backends_under_test
+from recurrent_layers import two_speeds
 
 import rnnfast
 from rnnfast import cells
 
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="these are kernels of the CPU")
-
-
-@rnnfast.cell(gates="a b", states="slow h", recurrent="a", parameters="p", output="h", read="h")
-def two_speeds(x, u, state, p):
-    slow, h = state
-    slow = slow + 0.1 * torch.tanh(x.a + u.a + p.p * slow)
-    return slow, torch.tanh(slow + x.b + h)
 
 
 @rnnfast.cell(gates="a", states="h b c")
