@@ -293,7 +293,9 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     for block_b in row_tiles(problem):
         if problem.H <= 256:
             # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
-            wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
+            # Parameters and signals, too, want registers.
+            crowded = problem.itemsize == 4 or (problem.H > 32 and not CELLS[problem.cell].standard)
+            wide = problem.H > 64 or (crowded and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
         if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
             for block_n in (8, 16, 32):
