@@ -16,7 +16,7 @@ from rnnfast.backends import cpu
     ("processor", "cell"),
     [
         ("avx2", "lstm"),
-        ("avx2", "gru"),
+        pytest.param("avx2", "gru", marks=pytest.mark.long),
         ("sse", "rnn_tanh"),
         pytest.param("avx2", "rnn_tanh", marks=pytest.mark.long),
         pytest.param("sse", "lstm", marks=pytest.mark.long),
