@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-models check fuzz lint bench docs aot gpu gpu-kernels clean
+.PHONY: help setup demo test test-all test-models check fuzz lint bench aot gpu gpu-kernels clean
 
 # The first Python that is new enough and can make virtual environments; `make PYTHON=... ` overrides the search.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3 python,$(shell \
@@ -24,8 +24,8 @@ help:
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
 	@echo "make fuzz         draw options and actions at random for SECONDS=600 from SEED=0 on, and print what fails"
 	@echo "make lint         the formatter, the linter and the type checker alone"
-	@echo "make bench        time rnnfast beside its peers"
 	@echo "make docs         build the documentation as a site in build/site; warnings are errors"
+	@echo "make bench        time rnnfast beside its peers"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
 	@echo "make gpu          check and measure on a machine with a GPU, in under 9 minutes; CALL=second: 3 minutes more"
 	@echo "make gpu-kernels  compile for such a machine's Triton what make gpu wants; needs no GPU"
@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "setup 2/3: installing torch, the largest download"
 	@$(PIP) torch$(addprefix ==,$(TORCH))
 	@echo "setup 3/3: installing rnnfast and the tools of its tests and benchmarks"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev,docs]'
 	@touch $@ && rm $(VENV)/incomplete
 
 demo: $(INSTALLED)
@@ -72,12 +72,13 @@ fuzz: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/project/test_style.py
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
-
+.PHONY: docs
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "the site is build/site/index.html"
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 aot: $(INSTALLED)
 	$(BIN)/python -m rnnfast_kernels.gpu.aot --quick
