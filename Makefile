@@ -24,9 +24,9 @@ help:
 	@echo "make test-models  install and run whole published models, with torch's layers and with ours"
 	@echo "make fuzz         draw options and actions at random for SECONDS=600 from SEED=0 on, and print what fails"
 	@echo "make lint         the formatter, the linter and the type checker alone"
-	@echo "make bench        time rnnfast beside its peers"
 	@echo "make docs         build the documentation as a site in build/site; warnings are errors"
 	@echo "make dist         build dist/*.tar.gz and dist/*.whl and check what a package index will show"
+	@echo "make bench        time rnnfast beside its peers"
 	@echo "make aot          compile the GPU kernels for every target; needs no GPU"
 	@echo "make gpu          check and measure on a machine with a GPU, in under 9 minutes; CALL=second: 3 minutes more"
 	@echo "make gpu-kernels  compile for such a machine's Triton what make gpu wants; needs no GPU"
@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "setup 2/3: installing torch, the largest download"
 	@$(PIP) torch$(addprefix ==,$(TORCH))
 	@echo "setup 3/3: installing rnnfast and the tools of its tests and benchmarks"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev,docs]'
 	@touch $@ && rm $(VENV)/incomplete
 
 demo: $(INSTALLED)
@@ -73,12 +73,12 @@ fuzz: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/project/test_style.py
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
-
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "the site is build/site/index.html"
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
 
 dist: $(INSTALLED)
 	$(PIP) --editable '.[release]'
