@@ -20,7 +20,7 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 # Bytes moved, read and written together: what fits a cache moves faster than what does not. Between two runs on a GPU
 # the cache is overwritten, so there the largest copy alone tells.
 COPY_BYTES = {"cpu": (1 << 16, 1 << 20, 1 << 24, 1 << 28), "cuda": (1 << 31,)}
-PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax", "flashrnn", "haste_pytorch")
+PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax")
 
 
 def facts(device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
