@@ -55,7 +55,7 @@ demo: $(INSTALLED)
 # Processes that share the tests.
 JOBS ?= 2
 test check: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(if $(TORCH),--ignore=tests/test_style.py)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(if $(TORCH),--ignore=tests/project/test_style.py)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest --all --numprocesses $(JOBS) --dist worksteal
@@ -70,7 +70,7 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_style.py
+	$(BIN)/python -m pytest tests/project/test_style.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

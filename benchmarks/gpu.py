@@ -45,7 +45,7 @@ STREAMS = "two_grids or captured or inside_a_capture or current_stream"
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: at most. processes: that share its work. tests: files, of which `which` run; none for `gpu_stages`."""
+    """seconds: at most. processes: that share its work. tests: folder/name of files, of which `which` run."""
 
     name: str
     seconds: int
@@ -55,18 +55,19 @@ class Stage:
 
 
 LAYERS = (
-    "sequences", "numerics", "modules", "autograd", "stream", "autocast", "transforms", "ensembles", "accelerate",
-    "cell_modules", "parametrizations", "compile", "export", "torch_samples",
+    "modules/sequences", "modules/numerics", "modules/modules", "autograd/autograd", "modules/stream",
+    "autograd/autocast", "autograd/transforms", "autograd/ensembles", "modules/accelerate", "modules/cell_modules",
+    "modules/parametrizations", "autograd/compile", "autograd/export", "modules/torch_samples",
 )  # fmt: skip
 CALLS = {
     "first": (
         520,
         (
             Stage("smoke", 60, PROCESSES),
-            Stage("streams", 45, 4, ("gpu_device",), STREAMS),
+            Stage("streams", 45, 4, ("gpu/gpu_device",), STREAMS),
             Stage("probe", 30),
             Stage("warm", 60, PROCESSES),
-            Stage("kernels", 80, PROCESSES, ("gpu_numerics",)),
+            Stage("kernels", 80, PROCESSES, ("gpu/gpu_numerics",)),
             Stage("grid", 125),
             Stage("sweep", 45),
             Stage("plans", 45),
@@ -76,7 +77,7 @@ CALLS = {
         200,
         (
             Stage("smoke", 30, PROCESSES),
-            Stage("device", 45, 4, ("gpu_device",), f"not ({STREAMS})"),
+            Stage("device", 45, 4, ("gpu/gpu_device",), f"not ({STREAMS})"),
             Stage("layers", 50, PROCESSES, LAYERS),
             Stage("grid", 45),
             Stage("sweep", 15),
@@ -147,7 +148,7 @@ def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, s
     words += ["-k", stage.which] if stage.which else []
     if importlib.util.find_spec("pytest_timeout"):
         words += ["-o", "timeout=60", "-o", "timeout_method=thread"]
-    return [*words, *(f"tests/test_{name}.py" for name in stage.tests)]
+    return [*words, *("tests/{}/test_{}.py".format(*name.split("/")) for name in stage.tests)]
 
 
 def read_results(path: Path) -> tuple[str, tuple[str, ...]]:

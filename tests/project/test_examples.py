@@ -11,7 +11,7 @@ import torch
 import rnnfast
 from examples import language_model, numpy_bptt, own_cell, sequence_classifier, shapes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
 NAMES = sorted(set(re.findall(r"`((?:rnnfast|rnnfast_kernels)(?:\.\w+)+)`", TEXT)))
 FILES = sorted(set(re.findall(r"`([\w/]+\.(?:py|md|svg))`", TEXT)))

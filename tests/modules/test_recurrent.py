@@ -8,41 +8,18 @@ import pytest
 import torch
 from closeness import assert_all_close, assert_close, relative_error
 from conftest import backends_under_test
+from recurrent_layers import F64, everything, make
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import rnnfast
 
-F64 = {"dtype": torch.float64}
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="these are kernels of the CPU")
-
-
-@rnnfast.cell(gates="a b c", states="m h n", recurrent="a c", parameters="p q", signals="s r", output="h", read="n")
-def everything(x, u, state, p, s):
-    """Three states of which the product reads the last and the output is the second; a gate without recurrent part."""
-    m, h, n = state
-    a = torch.sigmoid(x.a + u.a + p.p * m)
-    c = torch.tanh(x.c + u.c * torch.sigmoid(x.b) + s.s * h)
-    m = a * m + (1 - a) * c
-    n = torch.tanh(m + p.q * n * s.r)
-    return m, n * torch.sigmoid(h), n
 
 
 @rnnfast.cell(gates="a")
 def elman(x, u):
     """A cell of torch's form."""
     return torch.tanh(x.a + u.a)
-
-
-def make(steps=5, batch=4, inputs=3, hidden=19, directions=1, layers=1, shapes=((5, 4, 19), (5, 1, 1)), **options):
-    """A layer of `everything`, its input, initial states and signals."""
-    torch.manual_seed(0)
-    layer = rnnfast.Recurrent(
-        everything, inputs, hidden, num_layers=layers, bidirectional=directions == 2, **F64, **options
-    )
-    x = torch.randn(steps, batch, inputs, **F64, requires_grad=True)
-    hx = {n: torch.randn(layers * directions, batch, hidden, **F64, requires_grad=True) for n in everything.states}
-    signals = {n: torch.randn(shape, **F64, requires_grad=True) for n, shape in zip("sr", shapes, strict=True)}
-    return layer, x, hx, signals
 
 
 def run(backend, layer, x, hx, signals, **options):

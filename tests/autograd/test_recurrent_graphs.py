@@ -4,11 +4,10 @@ import pytest
 import torch
 from closeness import assert_all_close
 from conftest import backends_under_test
-from test_recurrent import everything, make
+from recurrent_layers import F64, everything, make
 
 import rnnfast
 
-F64 = {"dtype": torch.float64}
 PRESENT = [True, True, True, True, False, True, False, False]
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="these are kernels of the CPU")
 

@@ -12,7 +12,7 @@ import torch
 import rnnfast
 from rnnfast import _torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = Path(_torch.__file__).read_text()
 LOOKED_UP = re.findall(r'(?:found|needed)\(\s*"(torch\.[\w.]+)"', SOURCE)
 NAMES = sorted({*LOOKED_UP, "torch.autograd.forward_ad._current_level"})

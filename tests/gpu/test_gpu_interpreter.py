@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-FOLDER = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 KERNELS = ("gpu_numerics",)
 LONG = "every_loop or sizes or dtypes"
 # What a layer does with sequences, by the same tests as on the CPU: the smallest ones, of every cell where it matters.
@@ -56,7 +56,7 @@ def test_kernels_in_the_interpreter(part, pytestconfig):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
     command += ["--all"] * pytestconfig.getoption("--all")
     done = subprocess.run(
-        [*command, *(FOLDER / f"test_{name}.py" for name in files)],
+        [*command, *(path for name in files for path in TESTS.glob(f"*/test_{name}.py"))],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,

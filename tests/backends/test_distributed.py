@@ -13,7 +13,7 @@ from torch import nn
 
 # On CPUs fully_shard of torch 2.6 asks for streams that have no events.
 SHARDS = torch.__version__ >= "2.7"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # How object files for Windows, Apple and Linux begin: the format and the processor.
 BEGINNINGS = {
     "windows-x86": b"\x64\x86",

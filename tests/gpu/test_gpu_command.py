@@ -92,9 +92,10 @@ def test_refused():
 
 def test_processes_share_the_tests_of_a_stage(repository, monkeypatch):
     """A warning is no failure, but a launch that the device refused is one."""
-    (repository / "tests" / "test_some.py").write_text(TESTS)
+    (repository / "tests" / "gpu").mkdir()
+    (repository / "tests" / "gpu" / "test_some.py").write_text(TESTS)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
-    stage = gpu.Stage("some", 1, 14, ("some",), "numbers or absent or deprecated or refused")
+    stage = gpu.Stage("some", 1, 14, ("gpu/some",), "numbers or absent or deprecated or refused")
     outcome = gpu.run_stage(stage, repository, 100.0, {})
     assert outcome.state == "status 1"
     assert outcome.counts == "5 passed, 2 failed, 1 skipped"
@@ -107,7 +108,7 @@ def test_a_refused_launch_is_an_error_in_the_benchmark(monkeypatch):
     contexts = []
     monkeypatch.setattr(ours, "build", lambda *_: None)
     monkeypatch.setattr(ours, "call", lambda work, module, forward, chosen: contexts.append(chosen))
-    case = SimpleNamespace(form="dense")
+    case = SimpleNamespace(form="dense", weights="")
     for device, backend, plan_ in (("cuda", "auto", ""), ("cuda", "triton", ""), ("cuda", "triton", "units=16")):
         ours.prepare(SimpleNamespace(case=case, device=device), backend, plan_)
     for context in contexts:
@@ -128,7 +129,9 @@ def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
 def test_the_work_of_every_stage_exists():
     for _, stages in gpu.CALLS.values():
         for stage in stages:
-            assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for name in stage.tests)
+            assert all(
+                list((gpu.ROOT / "tests").glob("{}/test_{}.py".format(*name.split("/")))) for name in stage.tests
+            )
             assert stage.tests or f"def {stage.name}(share" in (gpu.ROOT / "benchmarks" / "gpu_stages.py").read_text()
 
 

@@ -2,8 +2,8 @@
 
 What the interpreter cannot see is what the compiler adds: layouts, copies through shared memory with the barriers they
 need, vector accesses that want alignment, instructions of our own. All of test_gpu_numerics.py runs like this with
-`pytest tests/test_gpu_numerics.py --compiled-for sm_90`; here is a part of it, groups of programs as large as on the
-device, and the proof that the machine finds what is wrong.
+`pytest tests/gpu/test_gpu_numerics.py --compiled-for sm_90`; here is a part of it, groups of programs as large as on
+the device, and the proof that the machine finds what is wrong.
 """
 
 from dataclasses import replace

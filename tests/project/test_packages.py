@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rnnfast_kernels.cpu.runtime import compiled
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN = """
 import sys, warnings
 import torch, rnnfast
