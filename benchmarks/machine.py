@@ -36,11 +36,16 @@ def facts(device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "commit": commit(),
         "gemm_flops": {dtype: gemm_rate(device, dtype) for dtype in dtypes},
         "bandwidth": {str(size): bandwidth(device, size) for size in COPY_BYTES[device]},
     }
+
+
+def load() -> float | None:
+    """How many processes wanted a core in the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def device_name(device: str) -> str:
