@@ -1,13 +1,12 @@
-"""What a call of `benchmarks.gpu` found: a table of twenty lines, and a picture.
-
-python3 -m benchmarks.gpu_report FOLDER    draw FOLDER/rows.jsonl as FOLDER/gpu.png
-"""
+"""What a call of `benchmarks.gpu` found: a table of twenty lines, and pictures."""
 
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
+
+from benchmarks import charts
 
 LINES = 20
 WIDTH = 150
@@ -29,14 +28,7 @@ def times(row: dict, way: str) -> float:
     return row[way]["torch"] / row[way]["ours"]
 
 
-def geometric(values: Sequence[float]) -> float:
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
-
-
-def table(stages: Sequence[str], failures: Sequence[str], out: Path, drawn: str) -> list[str]:
+def table(stages: Sequence[str], failures: Sequence[str], out: Path) -> list[str]:
     """At most twenty lines: the stages, what failed, and what was measured, the largest widths first."""
     rows = read(out)
     lines = ["", *stages]
@@ -55,8 +47,8 @@ def table(stages: Sequence[str], failures: Sequence[str], out: Path, drawn: str)
         forward, training = ([times(row, way) for row in grid] for way in ("forward", "training"))
         without = sum(not row["cudnn"] for row in grid)
         measured.append(
-            f"{len(grid)} of grid, times torch: forward {geometric(forward):.2f}, worst {min(forward):.2f}; training "
-            f"{geometric(training):.2f}, worst {min(training):.2f}; without cuDNN {without}"
+            f"{len(grid)} of grid, times torch: forward {geometric_mean(forward):.2f}, worst {min(forward):.2f}; "
+            f"training {geometric_mean(training):.2f}, worst {min(training):.2f}; without cuDNN {without}"
         )
     plans = good(rows, "plans")
     if plans:
@@ -69,45 +61,28 @@ def table(stages: Sequence[str], failures: Sequence[str], out: Path, drawn: str)
         measured.append(f"exchange of {row['members']} programs, us: {', '.join(costs)}")
     facts = next(iter(rows), {})
     measured.append(
-        f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}, {len(rows)} rows, "
-        f"picture {drawn}, {out}"
+        f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}, {len(rows)} rows, {out}"
     )
     return [line[:WIDTH] for line in [*lines, *measured][-LINES:]]
 
 
 def draw(out: Path) -> None:
-    """How many times as fast as torch.nn: by H for each cell, forward and training, and by T."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Write gpu.html: times as fast as torch.nn by H for each cell, forward and training, and by T."""
     rows = read(out)
-    grid, sweep = good(rows, "grid"), good(rows, "sweep")
-    figure, axes = plt.subplots(3, 3, figsize=(14, 12), squeeze=False)
-
-    def curve(place, label: str, points: list[tuple[int, float]]) -> None:
-        if points:
-            place.plot([x for x, _ in points], [y for _, y in points], "o-", lw=1, label=label)
-
-    for line, cell in zip(axes, ("lstm", "gru", "rnn"), strict=True):
-        for place, way in zip(line, ("forward", "training"), strict=False):
-            for dtype, B in itertools.product(("bfloat16", "float16", "float32"), (1, 16, 64)):
-                own = [row for row in grid if (row["cell"], row["dtype"], row["B"]) == (cell, dtype, B)]
-                curve(place, f"{dtype} B={B}", sorted((row["H"], times(row, way)) for row in own))
-            place.set(title=f"{cell}, {way}, by H")
-        for H in sorted({row["H"] for row in sweep}):
-            own = [row for row in sweep if (row["cell"], row["H"]) == (cell, H)]
-            curve(line[2], f"bfloat16 H={H}", sorted((row["T"], times(row, "forward")) for row in own))
-        line[2].set(title=f"{cell}, forward, by T")
-        for place in line:
-            if place.lines:
-                place.set(xscale="log", yscale="log", ylabel="times as fast as torch.nn")
-                place.legend(fontsize=6)
-            place.axhline(1, color="black", lw=0.5)
-    figure.tight_layout()
-    figure.savefig(out / "gpu.png", dpi=100)
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]))
+    panels = []
+    for cell in ("lstm", "gru", "rnn"):
+        grid, sweep = ([row for row in good(rows, stage) if row["cell"] == cell] for stage in ("grid", "sweep"))
+        for way, dtype in itertools.product(("forward", "training"), ("bfloat16", "float16", "float32")):
+            own = [row for row in grid if row["dtype"] == dtype]
+            lines = [
+                charts.Line(f"B={B}", sorted((row["H"], times(row, way)) for row in own if row["B"] == B))
+                for B in sorted({row["B"] for row in own})
+            ]
+            panels.append((f"{cell}, {way}, {dtype}", "H", lines))
+        lines = [
+            charts.Line(f"H={H}", sorted((row["T"], times(row, "forward")) for row in sweep if row["H"] == H))
+            for H in sorted({row["H"] for row in sweep})
+        ]
+        panels.append((f"{cell}, forward, bfloat16", "T", lines))
+    drawn = [charts.panel(title, "times as fast as torch.nn", lines, x) for title, x, lines in panels if lines]
+    (out / "gpu.html").write_text(charts.page_of(drawn))

@@ -29,13 +29,15 @@ import torch
 from rnnfast_kernels.gpu import plan, vary
 
 import rnnfast
-from benchmarks.gpu_device import DEVICE, STANDS_IN, elapsed, standing_in, synchronize
 from benchmarks.gpu_layers import (
     CELLS,
+    DEVICE,
     SIZES,
+    STANDS_IN,
     attempt,
     counted,
     cudnn_runs,
+    elapsed,
     error,
     forward_of,
     in_time,
@@ -45,6 +47,8 @@ from benchmarks.gpu_layers import (
     plans_of,
     problem,
     random,
+    standing_in,
+    synchronize,
     training_of,
 )
 from benchmarks.gpu_probe import probe as probe_exchange

@@ -42,6 +42,7 @@ CASES = [
 ]
 # With torch.nn this far from itself in its own rounds, a ratio says nothing.
 MOST_NOISE = 0.25
+FEWEST = 10  # rounds for a ratio
 PICTURE = Path("demo.png")
 Item = TypeVar("Item")
 
@@ -117,7 +118,9 @@ def apart(runs: dict[str, Run]) -> float:
 
 
 def compared(theirs: list[float], ours: list[float]) -> str:
-    """Tell two times that were taken in turn, and their ratio where the rounds are alike; the first is left out."""
+    """Tell two times that were taken in turn, and their ratio where enough rounds are alike; the first is left out."""
+    if len(ours) < FEWEST:
+        return f"only {len(ours)} rounds in {SECONDS} s, too few to tell a ratio"
     middle, low, high = measure.spread(measure.ratios(theirs[1:], ours[1:]))
     told = f"{1e3 * measure.quantile(theirs[1:], 0.5):.1f} ms and {1e3 * measure.quantile(ours[1:], 0.5):.1f} ms"
     if (high - low) / 2 > MOST_NOISE * middle:
