@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_a_case_is_told_even_or_withheld_by_its_noise(noise, ratio, told, monkey
     rows[1] |= {"status": "wrong", "reason": "output"}
     with pytest.raises(RuntimeError, match="wrong, output"):
         demo.time_case(Case("gru", 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("ratio", [2.0, float("nan")], ids=["told", "withheld"])
+def test_the_picture_is_drawn_whether_ratios_are_told_or_not(ratio, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "PICTURE", tmp_path / "demo.png")
+    runs = {name: SimpleNamespace(losses=[2.0, 1.0], seconds=[1.0, 1.0]) for name in ("torch", "rnnfast")}
+    demo.draw(runs, {"LSTM inference": {16: ratio, 128: float("nan")}, "GRU training": {}})
+    assert demo.PICTURE.stat().st_size > 1000
 
 
 def test_a_system_without_a_load_average_has_no_load(monkeypatch):
