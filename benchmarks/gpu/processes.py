@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # What processes may take to end in order once they are told to, and again to be gone once they are killed.
 GRACE_SECONDS = 3
 

@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import gpu_cache, gpu_report
-from benchmarks.gpu_processes import GRACE_SECONDS, ROOT, read_tests, run_all
+from benchmarks.gpu import cache, report
+from benchmarks.gpu.processes import GRACE_SECONDS, ROOT, read_tests, run_all
 
 # Kept back for the table and the pictures.
 LAST_SECONDS = 20
@@ -106,7 +106,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
         commands = []
         for n, junit in enumerate(junits):
             share = f"{n}/{processes}"
-            ours = ["benchmarks.gpu_stages", stage.name, share]
+            ours = ["benchmarks.gpu.stages", stage.name, share]
             commands.append(pytest_words(stage, share, junit, environment) if stage.tests else ours)
         states = run_all(commands, seconds, logs, environment)
         said = "".join(log.read_text(errors="replace") for log in logs)
@@ -136,7 +136,7 @@ def kernels(said: str) -> str:
 
 def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, str]) -> list[str]:
     words = ["pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=30", "--tb=short"]
-    words += ["-p", "benchmarks.gpu_cache"] if gpu_cache.RELEASE in environment else []
+    words += ["-p", "benchmarks.gpu.cache"] if cache.RELEASE in environment else []
     # The machine's packages are of other versions, which may deprecate what ours do not; a launch that the device
     # refuses is no such thing.
     words += ["-W", "default", "-W", "error:the device refused:RuntimeWarning", "-o", "faulthandler_timeout=30"]
@@ -187,13 +187,13 @@ def fill(wanted: Sequence[str]) -> int:
     """Compile for the calls, without a GPU, and pack what was compiled."""
     import triton
 
-    environment = {**gpu_cache.environment(triton.__version__), "STANDS_IN": "fill"}
+    environment = {**cache.environment(triton.__version__), "STANDS_IN": "fill"}
     with tempfile.TemporaryDirectory() as out:
         stages = [stage for stage in FILL if not wanted or stage.name in wanted]
         outcomes = call(stages, 4 * 3600, Path(out), environment, {})
-    kernels = gpu_cache.pack(triton.__version__)
-    size = gpu_cache.ARCHIVE.stat().st_size / 2**20
-    print(f"{kernels} kernels by Triton {triton.__version__} in {gpu_cache.ARCHIVE}, {size:.1f} MiB")
+    kernels = cache.pack(triton.__version__)
+    size = cache.ARCHIVE.stat().st_size / 2**20
+    print(f"{kernels} kernels by Triton {triton.__version__} in {cache.ARCHIVE}, {size:.1f} MiB")
     return 0 if all(o.state == "done" for o in outcomes) else 1
 
 
@@ -209,7 +209,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for name in ("rows.jsonl", "log.txt", "tests.txt"):
         if (out / name).resolve() != done:
             (out / name).unlink(missing_ok=True)
-    environment, tests = gpu_cache.environment(gpu_cache.unpack()), {}
+    environment, tests = cache.environment(cache.unpack()), {}
     if done:
         environment["DONE"] = str(done)
     if arguments.device == "tiny":
@@ -218,8 +218,8 @@ def main(given: Sequence[str] | None = None) -> int:
     stages = tuple(stage for stage in stages if not wanted or stage.name in wanted)
     outcomes = call(stages, arguments.seconds or seconds, out, environment, tests)
     failures = [failure for o in outcomes for failure in o.failures]
-    print("\n".join(gpu_report.table([line(o) for o in outcomes], failures, out)), flush=True)
-    gpu_report.draw(out)
+    print("\n".join(report.table([line(o) for o in outcomes], failures, out)), flush=True)
+    report.draw(out)
     return 0 if all(o.state == "done" and not o.failures for o in outcomes) else 1
 
 

@@ -1,9 +1,10 @@
-"""What the stages of `benchmarks.gpu_stages` measure and with what: the device, layers, runs, rows.
+"""What the stages of `benchmarks.gpu.stages` measure and with what: the device, layers, runs, rows.
 
 $STANDS_IN is empty on a machine with a GPU. `tiny` goes through every stage, with sizes of no interest, to find
 mistakes in them; `fill` compiles what the stages will want. Then Triton's own driver runs over a libcuda of the tests.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -12,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import rnnfast
-from benchmarks import gpu_cache
+from benchmarks.gpu import cache
 from benchmarks.machine import commit
 from rnnfast.backends import gpu_launch, gpu_products
 
 STANDS_IN = os.environ.get("STANDS_IN", "")
 DEVICE = "cpu" if STANDS_IN else "cuda"
-PINNED = gpu_cache.pin()
+PINNED = cache.pin()
 CELLS = {"lstm": ("LSTM", "lstm"), "gru": ("GRU", "gru"), "rnn": ("RNN", "rnn_tanh")}
 
 
@@ -81,7 +81,7 @@ def standing_in() -> Iterator[None]:
     What kernels would write stays as it was allocated, and products between their steps, which the CPU has not, are
     left out.
     """
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    sys.path.append(str(Path(__file__).parent.parent.parent / "tests"))
     from fake_cuda import fake_cuda
 
     from rnnfast.backends import gpu, gpu_launch, gpu_products
@@ -103,7 +103,7 @@ def standing_in() -> Iterator[None]:
         yield
 
 
-@cache
+@functools.cache
 def facts() -> dict:
     """What every row says of where it was measured."""
     real = DEVICE == "cuda"
