@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 INSTALLED := $(VENV)/installed
 
 help:
-	@echo "make demo         train the same language model with torch.nn and rnnfast, compare them, save a plot"
+	@echo "make demo         the import, the same losses, the time, a cell of your own, a frozen model: 3 minutes"
 	@echo "make test         run all tests, the formatter, the linter and the type checker among them"
 	@echo "make test TORCH=2.6.0   run all tests but those of style with another torch, in an environment of its own"
 	@echo "make test-all     run the long tests too, about half an hour"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from benchmarks import questions, tuning
-from benchmarks.cases import BYTES, CELLS, MODES, parse_sizes
+from benchmarks import questions
+from benchmarks.cases import BYTES, CELLS, DECLARED, MODES, parse_sizes
 from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backend, by_plan
 from benchmarks.questions import Limits, Question
 
@@ -113,13 +113,15 @@ def contenders(question: Question, arguments: argparse.Namespace) -> list[Conten
 
 def asked(arguments: argparse.Namespace) -> list[Question]:
     """The questions with the cases that the filters leave. Raises ValueError where an option is not valid."""
-    cells = choose("cell", arguments.cell, CELLS)
+    cells = choose("cell", arguments.cell, (*CELLS, *DECLARED))
     modes = choose("mode", arguments.mode, MODES)
     dtypes = choose("dtype", arguments.dtype, BYTES)
     everything = questions.full(arguments.device)
     labels = choose("case", arguments.case, {case.label for question in everything for case in question.cases} - {""})
     for plan in arguments.plan:
-        tuning.parse(plan)
+        from benchmarks.contenders import ours
+
+        ours.parse_plan(plan)
     names = choose("question", arguments.question, [question.name for question in everything])
     if arguments.sizes:
         sizes = parse_sizes(arguments.sizes)

@@ -61,12 +61,11 @@ PEERS = {
     contender.name: contender
     for contender in (
         Contender("torch", "benchmarks.contenders.torch_nn"),
-        Contender("torch-compile", "benchmarks.contenders.torch_compile"),
+        Contender("torch-compile", "benchmarks.contenders.torch_loop"),
         Contender("onnxruntime", "benchmarks.contenders.onnx_runtime", ("onnx", "onnxruntime"), ("cpu",)),
         Contender("jax", "benchmarks.contenders.jax_scan", ("jax",), ("cpu",)),
         Contender("numpy", "benchmarks.contenders.numpy_loop", (), ("cpu",)),
-        Contender("flashrnn", "benchmarks.contenders.flashrnn", ("flashrnn",), ("cuda",)),
-        Contender("haste", "benchmarks.contenders.haste", ("haste_pytorch",), ("cuda",)),
+        Contender("torch-int8", "benchmarks.contenders.torch_int8", (), ("cpu",)),
     )
 }
 
@@ -78,6 +77,6 @@ def by_backend(backend: str) -> Contender:
 
 
 def by_plan(plan: str) -> Contender:
-    """The Triton backend by a plan, see `benchmarks.tuning`; under the plan's own text."""
+    """The Triton backend by a plan, see `benchmarks.contenders.ours`; under the plan's own text."""
     options = {"backend": "triton", "plan": plan}
     return Contender(f"{OURS}:{plan}", "benchmarks.contenders.ours", ("rnnfast", "triton"), options=options)
