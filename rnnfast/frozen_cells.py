@@ -25,11 +25,14 @@ class FrozenRecurrent(Frozen, Recurrent):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
-        self.refuse_training()
         cell, laid_out = self.cell, ()
         if hx is not None or signals or cell.signals:
             hx, laid_out = self.in_loop_layout(input, hx, signals)
-        result = self.call(input, hx, lengths, resets, all_states, laid_out)
+        result = None
+        if lengths is None and resets is None and not all_states and not cell.signals:
+            result = self.run_prepared(input, hx)
+        if result is None:
+            result = self.run(input, hx, lengths, resets, all_states, laid_out)
         return recurrent.in_user_order(cell, *result)
 
     def in_loop_layout(self, input, hx, signals) -> tuple[Tensor | tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
