@@ -22,7 +22,7 @@ from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from torch import Tensor
 
-from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, row_cuts, strides_of, together
+from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
 from rnnfast.backends.cpu.executable import STATES, room, shape_of
 from rnnfast.spec import Form as LayerForm
 from rnnfast.spec import Present, Signature, parameter_name
@@ -291,10 +291,10 @@ def run_layer(
     options = sizes is not None, resets is not None
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
     output = room(x, *x.shape[:-1], directions, form.width)
-    first = [state.contiguous() for state in initial[:1]]
-    first += [] if planned.aux == 0 else [together(initial[1:], initial[1:])]
+    first = [initial[0].contiguous(), *present(together(initial[1:], initial[1:]))]
     finals = [torch.empty_like(state) for state in first]
-    aux, kept = None, ()
+    aux: Tensor | None = None
+    kept: tuple[str, ...] = ()
     if all_states and planned.aux:
         lead = (planned.aux,) if planned.aux > 1 else ()
         aux, kept = room(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
