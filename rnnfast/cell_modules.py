@@ -4,9 +4,12 @@ They are torch's modules with another `forward`: a step is a layer over a sequen
 Where the choice of a backend falls on torch, it is torch's own step.
 """
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.types import Device
 
 from rnnfast import _torch
 from rnnfast.backends.dispatch import steps_by_torch
@@ -14,6 +17,9 @@ from rnnfast.functional import is_traced, recurrent, single
 from rnnfast.modules import leaf, no_script
 from rnnfast.spec import Options
 from rnnfast.validate import several_states
+
+if TYPE_CHECKING:
+    from rnnfast.signatures import same_as
 
 
 class Cell(nn.RNNCellBase):
@@ -31,6 +37,10 @@ class Cell(nn.RNNCellBase):
             return True
         return steps_by_torch(self.equations, input.device, input.dtype)
 
+    def extra_repr(self) -> str:
+        """Show torch's text, and that the cell is rnnfast's."""
+        return f"{super().extra_repr()}, rnnfast"
+
     def __prepare_scriptable__(self):
         raise TypeError(no_script(self))
 
@@ -41,8 +51,8 @@ class Cell(nn.RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         if hx is not None and not batched:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        self.check_sizes(x, hx or ())
         present = [self.weight_ih, self.weight_hh]
+        self.check_sizes(x, hx or (), present)
         b_ih, b_hh = self.bias_ih, self.bias_hh
         if b_ih is not None and b_hh is not None:
             present += [b_ih, b_hh]
@@ -66,7 +76,7 @@ class Cell(nn.RNNCellBase):
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 
-    def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...]) -> None:
+    def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """Refuse, as torch does, sizes and dtypes that do not fit together: sizes first."""
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
@@ -77,12 +87,35 @@ class Cell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
                 )
-        if x.dtype != self.weight_ih.dtype and not _torch.is_any_autocast_enabled():
-            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
+        for n, weight in enumerate(weights):
+            if not isinstance(weight, Tensor):
+                what, got = f"'{('w_ih', 'w_hh')[n]}' (position {3 + n})", type(weight).__name__
+                raise TypeError(f"{self.equations}_cell(): argument {what} must be Tensor, not {got}")
+        if x.dtype != weights[0].dtype and not _torch.is_any_autocast_enabled():
+            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {weights[0].dtype}")
 
 
 class RNNCell(Cell, nn.RNNCell):
-    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell."""
+    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        bias: whether there are biases. Default True.
+        nonlinearity: "tanh" or "relu". Default "tanh".
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
     def equations(self) -> str:  # type: ignore[override]
@@ -90,7 +123,14 @@ class RNNCell(Cell, nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the state [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new state, [B, H] or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
@@ -103,22 +143,51 @@ class RNNCell(Cell, nn.RNNCell):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]
 
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...
+
 
 class LSTMCell(Cell, nn.LSTMCell):
-    """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell."""
+    """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the states h and c.
+        bias: whether there are biases. Default True.
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     equations = "lstm"
     states = ("hx[0]", "hx[1]")
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the new states (h, c), each [B, H], for an input [B, I] and states (h, c); or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the states (h, c), each [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new states (h, c), each [B, H], or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
         if isinstance(input, Proxy):
             return leaf(self, (input,) if hx is None else (input, hx))
-        if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list, Tensor))):
+        if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list))):
             return super().forward(input, hx)
         if hx is not None:
             several_states("lstm_cell", hx, 2)
@@ -126,14 +195,43 @@ class LSTMCell(Cell, nn.LSTMCell):
         h, c = self.step(input, hx)
         return h, c
 
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...
+
 
 class GRUCell(Cell, nn.GRUCell):
-    """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell."""
+    """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        bias: whether there are biases. Default True.
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     equations = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the state [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new state, [B, H] or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
@@ -143,3 +241,8 @@ class GRUCell(Cell, nn.GRUCell):
         if self.is_for_torch(input):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]
+
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...

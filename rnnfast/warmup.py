@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,13 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
         training: whether to prepare backward as well. Default True.
         verbose: whether to print what is compiled, which takes seconds, and how long it took. (The logger "rnnfast"
             tells that at level INFO in any case.) Default False.
+
+    Raises:
+        TypeError: one of `modules` is no torch.nn.Module.
     """
+    for each in modules:
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"warmup: expected a torch.nn.Module, got {type(each).__name__}")
     kinds = Recurrent, OfDeclaredCell
     layers = (layer for module in modules for layer in module.modules())
     found = [layer for layer in layers if isinstance(layer, kinds) and not isinstance(layer, Frozen)]
@@ -57,7 +64,7 @@ def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
-    mode, options = layer.training, {}
+    mode, options = layer.training, dict[str, Any]()
     if isinstance(layer, OfDeclaredCell):
         options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
     try:
