@@ -170,7 +170,7 @@ def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
-    return isinstance(module, nn.RNNBase | Frozen) or REFUSED in module.__dict__
+    return isinstance(module, nn.RNNBase | Frozen)
 
 
 def is_listed(module: nn.Module) -> bool:

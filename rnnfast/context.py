@@ -13,9 +13,13 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 def is_free(tensors: Sequence[Tensor | None]) -> bool:
     """Say whether no transform, mode or tracer stands before these."""
+    return PLAIN.issuperset(map(type, tensors)) and is_undisturbed()
+
+
+def is_undisturbed() -> bool:
+    """Say whether no transform, mode or tracer is at work."""
     return (
-        PLAIN.issuperset(map(type, tensors))
-        and _torch.count_dispatch_modes() == 0
+        _torch.count_dispatch_modes() == 0
         and _torch.innermost_transform() is None
         and not _torch.is_pre_dispatched()
         and not _torch.is_traced()

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch, context, flops, functional, operators, validate
+from rnnfast.backends import NoMemoryError
 from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
 from rnnfast.frozen_weights import FrozenWeights, weight_shapes
@@ -78,17 +79,11 @@ class Frozen(FrozenWeights):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
-        self.refuse_training()
-        return self.call(input, hx, lengths, resets, all_states)
-
-    def call(self, input, hx, lengths, resets, all_states, signals=()):
-        """Run the layers; initial states and signals are in the order and layout of loops."""
-        plain = lengths is None and resets is None and not all_states and len(signals) == 0
-        if plain and not torch.compiler.is_compiling():
+        if lengths is None and resets is None and not all_states:
             results = self.run_prepared(input, hx)
             if results is not None:
                 return results
-        return self.run(input, hx, lengths, resets, all_states, signals)
+        return self.run(input, hx, lengths, resets, all_states)
 
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
@@ -98,23 +93,34 @@ class Frozen(FrozenWeights):
 
     def run_prepared(self, x, hx):
         """Run a call of sizes that were seen before, or return None."""
-        if torch.compiler.is_dynamo_compiling():  # after a break in the graph
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or self.training
+            or type(x) not in context.PLAIN
+            or not context.is_undisturbed()
+            or _torch.in_dual_level()
+            or setting() not in KERNELS
+        ):
             return None
         states = NONE if hx is None else self.states_of(hx)
-        if states is None:
-            return None
-        tensors = (x, *states) if states else (x,)
-        if not context.is_free(tensors) or _torch.in_dual_level() or setting() not in KERNELS:
+        if states is None or not context.PLAIN.issuperset(map(type, states)):
             return None
         threads = torch.get_num_threads()
         if threads > pool.known_cores:
             threads = pool.usable(threads)
         prepared = self._prepared.get(key_of(self.batch_first, threads, x, states))
-        if prepared is None or not context.are_as_stored(tensors) or context.is_differentiated(tensors):
+        if prepared is None or x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        if states and not all(map(Tensor.is_contiguous, states)):
+        if states and (
+            True in map(Tensor.is_neg, states)
+            or not all(map(Tensor.is_contiguous, states))
+            or context.is_differentiated(states)
+        ):
             return None
-        return prepared(x, states)
+        try:
+            return prepared(x, states)
+        except NoMemoryError:
+            return None
 
     def remember(self, x: Tensor, states: Sequence[Tensor]) -> None:
         """Prepare the calls that look like one that went well."""
@@ -124,10 +130,13 @@ class Frozen(FrozenWeights):
         threads = pool.usable(torch.get_num_threads())
         if len(self._prepared) >= MOST:
             self._prepared.clear()
-        self._prepared[key_of(self.batch_first, threads, x, states)] = PreparedCall(self, x, not states, threads)
+        prepared = kernels().Prepared(self.form(), self.panels, x, self.batch_first, not states, threads)
+        self._prepared[key_of(self.batch_first, threads, x, states)] = prepared
 
     def run(self, input, hx, lengths, resets, all_states, signals=()):
-        """Check a call and run it."""
+        """Check a call and run it. Initial states and signals are in the order and layout of loops."""
+        if self.training:
+            raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
         states = tuple(hx) if isinstance(hx, tuple | list) else () if hx is None else (hx,)
@@ -149,11 +158,6 @@ class Frozen(FrozenWeights):
         if packed:
             return self.run_packed(options, input, hx, lengths, resets, all_states, signals)
         return self.run_dense(options, input, hx, lengths, resets, all_states, signals)
-
-    def refuse_training(self) -> None:
-        """Raise RuntimeError in training mode."""
-        if self.training:
-            raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
 
     def refuse_gradient(self, tensors) -> None:
         """Raise RuntimeError where a gradient would be taken through the layer."""
@@ -192,8 +196,8 @@ class Frozen(FrozenWeights):
 
     def stepper(self, x: Tensor, output: Tensor, states: Sequence[Tensor]) -> Callable[[], None]:
         """Return a function that takes a step over these tensors: x [1, B, I], output [B, P], states in place."""
-        prepared = kernels().Prepared(self.form(), 1, x.shape[1], x.stride(), False, 1)
-        step = prepared.stepper(x, output, states, states, self.panels)
+        prepared = kernels().Prepared(self.form(), self.panels, x, False, False, 1)
+        step = prepared.stepper(x, output, states, states)
 
         def run() -> None:
             step()
@@ -319,28 +323,3 @@ def permuted_options(resets: Tensor | None, signals: Sequence[Tensor], order: Te
         return resets, signals
     resets = None if resets is None else resets.index_select(1, order)
     return resets, tuple(each if each.shape[1] == 1 else each.index_select(1, order) for each in signals)
-
-
-class PreparedCall:
-    """A call of known sizes in the layout of the caller."""
-
-    def __init__(self, module: Frozen, x: Tensor, zero: bool, threads: int):
-        batched = x.dim() == 3
-        shape: tuple[int, ...] = x.shape
-        strides = x.stride()
-        if not batched:
-            shape, strides = (shape[0], 1, shape[1]), (strides[0], shape[1], 1)
-        elif module.batch_first:
-            shape, strides = (shape[1], shape[0], shape[2]), (strides[1], strides[0], 1)
-        self.stack = kernels().Prepared(module.form(), shape[0], shape[1], strides, zero, threads)
-        self.transposed = batched and module.batch_first
-        self.panels = module.panels
-        self.place = module.panels.data_ptr()  # type: ignore[union-attr]
-        if not batched:
-            steps, _, columns = self.stack.output
-            self.stack.output = (steps, columns)
-            self.stack.finals = [(rows, width) for rows, _, width in self.stack.finals]
-
-    def __call__(self, x: Tensor, states: Sequence[Tensor]):
-        output, finals = self.stack(x, states, self.place)
-        return output.transpose(0, 1) if self.transposed else output, finals if len(finals) > 1 else finals[0]

@@ -25,16 +25,20 @@ class FrozenRecurrent(Frozen, Recurrent):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
-        self.refuse_training()
-        cell, laid_out = self.cell, ()
+        cell = self.cell
+        laid_out: tuple[Tensor, ...] = ()
         if hx is not None or signals or cell.signals:
             hx, laid_out = self.in_loop_layout(input, hx, signals)
-        result = self.call(input, hx, lengths, resets, all_states, laid_out)
+        result = None
+        if lengths is None and resets is None and not all_states and not cell.signals:
+            result = self.run_prepared(input, hx)
+        if result is None:
+            result = self.run(input, hx, lengths, resets, all_states, laid_out)
         return recurrent.in_user_order(cell, *result)
 
     def in_loop_layout(self, input, hx, signals) -> tuple[Tensor | tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
         """Return initial states in the order of loops, None where none are given, and signals in their layout."""
-        cell, options, like = self.cell, self.options(), self.like_weights()
+        cell, options, hidden = self.cell, self.options(), self.hidden_size
         by_name, given = recurrent.named_signals(cell, signals), recurrent.named_states(cell, hx)
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
@@ -42,10 +46,10 @@ class FrozenRecurrent(Frozen, Recurrent):
         steps, batch = recurrent.extent(options, input, batched)
         initial = None
         if given:
-            rows = (self.num_layers * options.directions, batch, self.hidden_size)
+            rows = (self.num_layers * options.directions, batch, hidden)
             found = [recurrent.initial_state(name, given.get(name), rows, data, batched) for name in cell.states]
             initial = functional.single(tuple(found[n] for n in cell.order))
-        hidden, first = options.hidden(like), self.batch_first and not packed
+        first = self.batch_first and not packed
         laid_out = tuple(
             recurrent.lay_out(name, by_name[name], steps, batch, hidden, first, batched).to(data.dtype)
             for name in cell.signals

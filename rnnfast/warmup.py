@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rnnfast.frozen import Frozen
 from rnnfast.modules import GRU, LSTM, RNN, Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
@@ -17,7 +18,7 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
     """Compile, or load from the disk cache, every kernel that the recurrent layers of `modules` will use.
 
     Runs each layer on two steps of zeros; parameters, gradients and random state stay as they are. Without modules,
-    prepares float32 layers of every cell on the CPU.
+    prepares float32 layers of every cell on the CPU. Frozen layers have their kernels since `freeze`.
 
     Args:
         modules: any modules; their rnnfast layers are found wherever they are.
@@ -32,7 +33,8 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
         if not isinstance(each, nn.Module):
             raise TypeError(f"warmup: expected a torch.nn.Module, got {type(each).__name__}")
     kinds = Recurrent, OfDeclaredCell
-    found = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
+    layers = (layer for module in modules for layer in module.modules())
+    found = [layer for layer in layers if isinstance(layer, kinds) and not isinstance(layer, Frozen)]
     with log_on_screen() if verbose else nullcontext():
         for layer in found if modules else standard_layers():
             run_once(layer, training)

@@ -194,3 +194,10 @@ def test_a_replica():
     replica.load_state_dict(frozen().state_dict())
     assert not same(replica(x), expected)
     assert same(layer(x), expected)
+
+
+def test_warming_up_leaves_frozen_layers_alone():
+    model = nn.ModuleList([frozen(), rnnfast.freeze(rnnfast.Recurrent(rnnfast.cells.augru, 7, 20), "int8")])
+    rnnfast.warmup(model)
+    assert not any(layer.training for layer in model)
+    assert model[0](torch.randn(6, 3, 7))[0].isfinite().all()

@@ -5,8 +5,10 @@ another (see `rnnfast_kernels.cpu.plan.panels`). Their layout depends on the for
 """
 
 import functools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +17,12 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.plan import forward as plan_forward
 from rnnfast_kernels.cpu.plan import panels
 from rnnfast_kernels.cpu.plan import shape as plan
-from rnnfast_kernels.cpu.plan.recipe import Recipe
+from rnnfast_kernels.cpu.plan.recipe import ADDRESSES, Recipe
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from torch import Tensor
 
-from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, row_cuts, strides_of, together
+from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
 from rnnfast.backends.cpu.executable import STATES, room, shape_of
 from rnnfast.spec import Form as LayerForm
 from rnnfast.spec import Present, Signature, parameter_name
@@ -187,11 +189,16 @@ def shape(
 class Prepared:
     """A call of known sizes over the whole stack (see `Form.stacks`): dense, without lengths and resets.
 
-    x_strides: of [T, B, I] in elements, of which the last is 1. zero: whether the initial states are zero.
+    x: an input of these sizes, [T, B, I] or [B, T, I] or [T, I], with a last stride of 1. zero: whether the initial
+    states are zero, and not given.
     """
 
-    def __init__(self, form: Form, steps: int, batch: int, x_strides: tuple[int, ...], zero: bool, threads: int):
-        shapes, x_shape = [], (steps, batch, form.inputs)
+    def __init__(self, form: Form, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
+        batched = x.dim() == 3
+        self.transposed, self.panels, self.place = batched and batch_first, panels, panels.data_ptr()
+        x = x.transpose(0, 1) if self.transposed else x if batched else x[:, None]
+        x_shape, x_strides = tuple(x.shape), (*x.stride()[:2], 1)
+        steps, batch, shapes = *x_shape[:2], []
         for one in form.each():
             shapes.append(shape(one, x_shape, x_strides, steps, batch, threads))
             columns = form.directions * form.width
@@ -201,32 +208,50 @@ class Prepared:
         names += [] if zero else [f"{state}_first" for state in states]
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
         self.kernel = kernel_of(form)
+        self.start, self.alone = self.kernel.start, self.recipe.whole.alone
+        self.write = Struct(f"{len(self.recipe.named)}q").pack_into
         self.scratch = -(-self.recipe.scratch // 4)
-        self.spare: list[Tensor] = []  # scratch memory of earlier calls
-        self.output = (steps, batch, form.directions * form.width)
-        self.finals = [(form.layers * form.directions, batch, size) for size in form.state_sizes]
+        # Scratch memory of earlier calls, with the record of a call over it.
+        self.spare: list[tuple[Tensor, array, int]] = []
+        rows = form.layers * form.directions
+        sizes = [(steps, batch, x_shape[2]), *((rows, batch, size) for size in form.state_sizes)]
+        self.sizes = sizes if batched else [(first, last) for first, _, last in sizes]
 
-    def __call__(self, x: Tensor, initial: Sequence[Tensor], panels: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output [T, B, D*P] and the final states. panels: their address."""
+    def __call__(self, x: Tensor, initial: Sequence[Tensor]) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        """Return the output and the final states in the layout of x.
+
+        Raises:
+            NoMemoryError: a tensor has none.
+        """
         new = x.new_empty
-        output = new(*self.output)
-        finals = tuple([new(*size) for size in self.finals])
+        results = [new(*size) for size in self.sizes]
+        addresses = addresses_of((x, *results, *initial))
         try:
-            scratch = self.spare.pop()
+            spare = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
-            scratch = room(x, self.scratch)
-        addresses = [*addresses_of((x, *initial)), panels]
-        addresses[1:1] = [tensor.data_ptr() for tensor in (output, *finals)]
-        self.recipe.call(self.kernel, scratch.data_ptr(), addresses)
+            spare = self.room(x)
+        scratch, call, place = spare
+        if self.alone:
+            self.write(call, 8 * ADDRESSES, *addresses, self.place)
+            self.start(place)
+        else:
+            self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, self.place])
         if self.scratch <= MOST_SPARE:
-            self.spare.append(scratch)
-        return output, finals
+            self.spare.append(spare)
+        output, *finals = results
+        return output.transpose(0, 1) if self.transposed else output, tuple(finals) if len(finals) > 1 else finals[0]
+
+    def room(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
+        """Return scratch memory, the record of a call over it, and where that is."""
+        scratch, recipe = room(x, self.scratch), self.recipe
+        call = recipe.filled(scratch.data_ptr(), [0] * len(recipe.named), pool.NO_TEAM, recipe.whole)
+        return scratch, call, call.buffer_info()[0]
 
     def stepper(
-        self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor], panels: Tensor
+        self, x: Tensor, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor]
     ) -> Callable[[], None]:
         """Return a function that runs over these tensors again and again, on one thread."""
-        tensors = (x, output, *finals, *initial, panels)
+        tensors = (x, output, *finals, *initial, self.panels)
         scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
         addresses = [each.data_ptr() for each in tensors]
         records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
@@ -266,10 +291,10 @@ def run_layer(
     options = sizes is not None, resets is not None
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
     output = room(x, *x.shape[:-1], directions, form.width)
-    first = [state.contiguous() for state in initial[:1]]
-    first += [] if planned.aux == 0 else [together(initial[1:], initial[1:])]
+    first = [initial[0].contiguous(), *present(together(initial[1:], initial[1:]))]
     finals = [torch.empty_like(state) for state in first]
-    aux, kept = None, ()
+    aux: Tensor | None = None
+    kept: tuple[str, ...] = ()
     if all_states and planned.aux:
         lead = (planned.aux,) if planned.aux > 1 else ()
         aux, kept = room(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)

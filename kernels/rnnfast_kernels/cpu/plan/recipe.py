@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from rnnfast_kernels.cpu.job import PHASE, PROGRAM, Record
+from rnnfast_kernels.cpu.job import CALL, PHASE, PROGRAM, Record
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel
 
@@ -46,6 +46,8 @@ NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Bases that a recipe gives addresses to by itself.
 FIXED = 3 + len(TEAM)
+# Where the addresses of the named bases are in a call's record (see `CALL`), after those.
+ADDRESSES = len(CALL.names) + FIXED
 # Scratch buffers start at cache lines, and are followed by room for a vector that overruns.
 LINE, MARGIN = 64, 64
 
@@ -148,11 +150,17 @@ class Recipe:
 
         scratch: address of `self.scratch` bytes. addresses: of the named bases, in their order.
         """
+        call = self.filled(scratch, addresses, team, program)
+        kernel.start(call.buffer_info()[0])
+        return scratch + self.records
+
+    def filled(
+        self, scratch: int, addresses: Sequence[int], team: pool.Team, program: Program | None = None
+    ) -> "array[int]":
+        """Return the record of a call, which `start` of a kernel takes. Its addresses begin at `ADDRESSES`."""
         records = scratch + self.records
         first = 0 if program is None else records + program.place.offset
-        call = array("q", (*self.template, records, first, 0, scratch, records, *team, *addresses))
-        kernel.start(call.buffer_info()[0])
-        return records
+        return array("q", (*self.template, records, first, 0, scratch, records, *team, *addresses))
 
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
