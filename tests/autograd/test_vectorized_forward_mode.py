@@ -75,4 +75,5 @@ def test_hessian(name, options):
 
 def test_declared_cells():
     layer = rnnfast.Recurrent(rnnfast.cells.peephole_lstm, 4, 5).double()
-    compare(lambda x: layer(x)[0], X)
+    with rnnfast.use_backend("reference"):  # in forward mode these run the plain loop in any case
+        compare(lambda x: layer(x)[0], X)
