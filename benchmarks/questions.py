@@ -96,16 +96,14 @@ def dtype(device: str) -> Question:
 
 def frozen(device: str) -> Question:
     """Weights packed once: each format beside torch.nn, and int8 beside those of the peers."""
-    sizes = ((1, 1), (50, 1), (50, 16), (200, 32))
-    cases = (
-        Case("lstm", T, B, H, H, weights=weights) for weights in WEIGHTS for T, B in sizes for H in (64, 256, 512, 1024)
-    )
+    sizes = product(WEIGHTS, ((1, 1), (50, 1), (50, 16)), (64, 256, 1024))
+    cases = (Case("lstm", T, B, H, H, weights=weights) for weights, (T, B), H in sizes)
     return Question("frozen", "Frozen layers", "", ("onnxruntime", "torch-int8"), each(cases, modes=("inference",)))
 
 
 def cells(device: str) -> Question:
-    cases = (Case("lstm", T=100, B=B, I=128, H=128) for B in (1, 32))
-    return Question("cells", "Cells that torch.nn lacks", "", ("torch-compile",), each(cases, cells=DECLARED))
+    case = Case("lstm", T=100, B=32, I=128, H=128)
+    return Question("cells", "Cells that torch.nn lacks", "", ("torch-compile",), each([case], cells=DECLARED))
 
 
 def penalty(device: str) -> Question:
