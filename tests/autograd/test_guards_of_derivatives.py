@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import rnnfast
-from rnnfast import _torch, operators
+from rnnfast import _torch
 from rnnfast.backends.dispatch import load
 from rnnfast.functional import gru
 
@@ -54,12 +54,13 @@ def test_members_without_rows():
 
 
 def test_members_run_one_by_one_where_a_backend_takes_no_ensembles(monkeypatch):
-    w, x, calls, run = weights(3), torch.randn(4, 2, 2, **F64), [], operators.layer
+    w, x, calls, backend = weights(3), torch.randn(4, 2, 2, **F64), [], load("numba")
+    run = backend.forward
     together = vmap(lambda *w: gru(x, list(w))[0])(*w)
-    monkeypatch.setattr(load("numba"), "TAKES_ENSEMBLES", False)
-    monkeypatch.setattr(operators, "layer", lambda *args: calls.append(args) or run(*args))
+    monkeypatch.setattr(backend, "TAKES_ENSEMBLES", False)
+    monkeypatch.setattr(backend, "forward", lambda layer, **options: calls.append(layer) or run(layer, **options))
     torch.testing.assert_close(vmap(lambda *w: gru(x, list(w))[0])(*w), together)
-    assert all(len(args[2]) == 1 for args in calls)
+    assert [len(layer.reverse) for layer in calls] == [1, 1, 1]
 
 
 def test_an_absent_gradient_below_a_map():
@@ -71,8 +72,9 @@ def test_an_absent_gradient_below_a_map():
         needs = [True, False, False, False]
         return torch.ops.rnnfast.layer_backward(*constants, needs, 1, [x, h, *w], [output], [saved], [g, None])[0]
 
-    incoming = torch.randn(3, *output.shape, **F64)
-    torch.testing.assert_close(vmap(gradient)(incoming), torch.stack([gradient(g) for g in incoming]))
+    incoming = torch.randn(2, 3, *output.shape, **F64)
+    expected = torch.stack([torch.stack([gradient(g) for g in row]) for row in incoming])
+    torch.testing.assert_close(vmap(vmap(gradient))(incoming), expected)
 
 
 # What was changed in place, of calls that are not on the fast path.
@@ -138,6 +140,20 @@ def test_a_weight_and_the_output_on_the_fast_path(create_graph):
                 torch.autograd.grad(output.sum(), layer.weight_hh_l0, create_graph=True)
         else:
             torch.autograd.grad(output.sum(), layer.weight_hh_l0)
+
+
+@needs_versions
+def test_a_weight_of_other_strides_and_a_changed_output():
+    """The output cannot be computed again from addresses of the weight as it was."""
+    layer, x = rnnfast.GRU(2, 3), torch.randn(4, 2, 2)
+    for _ in range(3):
+        output, _ = layer(x)
+        layer.weight_hh_l0.data = layer.weight_hh_l0.data.mT.contiguous().mT
+        with torch.no_grad():
+            output.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        layer.weight_hh_l0.data = layer.weight_hh_l0.data.contiguous()
 
 
 # Forward mode.
