@@ -5,9 +5,10 @@ import torch
 from recurrent_layers import make as make_declared
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
-from rnnfast import _torch
+from rnnfast import _torch, autograd
 from rnnfast.backends.dispatch import load
 from rnnfast.functional import gru
 
@@ -172,6 +173,26 @@ def test_tangents_in_half_precision(dtype):
     torch.testing.assert_close(found.double(), jvp(lambda x: run(x, w), (x,), (dx,))[1], rtol=0.1, atol=0.1)
     twice = jvp(grad(lambda x: run(x, half)), (x.to(dtype),), (dx.to(dtype),))[1]
     torch.testing.assert_close(twice.double(), jvp(grad(lambda x: run(x, w)), (x,), (dx,))[1], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("by", ["x", "weights"])
+@pytest.mark.parametrize("layout", ["packed", "lengths", "dense"])
+def test_second_derivatives_by_torchs_operators_are_those_of_kernels(layout, by, monkeypatch):
+    """Rows that are packed are laid out step by step for them."""
+    w, x, lengths = weights(), torch.randn(4, 3, 2, **F64), torch.tensor([4, 2, 1])
+    w = [each.requires_grad_(by == "weights") for each in w]
+    x, found = x.requires_grad_(by == "x"), []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(autograd, "differentiates_twice", lambda *args: False)
+        given = pack_padded_sequence(x, lengths) if layout == "packed" else x
+        output, h = gru(given, w, lengths=lengths if layout == "lengths" else None)
+        loss = (output.data if layout == "packed" else output).sin().sum() + h.square().sum()
+        leaves = w if by == "weights" else [x]
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in first), leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_dual_level_within_a_gradient():
