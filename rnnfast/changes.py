@@ -36,7 +36,7 @@ def unpack(ctx, known: Sequence[int] | None, repair: Callable[[list, list[int]],
         tensors = [each.data for each in raw]
         # What comes behind those that are known was new then.
         before = [*known, *(0 for _ in tensors[len(known) :])]
-        changed = [n for n, t in enumerate(tensors) if t is not None and version_of(t) != before[n]]
+        changed = [n for n, t in enumerate(tensors) if version_of(t) != before[n]]
         repaired = repair(tensors, changed) if changed else None
         if repaired is None:
             raise

@@ -58,7 +58,7 @@ def is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
             return True
         if _torch.innermost_transform() is not None and any(map(requires_grad_below, tensors)):
             return True
-    return _torch.in_dual_level() or _torch.forward_nesting() > 0
+    return _torch.in_dual_level()
 
 
 def requires_grad_below(tensor: Tensor | None) -> bool:
@@ -75,7 +75,7 @@ def is_tracked(args: Sequence) -> bool:
 
     Derivatives of gradients in groups are not known: `second_order` sums the weights' over the whole batch.
     """
-    if _torch.in_dual_level() or _torch.forward_nesting() > 0:
+    if _torch.in_dual_level():
         return True
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -63,6 +63,8 @@ def check_layer(layer: Layer) -> None:
     directions, packed = len(layer.reverse), x.dim() == 2
     inputs, hidden = first.w_ih.shape[-1], layer.hidden
     width = hidden if first.w_hh is None else first.w_hh.shape[-1]
+    if x.dim() not in (2, 3) or (x.shape[-1] % inputs if inputs else x.shape[-1]):
+        raise RuntimeError(f"rnnfast: expected x of shape [T, B, {inputs}] or [rows, {inputs}], got {list(x.shape)}")
     batch = layer.hx[0].shape[1] if packed and layer.hx[0].dim() > 1 else x.shape[-2]
     gates, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
     own = (len(cell.parameters), hidden)
@@ -73,8 +75,6 @@ def check_layer(layer: Layer) -> None:
                 expect(f"{name} of direction {n}", weight, shape, x)
     for n, state in enumerate(layer.hx):
         expect(f"hx[{n}]", state, (directions, batch, width if n == 0 else hidden), x)
-    if x.dim() not in (2, 3) or (x.shape[-1] % inputs if inputs else x.shape[-1]):
-        raise RuntimeError(f"rnnfast: expected x of shape [T, B, {inputs}] or [rows, {inputs}], got {list(x.shape)}")
     if layer.batch_sizes is not None:
         expect("batch_sizes", layer.batch_sizes, (layer.steps,), None, torch.int64)
     elif packed:
@@ -117,7 +117,7 @@ def expect(
 def check_memory(tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError where the memory of a tensor was given back (`untyped_storage().resize_(0)`)."""
     for tensor in tensors:
-        if tensor.data_ptr() == 0 and tensor.numel() and not _torch.is_known_zero(tensor):
+        if tensor.data_ptr() == 0 and tensor.numel():
             raise RuntimeError(f"rnnfast: a tensor of shape {list(tensor.shape)} has no memory: its storage has size 0")
 
 

@@ -86,7 +86,7 @@ def join(tensor: Any, dim: Any, size: int, at: int) -> Any:
 
 def unfold(tensor: Tensor, size: int, at: int) -> Tensor:
     """Split the batch dimension `at` into the batch and, behind it, the mapped dimension."""
-    return tensor.unflatten(at, (-1 if tensor.shape[at] else 0, size))
+    return tensor.unflatten(at, (-1, size))
 
 
 def member(tensor: Tensor | None, dim: int | None, n: int) -> Tensor | None:
@@ -164,7 +164,6 @@ def join_all(tensors: Sequence, dims: Sequence, size: int, at: int) -> tuple:
 
 def map_layer(apply, backend: str, form: Form, size: int, tensors: Sequence[Tensor], dims: Sequence):
     """Map a layer. `apply` takes a form and tensors. Returns its results and their mapped dimensions."""
-    dims = dims or [None] * len(tensors)
     layer, layer_dims = restore(form, tensors), restore(form, dims)
     at, states = row_place(layer, layer_dims), form.states
     if is_ensemble(backend, layer_dims):

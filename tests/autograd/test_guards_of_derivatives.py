@@ -5,9 +5,10 @@ import torch
 from recurrent_layers import make as make_declared
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
-from rnnfast import _torch, operators
+from rnnfast import _torch, autograd
 from rnnfast.backends.dispatch import load
 from rnnfast.functional import gru
 
@@ -54,12 +55,13 @@ def test_members_without_rows():
 
 
 def test_members_run_one_by_one_where_a_backend_takes_no_ensembles(monkeypatch):
-    w, x, calls, run = weights(3), torch.randn(4, 2, 2, **F64), [], operators.layer
+    w, x, calls, backend = weights(3), torch.randn(4, 2, 2, **F64), [], load("numba")
+    run = backend.forward
     together = vmap(lambda *w: gru(x, list(w))[0])(*w)
-    monkeypatch.setattr(load("numba"), "TAKES_ENSEMBLES", False)
-    monkeypatch.setattr(operators, "layer", lambda *args: calls.append(args) or run(*args))
+    monkeypatch.setattr(backend, "TAKES_ENSEMBLES", False)
+    monkeypatch.setattr(backend, "forward", lambda layer, **options: calls.append(layer) or run(layer, **options))
     torch.testing.assert_close(vmap(lambda *w: gru(x, list(w))[0])(*w), together)
-    assert all(len(args[2]) == 1 for args in calls)
+    assert [len(layer.reverse) for layer in calls] == [1, 1, 1]
 
 
 def test_an_absent_gradient_below_a_map():
@@ -71,8 +73,9 @@ def test_an_absent_gradient_below_a_map():
         needs = [True, False, False, False]
         return torch.ops.rnnfast.layer_backward(*constants, needs, 1, [x, h, *w], [output], [saved], [g, None])[0]
 
-    incoming = torch.randn(3, *output.shape, **F64)
-    torch.testing.assert_close(vmap(gradient)(incoming), torch.stack([gradient(g) for g in incoming]))
+    incoming = torch.randn(2, 3, *output.shape, **F64)
+    expected = torch.stack([torch.stack([gradient(g) for g in row]) for row in incoming])
+    torch.testing.assert_close(vmap(vmap(gradient))(incoming), expected)
 
 
 # What was changed in place, of calls that are not on the fast path.
@@ -140,6 +143,20 @@ def test_a_weight_and_the_output_on_the_fast_path(create_graph):
             torch.autograd.grad(output.sum(), layer.weight_hh_l0)
 
 
+@needs_versions
+def test_a_weight_of_other_strides_and_a_changed_output():
+    """The output cannot be computed again from addresses of the weight as it was."""
+    layer, x = rnnfast.GRU(2, 3), torch.randn(4, 2, 2)
+    for _ in range(3):
+        output, _ = layer(x)
+        layer.weight_hh_l0.data = layer.weight_hh_l0.data.mT.contiguous().mT
+        with torch.no_grad():
+            output.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        layer.weight_hh_l0.data = layer.weight_hh_l0.data.contiguous()
+
+
 # Forward mode.
 
 
@@ -156,6 +173,26 @@ def test_tangents_in_half_precision(dtype):
     torch.testing.assert_close(found.double(), jvp(lambda x: run(x, w), (x,), (dx,))[1], rtol=0.1, atol=0.1)
     twice = jvp(grad(lambda x: run(x, half)), (x.to(dtype),), (dx.to(dtype),))[1]
     torch.testing.assert_close(twice.double(), jvp(grad(lambda x: run(x, w)), (x,), (dx,))[1], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("by", ["x", "weights"])
+@pytest.mark.parametrize("layout", ["packed", "lengths", "dense"])
+def test_second_derivatives_by_torchs_operators_are_those_of_kernels(layout, by, monkeypatch):
+    """Rows that are packed are laid out step by step for them."""
+    w, x, lengths = weights(), torch.randn(4, 3, 2, **F64), torch.tensor([4, 2, 1])
+    w = [each.requires_grad_(by == "weights") for each in w]
+    x, found = x.requires_grad_(by == "x"), []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(autograd, "differentiates_twice", lambda *args: False)
+        given = pack_padded_sequence(x, lengths) if layout == "packed" else x
+        output, h = gru(given, w, lengths=lengths if layout == "lengths" else None)
+        loss = (output.data if layout == "packed" else output).sin().sum() + h.square().sum()
+        leaves = w if by == "weights" else [x]
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in first), leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_dual_level_within_a_gradient():
