@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import functional, recurrent
+from rnnfast import recurrent
 from rnnfast.frozen import Frozen, Shaped
 from rnnfast.recurrent import Recurrent
 
@@ -27,34 +27,15 @@ class FrozenRecurrent(Frozen, Recurrent):
         """
         cell = self.cell
         laid_out: tuple[Tensor, ...] = ()
-        if hx is not None or signals or cell.signals:
-            hx, laid_out = self.in_loop_layout(input, hx, signals)
+        if hx is not None or signals or cell.signals or torch.compiler.is_compiling():
+            like = self.like_weights()
+            hx, laid_out = recurrent.in_loop_layout(cell, self.options(), input, like, hx, signals)
         result = None
         if lengths is None and resets is None and not all_states and not cell.signals:
             result = self.run_prepared(input, hx)
         if result is None:
             result = self.run(input, hx, lengths, resets, all_states, laid_out)
         return recurrent.in_user_order(cell, *result)
-
-    def in_loop_layout(self, input, hx, signals) -> tuple[Tensor | tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
-        """Return initial states in the order of loops, None where none are given, and signals in their layout."""
-        cell, options, hidden = self.cell, self.options(), self.hidden_size
-        by_name, given = recurrent.named_signals(cell, signals), recurrent.named_states(cell, hx)
-        packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        batched = packed or data.dim() != 2
-        steps, batch = recurrent.extent(options, input, batched)
-        initial = None
-        if given:
-            rows = (self.num_layers * options.directions, batch, hidden)
-            found = [recurrent.initial_state(name, given.get(name), rows, data, batched) for name in cell.states]
-            initial = functional.single(tuple(found[n] for n in cell.order))
-        first = self.batch_first and not packed
-        laid_out = tuple(
-            recurrent.lay_out(name, by_name[name], steps, batch, hidden, first, batched).to(data.dtype)
-            for name in cell.signals
-        )
-        return initial, laid_out
 
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         return (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -67,13 +48,13 @@ class FrozenRecurrent(Frozen, Recurrent):
         return "FrozenRecurrent"
 
     def extra_repr(self) -> str:
-        return f"{Recurrent.extra_repr(self)}, weights={self.weights_format}"
+        return f"{Recurrent.extra_repr(self).removesuffix(', rnnfast')}, weights={self.weights_format}"
 
     def is_weight(self, name: str) -> bool:
         stem = re.sub(r"_l\d+(_reverse)?$", "", name)
         return super().is_weight(name) or (stem != name and stem in self.cell.parameters)
 
-    def like_weights(self) -> list[Shaped]:
+    def like_weights(self) -> list[Any]:
         shapes = (shape for _, inputs in self.places() for shape in self.shapes(inputs).values())
         return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
 

@@ -228,30 +228,42 @@ def recurrent(
     options: `cell` is the cell's identity. weights: flat, in the order of `Recurrent.weights`.
     """
     cell = found(options.cell)
-    if torch.compiler.is_compiling() and operators.in_onnx_export():
-        raise RuntimeError(f"rnnfast: layers of declared cells, such as {cell.__name__}, cannot be exported to ONNX")
-    by_name, given = named_signals(cell, signals), named_states(cell, hx)
-    initial: Any = None
-    laid_out: tuple[Tensor, ...] = ()
-    if given or by_name:
-        packed = isinstance(input, PackedSequence)
-        data: Tensor = input.data if packed else input  # type: ignore[assignment]
-        batched = packed or validate.input_is_batched(options, data)
-        steps, batch = extent(options, input, batched)
-        hidden = options.hidden(weights)
-        if given:
-            rows = (options.num_layers * options.directions, batch, hidden)
-            found_ = [initial_state(name, given.get(name), rows, data, batched) for name in cell.states]
-            initial = functional.single(tuple(found_[n] for n in cell.order))
-        batch_first = options.batch_first and not packed
-        laid_out = tuple(
-            lay_out(name, by_name[name], steps, batch, hidden, batch_first, batched).to(data.dtype)
-            for name in cell.signals
-        )
+    initial, laid_out = in_loop_layout(cell, options, input, weights, hx, signals)
     result = functional.recurrent(
         options, input, weights, initial, lengths=lengths, resets=resets, all_states=all_states, signals=laid_out
     )
     return in_user_order(cell, *result)
+
+
+def in_loop_layout(
+    cell: Cell,
+    options: Options,
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx,
+    signals: Mapping[str, Tensor] | None,
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return initial states in the order of loops, None if none are given, and signals in their layout."""
+    if torch.compiler.is_compiling() and operators.in_onnx_export():
+        raise RuntimeError(f"rnnfast: layers of declared cells, such as {cell.__name__}, cannot be exported to ONNX")
+    by_name, given = named_signals(cell, signals), named_states(cell, hx)
+    initial: Any = None
+    if not (given or by_name):
+        return initial, ()
+    packed = isinstance(input, PackedSequence)
+    data: Tensor = input.data if packed else input  # type: ignore[assignment]
+    batched = packed or validate.input_is_batched(options, data)
+    steps, batch = extent(options, input, batched)
+    hidden = options.hidden(weights)
+    if given:
+        rows = (options.num_layers * options.directions, batch, hidden)
+        found_ = [initial_state(name, given.get(name), rows, data, batched) for name in cell.states]
+        initial = functional.single(tuple(found_[n] for n in cell.order))
+    batch_first = options.batch_first and not packed
+    laid_out = tuple(
+        lay_out(name, by_name[name], steps, batch, hidden, batch_first, batched).to(data.dtype) for name in cell.signals
+    )
+    return initial, laid_out
 
 
 def named_states(cell: Cell, hx) -> dict[str, Tensor]:

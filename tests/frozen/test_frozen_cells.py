@@ -135,6 +135,33 @@ def test_compiled():
     torch._dynamo.reset()
 
 
+class Model(nn.Module):
+    """A frozen layer behind positional arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = both(rnnfast.cells.augru, "int8", 12, 20)[1]
+
+    def forward(self, x, signal):
+        return self.layer(x, signals={"attention": signal})[0]
+
+
+def test_exported():
+    model, args = Model(), (torch.randn(9, 2, 12), torch.rand(9, 2, 1))
+    assert torch.equal(torch.export.export(model, args).module()(*args), model(*args))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_cannot_be_exported_is_named():
+    model, args = Model().eval(), (torch.randn(9, 2, 12), torch.rand(9, 2, 1))
+    with pytest.raises(RuntimeError, match="record torch's own operators"):
+        torch.jit.trace(both(rnnfast.cells.slstm, "float32", 12, 20)[1], args[:1])
+    pytest.importorskip("onnxscript", reason="onnxscript, which torch's ONNX exporter needs, is not installed")
+    with pytest.raises(Exception, match="export") as raised:
+        torch.onnx.export(model, args, dynamo=True, verbose=False)
+    assert "layers of declared cells, such as augru, cannot be exported to ONNX" in str(raised.value.__cause__)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
