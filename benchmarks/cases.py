@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, fields
 
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 CELLS = tuple(GATES)
+# Of `rnnfast.cells`, which torch.nn lacks: there the baseline is a loop over the steps in eager torch.
+DECLARED = ("peephole_lstm", "coupled_lstm", "li_gru", "minimal_gated_unit", "indrnn", "slstm", "janet")
+WEIGHTS = ("float32", "bfloat16", "int8")  # of a frozen layer
 BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 MODES = {
@@ -46,6 +49,7 @@ class Case:
     form: str = "dense"
     live: float = 1.0  # fraction of the T*B steps that are not padding
     label: str = ""  # who runs this layer
+    weights: str = ""  # format of the weights of a frozen layer; empty where it is not frozen
 
     @property
     def directions(self) -> int:
@@ -65,6 +69,7 @@ class Case:
         """What differs from one dense float32 layer in one direction, for people."""
         words = [
             self.dtype if self.dtype != "float32" else "",
+            f"{self.weights} weights" if self.weights else "",
             f"{self.layers} layers" if self.layers > 1 else "",
             "bidirectional" if self.bidirectional else "",
             f"proj {self.proj}" if self.proj else "",
@@ -98,6 +103,8 @@ def parse_sizes(text: str) -> tuple[int, int, int, int]:
 
 def parameter_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape under torch's own name."""
+    if case.cell in DECLARED:
+        return {name: tuple(tensor.shape) for name, tensor in declared_layer(case, device="meta").named_parameters()}
     shapes = {}
     for layer in range(case.layers):
         width = case.I if layer == 0 else case.directions * case.out
@@ -111,6 +118,13 @@ def parameter_shapes(case: Case) -> dict[str, tuple[int, ...]]:
             if case.proj:
                 shapes[f"weight_hr_{suffix}"] = (case.proj, case.H)
     return shapes
+
+
+def declared_layer(case: Case, **options):
+    """Make the layer of a cell of `rnnfast.cells`."""
+    import rnnfast
+
+    return rnnfast.Recurrent(getattr(rnnfast.cells, case.cell), case.I, case.H, **options)
 
 
 def operations(case: Case) -> float:

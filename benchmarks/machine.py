@@ -20,7 +20,7 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 # Bytes moved, read and written together: what fits a cache moves faster than what does not. Between two runs on a GPU
 # the cache is overwritten, so there the largest copy alone tells.
 COPY_BYTES = {"cpu": (1 << 16, 1 << 20, 1 << 24, 1 << 28), "cuda": (1 << 31,)}
-PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax", "flashrnn", "haste_pytorch")
+PACKAGES = ("torch", "rnnfast", "numba", "triton", "numpy", "onnxruntime", "jax")
 
 
 def facts(device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
@@ -36,11 +36,16 @@ def facts(device: str, dtypes: tuple[str, ...]) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "commit": commit(),
         "gemm_flops": {dtype: gemm_rate(device, dtype) for dtype in dtypes},
         "bandwidth": {str(size): bandwidth(device, size) for size in COPY_BYTES[device]},
     }
+
+
+def load() -> float | None:
+    """How many processes wanted a core in the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def device_name(device: str) -> str:

@@ -82,7 +82,7 @@ def check(contender: Contender, work: Workload, reference: dict[str, Tensor]) ->
     except Exception as error:
         return crashed(error), None
     found = oracle.errors(reference, got)
-    wrong = oracle.verdict(found, work.case.dtype)
+    wrong = oracle.verdict(found, work.case)
     if wrong:
         return {"status": "wrong", "reason": wrong}, None
     worst = max(found, key=found.__getitem__)

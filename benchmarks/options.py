@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from benchmarks import questions, tuning
-from benchmarks.cases import BYTES, CELLS, MODES, parse_sizes
+from benchmarks.cases import BYTES, CELLS, DECLARED, MODES, parse_sizes
 from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backend, by_plan
 from benchmarks.questions import Limits, Question
 
@@ -113,7 +113,7 @@ def contenders(question: Question, arguments: argparse.Namespace) -> list[Conten
 
 def asked(arguments: argparse.Namespace) -> list[Question]:
     """The questions with the cases that the filters leave. Raises ValueError where an option is not valid."""
-    cells = choose("cell", arguments.cell, CELLS)
+    cells = choose("cell", arguments.cell, (*CELLS, *DECLARED))
     modes = choose("mode", arguments.mode, MODES)
     dtypes = choose("dtype", arguments.dtype, BYTES)
     everything = questions.full(arguments.device)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case
 from benchmarks.contenders import Call, torch_nn
 from benchmarks.workload import Workload
 
 # The largest relative L2 norm of an error, over all tensors, with which a result counts as the same function. These
 # bounds tell a wrong gate from rounding over thousands of steps; the errors themselves are reported beside the times.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
 
 
 def expected(work: Workload) -> dict[str, Tensor]:
@@ -38,10 +39,11 @@ def relative_error(reference: Tensor, got: Tensor | None) -> float:
     return difference / scale if scale else difference
 
 
-def verdict(found: dict[str, float], dtype: str) -> str:
+def verdict(found: dict[str, float], case: Case) -> str:
     """Say what is wrong, worst tensor first; empty where everything is right. NaN counts as wrong."""
-    wrong = {name: error for name, error in found.items() if not error <= TOLERANCE[dtype]}
+    allowed = TOLERANCE[case.weights if case.weights in TOLERANCE else case.dtype]
+    wrong = {name: error for name, error in found.items() if not error <= allowed}
     if not wrong:
         return ""
     name = max(wrong, key=lambda key: wrong[key] if wrong[key] == wrong[key] else float("inf"))
-    return f"{name}: relative error {wrong[name]:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+    return f"{name}: relative error {wrong[name]:.1e}, allowed {allowed:.0e}"

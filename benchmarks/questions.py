@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from benchmarks.cases import CELLS, Case, operations
+from benchmarks.cases import CELLS, DECLARED, WEIGHTS, Case, operations
 from benchmarks.facts import AXES
 
-EVERY_PEER = ("torch-compile", "onnxruntime", "jax", "numpy", "flashrnn", "haste")
-FAST_PEERS = ("onnxruntime", "flashrnn", "haste")
+EVERY_PEER = ("torch-compile", "onnxruntime", "jax", "numpy")
+FAST_PEERS = ("onnxruntime",)
+# More operations than these in a forward pass take seconds, and teach nothing new of a size.
+MOST_OPERATIONS = 1.2e11
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ def hidden_size(device: str) -> Question:
 
 
 def batch(device: str) -> Question:
-    cases = each(replace(base(device), B=B) for B in (1, 4, 16, 64, 256))
-    return Question("batch", "Time against batch", "B", FAST_PEERS, cases)
+    sizes = product((64, 128, 256, 512, 1024), (1, 4, 16, 64, 256))
+    cases = (replace(base(device), I=H, H=H, B=B) for H, B in sizes)
+    # Those of `hidden-size` are left out.
+    cases = (case for case in cases if case.B != base(device).B and operations(case) <= MOST_OPERATIONS)
+    return Question("batch", "Hidden size by batch", "B", (), each(cases))
 
 
 def one_step(device: str) -> Question:
@@ -87,6 +92,20 @@ def live_fraction(device: str) -> Question:
 def dtype(device: str) -> Question:
     cases = each(replace(base(device), dtype=name) for name in dtypes(device))
     return Question("dtype", "Number formats", "", FAST_PEERS, cases)
+
+
+def frozen(device: str) -> Question:
+    """Weights packed once: each format beside torch.nn, and int8 beside those of the peers."""
+    sizes = ((1, 1), (50, 1), (50, 16), (200, 32))
+    cases = (
+        Case("lstm", T, B, H, H, weights=weights) for weights in WEIGHTS for T, B in sizes for H in (64, 256, 512, 1024)
+    )
+    return Question("frozen", "Frozen layers", "", ("onnxruntime", "torch-int8"), each(cases, modes=("inference",)))
+
+
+def cells(device: str) -> Question:
+    cases = (Case("lstm", T=100, B=B, I=128, H=128) for B in (1, 32))
+    return Question("cells", "Cells that torch.nn lacks", "", ("torch-compile",), each(cases, cells=DECLARED))
 
 
 def penalty(device: str) -> Question:
@@ -192,12 +211,12 @@ def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:
     return Question("sizes", f"T={T} B={B} I={I} H={H}", "", EVERY_PEER, cases)
 
 
-FULL = (sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, penalty, real_layers)
+FULL = (real_layers, sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, penalty, cells)
 
 
 def full(device: str) -> tuple[Question, ...]:
-    first = () if device == "cpu" else (marks(device),)
-    return (*first, *(ask(device) for ask in FULL))
+    asked = tuple(ask(device) for ask in FULL)
+    return (*asked, frozen(device)) if device == "cpu" else (marks(device), *asked)
 
 
 def quick(device: str) -> tuple[Question, ...]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import facts, options, plot, report, store, worker
+from benchmarks import facts, options, page, report, store, worker
 from benchmarks.cases import CELLS
 from benchmarks.contenders import OURS, Contender
 from benchmarks.measure import Settings
@@ -126,5 +126,4 @@ def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
 def finish(results: dict[str, Any], path: Path) -> None:
     store.save(path, results)
     print("\n" + report.marks_text(results["records"]))
-    pictures = plot.draw_all(results, path.parent)
-    print(f"\n{path}\n{report.write(results, path.parent, pictures)}")
+    print(f"\n{path}\n{page.write(results, path.parent)}")

@@ -22,7 +22,7 @@ class Workload:
     weights: dict[str, Tensor]  # torch's parameter names and shapes
     x: Tensor  # [T, B, I]
     dy: Tensor  # [T, B, D*P], gradient of the loss by the output
-    hx: tuple[Tensor, ...]  # [layers*D, B, P or H] per state; used in mode `step`
+    hx: tuple[Tensor, ...]  # [layers*D, B, P or H] per state; used in mode `step`; none for declared cells
     lengths: Tensor | None  # [B], forms `packed` and `lengths`
     resets: Tensor | None  # bool [T, B], form `resets`
 
@@ -47,7 +47,7 @@ def draw(case: Case, device: str, seed: int) -> Workload:
         return torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator).to(dtype).double()
 
     rows = (case.layers * case.directions, case.B)
-    widths = (case.out, case.H) if case.cell == "lstm" else (case.out,)
+    widths = {"lstm": (case.out, case.H), "gru": (case.out,), "rnn": (case.out,)}.get(case.cell, ())
     return Workload(
         case=case,
         device=device,

@@ -12,6 +12,9 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 
+import rnnfast
+from examples import options
+
 STEPS, BATCH = 128, 32
 EMBEDDING, HIDDEN = 64, 256
 
@@ -107,3 +110,20 @@ def write_text(model: LanguageModel, corpus: Corpus, length: int, start: str = "
         piece = torch.multinomial(chances, 1, generator=generator)  # [1, 1]
         written.append(corpus.characters[piece.item()])
     return "".join(written)
+
+
+def main(batches: int) -> None:
+    corpus = Corpus()
+
+    def watch(done: int, runs: dict[str, Run]) -> None:
+        if done == 1 or done % 10 == 0:
+            told = ", ".join(f"{name} {run.losses[-1]:.4f}" for name, run in runs.items())
+            print(f"batch {done:4d}  loss {told}", flush=True)
+
+    layers = {"torch.nn.LSTM": nn.LSTM, "rnnfast.LSTM": rnnfast.LSTM}
+    runs = train(layers, len(corpus.characters), corpus.batches(batches), watch=watch)
+    print(write_text(runs["rnnfast.LSTM"].model, corpus, length=200))
+
+
+if __name__ == "__main__":
+    main(options("examples.language_model", __doc__, batches=(100, "batches to train")).batches)

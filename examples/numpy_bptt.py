@@ -18,6 +18,7 @@ Run it to check those gradients against rnnfast's, and to train by plain gradien
 import numpy as np
 import torch
 
+from examples import options
 from examples.sequence_classifier import HIDDEN, SequenceClassifier, make_data
 from rnnfast import RNN
 
@@ -98,7 +99,8 @@ def train(iterations: int = 200, rate: float = 0.1, seed: int = 0) -> list[float
 
 
 if __name__ == "__main__":
+    asked = options("examples.numpy_bptt", __doc__, iterations=(200, "iterations of gradient descent"))
     for name, distance in compare_with_rnnfast().items():
         print(f"gradient of {name:5s}  relative distance to rnnfast's {distance:.1e}")
-    losses = train()
+    losses = train(asked.iterations)
     print(f"loss before training {losses[0]:.4f}, after {len(losses)} iterations {losses[-1]:.4f}")

@@ -5,7 +5,7 @@ first call compiles the cell's kernels, which takes some seconds, once for this 
 own_cell.png.
 """
 
-import sys
+import inspect
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from examples import options
 from examples.language_model import Corpus, Run, train
 
 PICTURE = Path("own_cell.png")
@@ -68,6 +69,23 @@ def compare(steps: int = 20, batch: int = 5) -> dict[str, float]:
     return {name: ((found[1][name] - each).abs().max() / each.abs().max()).item() for name, each in found[0].items()}
 
 
+def source() -> str:
+    """Return the cell's declaration, as it stands in this file."""
+    return inspect.getsource(peephole_lstm.function).rstrip()
+
+
+def times(steps: int = 64, batch: int = 16, hidden: int = 128, rounds: int = 15) -> tuple[list[float], list[float]]:
+    """Return the seconds of training calls of the loop and of the layer, taken in turn."""
+    layers = [layer(hidden, hidden) for layer in (Loop, Fused)]
+    x, seconds = torch.randn(steps, batch, hidden), ([], [])
+    for _ in range(rounds):
+        for layer, taken in zip(layers, seconds, strict=True):
+            start = time.perf_counter()
+            layer(x)[0].sum().backward()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
 def draw(runs: Mapping[str, Run]) -> None:
     """Save the loss curves."""
     import matplotlib
@@ -98,4 +116,4 @@ def main(batches: int = 60) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    main(options("examples.own_cell", __doc__, batches=(60, "batches to train")).batches)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from examples import options
 
 STEPS, ENVIRONMENTS, OBSERVATION, HIDDEN, ACTIONS = 128, 8, 16, 128, 4
 
@@ -90,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    options("examples.rollout", __doc__)
     main()

@@ -6,6 +6,7 @@ Change one word to train another layer: `RNN`, `LSTM` or `GRU`, from `rnnfast` o
 import torch
 from torch import Tensor, nn
 
+from examples import options
 from rnnfast import RNN as Recurrent  # or LSTM, or GRU
 
 STEPS, BATCH, HIDDEN = 10, 32, 32
@@ -60,6 +61,7 @@ def accuracy(model: SequenceClassifier, samples: int = 1000) -> float:
 
 
 if __name__ == "__main__":
+    options("examples.sequence_classifier", __doc__)
     model, losses = train()
     for epoch, loss in enumerate(losses, start=1):
         print(f"epoch {epoch:2d}  loss {loss:.4f}")

@@ -10,6 +10,7 @@ that labels the whole sequence only needs the second.
 
 import torch
 
+from examples import options
 from rnnfast import RNN
 
 BATCH, STEPS, INPUT, HIDDEN = 4, 10, 8, 16
@@ -31,5 +32,6 @@ def main() -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
+    options("examples.shapes", __doc__)
     for name, tensor in main().items():
         print(f"{name:12s} {list(tensor.shape)}")

@@ -61,12 +61,11 @@ PEERS = {
     contender.name: contender
     for contender in (
         Contender("torch", "benchmarks.contenders.torch_nn"),
-        Contender("torch-compile", "benchmarks.contenders.torch_compile"),
+        Contender("torch-compile", "benchmarks.contenders.torch_loop"),
         Contender("onnxruntime", "benchmarks.contenders.onnx_runtime", ("onnx", "onnxruntime"), ("cpu",)),
         Contender("jax", "benchmarks.contenders.jax_scan", ("jax",), ("cpu",)),
         Contender("numpy", "benchmarks.contenders.numpy_loop", (), ("cpu",)),
-        Contender("flashrnn", "benchmarks.contenders.flashrnn", ("flashrnn",), ("cuda",)),
-        Contender("haste", "benchmarks.contenders.haste", ("haste_pytorch",), ("cuda",)),
+        Contender("torch-int8", "benchmarks.contenders.torch_int8", (), ("cpu",)),
     )
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from benchmarks.cases import PASSES
+from benchmarks.cases import DECLARED, PASSES, declared_layer
 from benchmarks.contenders import Call
 from benchmarks.workload import Workload, torch_dtype
 
@@ -33,8 +33,12 @@ class Inputs:
 
 
 def build(namespace: Any, work: Workload) -> nn.Module:
-    """Make `namespace.RNN`, `.LSTM` or `.GRU` with the workload's parameters."""
+    """Make `namespace.RNN`, `.LSTM` or `.GRU`, or the layer of a declared cell, with the workload's parameters."""
     case = work.case
+    if case.cell in DECLARED:
+        module = declared_layer(case, device=work.device, dtype=torch_dtype(case.dtype))
+        module.load_state_dict(work.weights)
+        return module.train(case.mode in PASSES)
     options = {"proj_size": case.proj} if case.proj else {}
     module = getattr(namespace, case.cell.upper())(
         case.I, case.H, num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, **options

@@ -5,10 +5,16 @@ outputs bound once to fixed buffers, so that a run neither copies nor allocates.
 is its default, and stop when the run ends, or they would spin into the next contender's time.
 """
 
+import logging
+import tempfile
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from benchmarks.cases import GATES, Case
 from benchmarks.contenders import Call
@@ -24,6 +30,10 @@ def unsupported(case: Case) -> str | None:
         return "inference only"
     if case.form not in ("dense", "permuted"):
         return f"the suite does not ask it for {case.form}"
+    if case.cell not in GATE_ORDER or case.weights == "bfloat16":
+        return f"has no {case.cell}" if case.cell not in GATE_ORDER else "has no bfloat16 weights"
+    if case.weights == "int8" and case.cell != "lstm":
+        return "quantises the weights of an LSTM alone"
     if case.proj or case.dtype != "float32":
         return "its operators take float32 without a projection"
     return None
@@ -34,7 +44,10 @@ def prepare(work: Workload) -> Call:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(model(work).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    graph = model(work)
+    if work.case.weights == "int8":
+        graph = quantised(graph)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for name, tensor in feeds(work).items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy().astype(np.float32)))
@@ -57,6 +70,16 @@ def prepare(work: Workload) -> Call:
         return {"output": found["output"], **stacked}
 
     return Call(run, read)
+
+
+def quantised(graph):
+    """The graph with int8 weights, by ONNX Runtime's own tool, which writes files."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        logging.disable()  # it advises a step that no single layer needs
+        quantize_dynamic(graph, path, op_types_to_quantize=["LSTM"], weight_type=QuantType.QInt8)
+        logging.disable(logging.NOTSET)
+        return onnx.load(path)
 
 
 def feeds(work: Workload) -> dict[str, torch.Tensor]:

@@ -34,7 +34,10 @@ def prepare(work: Workload, backend: str, plan: str = "") -> Call:
                 stack.enter_context(tuning.planned(plan))
             yield
 
-    return call(work, build(rnnfast, work), forward.get(work.case.form, forward_plain), chosen)
+    layer = build(rnnfast, work)
+    if work.case.weights:
+        layer = rnnfast.freeze(layer, work.case.weights)
+    return call(work, layer, forward.get(work.case.form, forward_plain), chosen)
 
 
 def forward_lengths(module: nn.Module, given: Inputs) -> Result:

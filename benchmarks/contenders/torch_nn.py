@@ -6,6 +6,8 @@ On a GPU the weights are flattened, as cuDNN wants them. Where torch has no dire
     lengths   pack, run and pad again, the only way to keep the padding out of the results
     resets    one call for every stretch of steps in which no row is reset, instead of one call a step
     states    `torch.lstm_cell` step by step, the only operator that hands out every cell state
+
+Of cells that torch.nn lacks, a loop over the steps in eager torch.
 """
 
 from itertools import pairwise
@@ -14,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.cases import Case
-from benchmarks.contenders import Call
+from benchmarks.cases import DECLARED, Case
+from benchmarks.contenders import Call, torch_loop
 from benchmarks.contenders.module_call import Inputs, Result, build, call, finals, forward_plain
 from benchmarks.workload import Workload
 
@@ -27,6 +29,8 @@ def unsupported(case: Case) -> str | None:
 
 
 def prepare(work: Workload) -> Call:
+    if work.case.cell in DECLARED:
+        return torch_loop.prepare(work, compiled=False)
     module = build(nn, work)
     module.flatten_parameters()
     forward = {"lengths": forward_lengths, "resets": forward_resets, "states": forward_states}

@@ -108,7 +108,7 @@ def test_a_refused_launch_is_an_error_in_the_benchmark(monkeypatch):
     contexts = []
     monkeypatch.setattr(ours, "build", lambda *_: None)
     monkeypatch.setattr(ours, "call", lambda work, module, forward, chosen: contexts.append(chosen))
-    case = SimpleNamespace(form="dense")
+    case = SimpleNamespace(form="dense", weights="")
     for device, backend, plan_ in (("cuda", "auto", ""), ("cuda", "triton", ""), ("cuda", "triton", "units=16")):
         ours.prepare(SimpleNamespace(case=case, device=device), backend, plan_)
     for context in contexts:

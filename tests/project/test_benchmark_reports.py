@@ -1,8 +1,11 @@
 """What the benchmark suite says of stored results: changes told from noise, plots, and tables, in the pages too."""
 
+import itertools
+import re
+
 import pytest
 
-from benchmarks import compare, plot, questions, readme, report, store
+from benchmarks import charts, compare, page, questions, readme, report, store
 from benchmarks.__main__ import main
 from benchmarks.cases import CELLS, Case, operations, traffic
 
@@ -83,28 +86,81 @@ def test_a_file_that_is_no_results_is_refused(tmp_path):
         compare.show(str(tmp_path / "a.json"), str(tmp_path / "a.json"))
 
 
-def test_plots_and_page_need_only_what_is_stored(tmp_path):
-    names = plot.draw_all(stored(2.0), tmp_path)
-    assert {"sequence-length", "sequence-length-speedup", "startup"} <= set(names)
-    for name in names:
-        assert (tmp_path / f"{name}.png").stat().st_size > 1000
-        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
-    page = report.write(stored(2.0), tmp_path, names).read_text()
-    assert "Test &lt;CPU&gt;" in page
-    assert page.count("<svg") == len(names)
-    assert "http" not in page.replace("http://www.w3.org", "")
-
-
-def test_every_question_can_be_drawn():
+def every_question() -> dict:
+    """A results file with every case of every question."""
     results = stored(2.0)
-    rows = results["records"][0]["rows"]
+    theirs, ours = results["records"][0]["rows"]
+    ours |= {"saved": 10**6, "peak": 10**7}
     results["records"] = [
-        {"question": question.name, "case": case.to_json(), "noise": 0.1, "rows": rows}
+        {"question": question.name, "case": case.to_json(), "noise": 0.1, "rows": [theirs, ours]}
         for question in (*questions.full("cpu"), questions.grid(3, 0, questions.Limits()))
         for case in question.cases
     ]
-    names = [name for name, _ in plot.figures(results)]
-    assert {question.name for question in questions.full("cpu")} <= set(names)
+    return results
+
+
+def test_the_page_shows_every_part_and_needs_no_network():
+    shown = page.page(every_question())
+    for part in ("published models", "Hidden size by batch", "sequence length T", "Memory", "Accuracy", "Frozen",
+                 "Cells of your own", "First call", "Summary"):  # fmt: skip
+        assert re.search(f"<h2>[^<]*{part}", shown), part
+    assert "Encodec, one second" in shown
+    assert "Test &lt;CPU&gt;" in shown
+    assert shown.count("<svg") == 3 * (2 + 2 + 2)  # cells by: time, memory, error in two panels each
+    assert "http" not in shown.replace("http://www.w3.org", "")
+    assert len(shown.encode()) < 400_000
+
+
+def test_the_page_needs_no_question_in_particular(tmp_path):
+    path = page.write(stored(2.0), tmp_path)
+    shown = path.read_text()
+    assert "sequence length T" in shown
+    assert "published models" not in shown
+
+
+def test_stored_pages_are_those_of_the_stored_results():
+    """And README's pictures: `python -m benchmarks.page` writes them again."""
+    drawn = 0
+    for file in readme.full_results():
+        results = store.load(file)
+        assert (file.parent / "report.html").read_text() == page.page(results), file
+        assert (file.parent / "report.html").stat().st_size < 400_000
+        drawn += bool(page.model_speeds(results))
+    assert drawn == 1
+
+
+def test_pictures_of_the_readme_are_those_of_the_stored_results(tmp_path):
+    for file in readme.full_results():
+        results = store.load(file)
+        for path in page.draw_pictures(results, tmp_path) if page.model_speeds(results) else ():
+            assert path.read_text() == (page.IMAGES / path.name).read_text()
+    light, dark = ((tmp_path / f"speed-{name}.svg").read_text() for name in ("light", "dark"))
+    assert light.count("<rect") == dark.count("<rect") == 21
+    assert light != dark
+
+
+def test_a_heat_map_says_where_noise_decides():
+    shown = page.heat_map(
+        "LSTM", {(16, 1): (2.0, "faster", 0.1), (16, 4): (1.05, "even", 0.2), (32, 4): (0.5, "slower", 0.1)}
+    )
+    assert shown.count("<td>") == 1  # not measured
+    assert '<td class="even"' in shown
+    assert ">even" in shown
+    assert shown.index("H=16") < shown.index("H=32")
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (0.3, 40), (1e-7, 3e-7), (5, 5e6)])
+def test_ticks_are_a_few_round_numbers_between_the_bounds(low, high):
+    ticks = charts.log_ticks(low, high)
+    assert 1 <= len(ticks) <= 8
+    assert all(low * 0.99 <= tick <= high * 1.01 for tick in ticks)
+
+
+def test_labels_keep_their_distance_and_stay_inside():
+    moved = charts.spread_out([10.0, 11.0, 99.0], 13, 10, 100)
+    assert moved == sorted(moved)
+    assert min(b - a for a, b in itertools.pairwise(moved)) >= 13
+    assert max(moved) <= 100
 
 
 def test_marks_are_geometric_means_and_extremes():
