@@ -13,26 +13,27 @@ A layer stays the object it was, with its parameters, hooks and buffers; only it
 A layer with a `forward` of its own in the instance is left alone: that is what runs, and it means what it meant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from rnnfast import _torch, cell_modules, modules
 from rnnfast.frozen import Frozen
-from rnnfast.modules import EXACT
+from rnnfast.modules import EXACT, ORIGINAL
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
+Model = TypeVar("Model", bound=nn.Module)
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 # What ours become where torch's are wanted instead.
 TORCHS = {ours: theirs for theirs, ours in COUNTERPARTS.items()} | {
     cell_modules.RNNCell: nn.RNNCell,
     cell_modules.LSTMCell: nn.LSTMCell,
     cell_modules.GRUCell: nn.GRUCell,
 }
-# The attribute of an accelerated layer that holds the class it had.
-ORIGINAL = "_class_before_accelerate"
 # The attribute of a layer that says why `freeze` left it alone.
 REFUSED = "_reason_against_freeze"
 
@@ -56,7 +57,7 @@ class Finding(NamedTuple):
         return f"{self.name or 'the model itself'}: {self.type}, {told}"
 
 
-def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
+def accelerate(model: Model, *, keep_types: bool = False) -> Model:
     """Make every nn.RNN, nn.LSTM and nn.GRU in `model` run on rnnfast's kernels, in place.
 
     The Parameter objects, the state_dict, hooks and shared layers stay as they are, so an optimizer that holds the
@@ -89,7 +90,7 @@ def accelerate(model: nn.Module, *, keep_types: bool = False) -> nn.Module:
     return model
 
 
-def restore(model: nn.Module, *, own: bool = False) -> nn.Module:
+def restore(model: Model, *, own: bool = False) -> Model:
     """Undo `accelerate`: give every accelerated layer in `model` the exact class it had. Returns `model`.
 
     Args:
@@ -147,14 +148,17 @@ def take_properties(to: type, of: type) -> None:
 
 
 def survey(model: nn.Module) -> list[Finding]:
-    """List the recurrent layers of a model: which are accelerated, and why the others are not.
+    """List the recurrent layers and cells of a model: which are accelerated, and why the others are not.
+
+    Args:
+        model: any module, also a recurrent layer itself.
 
     Raises:
         TypeError: `model` is no torch.nn.Module.
     """
     found = []
-    for name, layer in recurrent_layers(model).items():
-        ours = isinstance(layer, modules.Recurrent | Frozen)
+    for name, layer in recurrent_layers(model, "survey", is_listed).items():
+        ours = isinstance(layer, modules.Recurrent | Frozen | cell_modules.Cell | OfDeclaredCell)
         reason = "" if ours else reason_against(layer) or "accelerate() was not called"
         frozen = layer.weights_format if isinstance(layer, Frozen) else ""
         kind = layer.type_name() if frozen else type(layer).__name__
@@ -162,18 +166,27 @@ def survey(model: nn.Module) -> list[Finding]:
     return found
 
 
-def recurrent_layers(model: nn.Module, caller: str = "accelerate") -> dict[str, Any]:
-    """Return a model's recurrent layers by name, each once."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
-    return {name: module for name, module in model.named_modules() if is_recurrent(module)}
-
-
 def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
     return isinstance(module, nn.RNNBase | Frozen)
+
+
+def is_listed(module: nn.Module) -> bool:
+    """Say whether `survey` lists a module: recurrent layers, those of declared cells, and modules of one step."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+    return is_recurrent(module) or isinstance(module, nn.RNNCellBase | OfDeclaredCell)
+
+
+def recurrent_layers(
+    model: nn.Module, caller: str = "accelerate", wanted: Callable[[nn.Module], bool] = is_recurrent
+) -> dict[str, Any]:
+    """Return a model's recurrent layers by name, each once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
+    return {name: module for name, module in model.named_modules() if wanted(module)}
 
 
 def reason_against(layer: nn.Module) -> str | None:
@@ -184,6 +197,8 @@ def reason_against(layer: nn.Module) -> str | None:
         return "it is rnnfast's already"
     if isinstance(layer, torch.jit.ScriptModule):
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"
+    if isinstance(layer, nn.RNNCellBase):
+        return f"accelerate leaves modules of one step alone; rnnfast has {', '.join(CELLS)}"
     if not isinstance(layer, tuple(COUNTERPARTS)):
         return "a subclass of RNNBase with a cell that rnnfast does not know"
     names = (name for name in modules.ASKED_BY_TORCH if name in layer.__dict__ and name != "_flat_weights")

@@ -4,9 +4,12 @@ They are torch's modules with another `forward`: a step is a layer over a sequen
 Where the choice of a backend falls on torch, it is torch's own step.
 """
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.types import Device
 
 from rnnfast import _torch
 from rnnfast.backends.dispatch import steps_by_torch
@@ -14,6 +17,9 @@ from rnnfast.functional import is_traced, recurrent, single
 from rnnfast.modules import leaf, no_script
 from rnnfast.spec import Options
 from rnnfast.validate import several_states
+
+if TYPE_CHECKING:
+    from rnnfast.signatures import same_as
 
 
 class Cell(nn.RNNCellBase):
@@ -30,6 +36,10 @@ class Cell(nn.RNNCellBase):
         if not self.hidden_size or not self.input_size or not isinstance(input, Tensor) or is_traced():
             return True
         return steps_by_torch(self.equations, input.device, input.dtype)
+
+    def extra_repr(self) -> str:
+        """Show torch's text, and that the cell is rnnfast's."""
+        return f"{super().extra_repr()}, rnnfast"
 
     def __prepare_scriptable__(self):
         raise TypeError(no_script(self))
@@ -82,7 +92,26 @@ class Cell(nn.RNNCellBase):
 
 
 class RNNCell(Cell, nn.RNNCell):
-    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell."""
+    """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        bias: whether there are biases. Default True.
+        nonlinearity: "tanh" or "relu". Default "tanh".
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     @property
     def equations(self) -> str:  # type: ignore[override]
@@ -90,7 +119,14 @@ class RNNCell(Cell, nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the state [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new state, [B, H] or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
@@ -103,15 +139,44 @@ class RNNCell(Cell, nn.RNNCell):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]
 
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...
+
 
 class LSTMCell(Cell, nn.LSTMCell):
-    """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell."""
+    """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the states h and c.
+        bias: whether there are biases. Default True.
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     equations = "lstm"
     states = ("hx[0]", "hx[1]")
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the new states (h, c), each [B, H], for an input [B, I] and states (h, c); or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the states (h, c), each [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new states (h, c), each [B, H], or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
@@ -126,14 +191,43 @@ class LSTMCell(Cell, nn.LSTMCell):
         h, c = self.step(input, hx)
         return h, c
 
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...
+
 
 class GRUCell(Cell, nn.GRUCell):
-    """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell."""
+    """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell.
+
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        bias: whether there are biases. Default True.
+        device, dtype: of the parameters. Default: torch's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     equations = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the new state [B, H] for an input [B, I] and a state [B, H]; or all without B.
+        """Take one step.
+
+        Args:
+            input: [B, I], or [I].
+            hx: the state [B, H], or [H]. Zero if None.
+
+        Returns:
+            The new state, [B, H] or [H].
 
         Raises:
             ValueError, RuntimeError: what torch raises for the same mistake.
@@ -143,3 +237,8 @@ class GRUCell(Cell, nn.GRUCell):
         if self.is_for_torch(input):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]
+
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...

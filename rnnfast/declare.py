@@ -31,7 +31,7 @@ class Cell:
     identity: name and digest, under which compiled and exported programs know the cell.
     """
 
-    def __init__(self, function: Callable, declared: equations.Cell, read: str):
+    def __init__(self, function: Callable[..., Any], declared: equations.Cell, read: str):
         """declared: the cell with its states as the user orders them. read: the state that the product takes."""
         self.function, self.declared = function, declared
         self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
@@ -79,7 +79,7 @@ class Cell:
         }
         return self.in_loop_order(**named, state=tuple(state))
 
-    def __call__(self, *args, **options):
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """Run one step in eager torch.
 
         The arguments are the function's. x and u may be tensors whose last dimension holds the gates one after another,
@@ -146,7 +146,7 @@ def cell(
     signals: Names = (),
     output: str | None = None,
     read: str | None = None,
-) -> Callable[[Callable], Cell]:
+) -> Callable[[Callable[..., Any]], Cell]:
     """Declare a cell: a decorator of one step, a function of some of `x`, `u`, `state`, `p` and `s`.
 
     Args:
@@ -172,7 +172,7 @@ def cell(
     }
     split["recurrent"] = split["gates"] if recurrent is None else names(recurrent, "recurrent")
 
-    def declare(function: Callable) -> Cell:
+    def declare(function: Callable[..., Any]) -> Cell:
         name = getattr(function, "__name__", "cell")
         if not callable(function):
             raise TypeError(f"rnnfast.cell: expected a function to decorate, got {type(function).__name__}")
@@ -237,10 +237,15 @@ def register(made: Cell) -> Cell:
     return made
 
 
-def surrogate(value, derivative):
+def surrogate(value: Tensor, derivative: Tensor | float | Callable[[Tensor], Tensor | float]) -> Tensor:
     """Return 1 where value > 0, else 0, with a derivative by `value` that is given: a spike (Neftci et al., 2019).
 
-    derivative: a tensor or a number, or a function of `value` that returns one.
+    Args:
+        value: a tensor, or what a step is called with where a cell is declared.
+        derivative: a tensor or a number, or a function of `value` that returns one.
+
+    Raises:
+        TypeError: `value` is neither.
     """
     slope = derivative(value) if callable(derivative) else derivative
     if isinstance(value, Tensor):

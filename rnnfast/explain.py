@@ -1,93 +1,75 @@
-"""What runs, and why: `explain` for one call, `environment` for a machine."""
+"""What runs, and why: `explain` for a call of a layer or a model, `environment` for a machine."""
 
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.backends import measured
-from rnnfast.backends.dispatch import BACKENDS, Choice, choose, choose_step, load, setting, unsupported
+from rnnfast.backends.dispatch import BACKENDS, load, setting, unsupported
 from rnnfast.cell_modules import Cell
+from rnnfast.explanations import Explanation, ModelExplanation, explain_layer, explain_model, is_ours, with_limit
 from rnnfast.frozen import Frozen
-from rnnfast.functional import Call
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Who runs a call. backend: its name. kernel: what it launches. reason: why this backend. Prints as one line."""
-
-    backend: str
-    kernel: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.backend}: {self.kernel} ({self.reason})"
+@overload
+def explain(
+    module: Recurrent | Cell | OfDeclaredCell | Frozen, input: Tensor | PackedSequence, *,
+    resets: Tensor | None = None, all_states: bool = False, measure: bool = False,
+) -> Explanation: ...  # fmt: skip
+@overload
+def explain(module: nn.Module, input: Any, *, measure: bool = False) -> ModelExplanation: ...
 
 
 def explain(
-    module: Recurrent | Cell | OfDeclaredCell | Frozen,
-    input: Tensor | PackedSequence,
-    *,
-    resets: Tensor | None = None,
-    all_states: bool = False,
-) -> Explanation:
-    """Say which backend and kernel would run `module(input, ...)` here and now, and why. Runs nothing.
+    module: nn.Module, input: Any, *, resets: Tensor | None = None, all_states: bool = False, measure: bool = False
+) -> Explanation | ModelExplanation:
+    """Say which backend and kernel would run `module(input, ...)` here and now, and why.
+
+    Of a layer or a cell nothing is run. A model is called once, in its present mode; its buffers and torch's random
+    state are put back. The setting of `torch.no_grad` matters, as where torch was measured faster in training alone.
+
+    Args:
+        module: a layer or cell of rnnfast, or a frozen layer; or any model that has recurrent layers.
+        input: what it would be called with. Of a layer's input only sizes, dtype and device are read. For a model, a
+            tuple holds its arguments, and a dict those by name.
+        resets, all_states: as given to the call of a layer. torch's operators have neither.
+        measure: whether to time each layer's call as well, without gradients, and say what share of the machine's
+            limit it reaches. Takes about a second for each layer. Default False.
+
+    Returns:
+        An `Explanation`; for a model a tuple of one `LayerExplanation` for each layer and cell that `survey` lists, of
+        its first call. Both print as lines.
 
     Raises:
-        TypeError: `module` is not one of rnnfast's.
+        TypeError: `module` is no module of rnnfast, and has no recurrent layer.
         RuntimeError: the backend asked for by name cannot run the case.
     """
-    data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, Cell):
-        cell, projection = module.equations, 0
-        choice = choose_step(cell, data.device, data.dtype)
-    elif isinstance(module, OfDeclaredCell):
-        cell, projection = module.cell.identity, 0
-        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
-    elif isinstance(module, Frozen):
-        return explain_frozen(module, data, resets is not None or all_states)
-    elif isinstance(module, Recurrent):
-        cell, projection = module.options().cell, module.proj_size
-        needs_ours = resets is not None or all_states
-        sizes = None if needs_ours or data is not input else sizes_of(module, input)
-        choice = choose(cell, data.device, data.dtype, needs_ours, sizes)
+    if is_ours(module):
+        explanation = explain_layer(module, input, resets, all_states)
+        asked = {"resets": resets, "all_states": all_states or None}
+        keywords = {name: value for name, value in asked.items() if value is not None}
+        return with_limit(module, explanation, (input,), keywords) if measure else explanation
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"explain: expected a torch.nn.Module, got {type(module).__name__}")
+    if resets is not None or all_states:
+        raise TypeError("explain: resets and all_states go with a layer of rnnfast, not with a model")
+    if isinstance(input, dict):
+        found = explain_model(module, (), input, measure)
     else:
-        raise TypeError(f"explain: expected an rnnfast RNN, LSTM, GRU or a cell of them, got {type(module).__name__}")
-    return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
-
-
-def sizes_of(module: Recurrent, input: Tensor) -> measured.Sizes | None:
-    """Return the sizes of a call without initial states."""
-    x = input if input.dim() == 3 else input[:, None]
-    if module.batch_first and input.dim() == 3:
-        x = x.transpose(0, 1)
-    return measured.sizes_of_call(Call(module.options(), x, (), module.weights()))
-
-
-def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanation:
-    """Explain a call of a frozen layer."""
-    cell, reason = module.options().cell, module.reason_for_plain(data)
-    if reason is None:
-        kernel = f"{cell} loop over packed {module.weights_format} weights"
-        return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
-    choice = choose(cell, data.device, torch.float32, needs_ours)
-    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
-    return Explanation(choice.backend, kernel, f"weights are made float32 again: {reason}")
-
-
-def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:
-    """Name what a backend launches."""
-    if choice.backend == "torch":
-        return f"torch.{cell}"
-    if choice.backend == "reference":
-        return f"plain loop over {cell}"
-    return load(choice.backend).describe(cell, hidden, projection, data.device, data.dtype)
+        alone = not isinstance(input, tuple) or isinstance(input, PackedSequence)
+        found = explain_model(module, (input,) if alone else input, {}, measure)
+    if not found:
+        raise TypeError(
+            f"explain: expected an rnnfast RNN, LSTM, GRU or a cell of them, got {type(module).__name__}, "
+            "which has no recurrent layer"
+        )
+    return found
 
 
 def environment() -> str:

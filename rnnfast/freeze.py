@@ -1,14 +1,14 @@
 """`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor, nn
 
 from rnnfast import _torch, modules
-from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, is_parametrized, recurrent_layers
+from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, Model, is_parametrized, recurrent_layers
 from rnnfast.frozen import Frozen
 from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
@@ -19,7 +19,7 @@ MOST_TERMS = 1 << 16
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
+def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "float32") -> Model:
     """Pack the weights of every RNN, LSTM and GRU in `model`, torch's or rnnfast's, in place.
 
     A frozen layer stays the object it was, with its hooks, and takes the same calls. It has no parameters any more,

@@ -7,7 +7,7 @@ Calls of sizes that were seen before take the fast path (`rnnfast.fast_path`).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -20,6 +20,16 @@ from rnnfast.backends import measured
 from rnnfast.backends.dispatch import backend_of
 from rnnfast.layers import through_layers
 from rnnfast.spec import Layer, Options, States, group
+
+if TYPE_CHECKING:
+    from rnnfast.signatures import Function
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+
+def __dir__() -> list[str]:
+    """List the public names alone."""
+    return list(__all__)
 
 
 class Call(NamedTuple):
@@ -264,11 +274,11 @@ def present(options: Options, outcome: Outcome, batched: bool, all_states: bool)
     return sequence(outcome.output), finals
 
 
-def _public(cell: str, name: str, equation: str):
+def _public(cell: str, name: str, equation: str) -> Any:
     def function(
         input: Tensor | PackedSequence,
         weights: Sequence[Tensor],
-        hx: Tensor | Sequence[Tensor] | None = None,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
         *,
         num_layers: int = 1,
         bidirectional: bool = False,
@@ -279,7 +289,7 @@ def _public(cell: str, name: str, equation: str):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         all_states: bool = False,
-    ):
+    ) -> Any:
         present = validate.weights_present(cell, len(weights), num_layers * (1 + bidirectional))
         options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute, *present)
         return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
@@ -292,10 +302,14 @@ def _public(cell: str, name: str, equation: str):
         weights: flat list in the order of `torch.nn.LSTM._flat_weights`: per layer and direction w_ih [G*H, I],
             w_hh [G*H, P], then b_ih and b_hh [G*H] or neither, then w_hr [P, H] with a projection (LSTM only).
         hx: the initial state [layers*D, B, P], for an LSTM the pair with the cell state [layers*D, B, H]; zero if None.
-        num_layers, bidirectional, batch_first, dropout, training: as in `torch.nn.LSTM`.
+        num_layers: layers, each over the output of the one before. Default 1.
+        bidirectional: whether a second direction runs from the end. Default False.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. Default False.
+        dropout: probability of zeroing an element between layers where `training` is true. Default 0.
+        training: whether dropout is applied. Default False.
         recompute: whether backward runs each layer again rather than keep its gates and states: a fraction of the
-            memory, for one more forward pass.
-        lengths: int tensor [B], any order, zeros allowed. What stands past a row's end reaches nothing; the output
+            memory, for one more forward pass. Default False.
+        lengths: int tensor [B], any order, zeros allowed. Padding past a row's end is ignored, even NaN; the output
             there is 0, the final state is that of the last valid step, the reverse direction starts there.
         resets: bool tensor [T, B] ([B, T] with batch_first); where true, the state entering the step is zeroed first.
         all_states: also return, as a third result, every state of every step of the last layer.
@@ -309,7 +323,15 @@ def _public(cell: str, name: str, equation: str):
     return function
 
 
-rnn_tanh = _public("rnn_tanh", "an Elman network with tanh", "h' = tanh(W_ih x + b_ih + W_hh h + b_hh)")
-rnn_relu = _public("rnn_relu", "an Elman network with a rectifier", "h' = relu(W_ih x + b_ih + W_hh h + b_hh)")
-lstm = _public("lstm", "a long short-term memory", "c' = f * c + i * g, h' = o * tanh(c')")
-gru = _public("gru", "a gated recurrent unit", "h' = (1 - z) * n + z * h")
+rnn_tanh: "Function[Tensor, tuple[Tensor], tuple[PackedSequence]]" = _public(
+    "rnn_tanh", "an Elman network with tanh", "h' = tanh(W_ih x + b_ih + W_hh h + b_hh)"
+)
+rnn_relu: "Function[Tensor, tuple[Tensor], tuple[PackedSequence]]" = _public(
+    "rnn_relu", "an Elman network with a rectifier", "h' = relu(W_ih x + b_ih + W_hh h + b_hh)"
+)
+lstm: "Function[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[PackedSequence, PackedSequence]]" = _public(
+    "lstm", "a long short-term memory", "c' = f * c + i * g, h' = o * tanh(c')"
+)
+gru: "Function[Tensor, tuple[Tensor], tuple[PackedSequence]]" = _public(
+    "gru", "a gated recurrent unit", "h' = (1 - z) * n + z * h"
+)

@@ -7,11 +7,13 @@ Weights are read by name at every call, so parametrizations, `torch.func.functio
 tensor set in a parameter's place all work.
 """
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from rnnfast import _torch
 from rnnfast.functional import recurrent
@@ -30,9 +32,12 @@ ASKED_BY_TORCH = (
     "_update_flat_weights",
     "_weights_have_changed",
 )
+NO_PROJECTION = "proj_size argument is only supported for LSTM, not RNN or GRU"
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
+# The attribute of an accelerated layer that holds the class it had.
+ORIGINAL = "_class_before_accelerate"
 # Attributes of a layer that do not go along where it is copied or pickled: the list that stands for its weights, and
 # the class that parametrize made for it before `accelerate`.
 EXACT = "_exact_class_before_accelerate"
@@ -88,7 +93,15 @@ class Recurrent(nn.RNNBase):
         if name is not None:
             raise TypeError(unasked(cls.__name__, name))
 
-    def forward(self, input, hx=None, *, lengths=None, resets=None, all_states=False):
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        all_states: bool = False,
+    ) -> Any:
         """Run the layers over `input`, as the torch module of the same name does.
 
         Args:
@@ -186,6 +199,11 @@ class Recurrent(nn.RNNBase):
         super().__setstate__(state)
         self._init_flat_weights()
 
+    def extra_repr(self) -> str:
+        """Show torch's text, and that the layer is rnnfast's."""
+        form = ", accelerated" if ORIGINAL in self.__dict__ else ""
+        return f"{super().extra_repr()}, rnnfast{form}{', recompute=True' if self.recompute else ''}"
+
     def __prepare_scriptable__(self):
         raise TypeError(no_script(self))
 
@@ -193,7 +211,21 @@ class Recurrent(nn.RNNBase):
         """Do nothing, for callers of torch's modules: the kernels take each parameter where it is."""
 
 
-class RNN(Recurrent):
+if TYPE_CHECKING:
+    from rnnfast.signatures import Layers
+
+    class OneState(Layers[Tensor, tuple[Tensor], tuple[PackedSequence]], Recurrent):  # type: ignore[misc]
+        """What type checkers see of RNN and GRU."""
+
+    class TwoStates(  # type: ignore[misc]
+        Layers[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[PackedSequence, PackedSequence]], Recurrent
+    ):
+        """What type checkers see of LSTM."""
+else:
+    OneState = TwoStates = Recurrent
+
+
+class RNN(OneState):
     """Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of `torch.nn.RNN`.
 
     Args:
@@ -202,54 +234,128 @@ class RNN(Recurrent):
         num_layers: layers, each over the output of the one before. Default 1.
         nonlinearity: "tanh" or "relu". Default "tanh".
         bias: whether there are biases. Default True.
-        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. Default False.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. The states stay
+            [layers*D, B, H]. Default False.
         dropout: probability of zeroing an element between layers in training. Default 0.
         bidirectional: whether a second direction runs from the end. Default False.
-        device, dtype: of the parameters.
+        proj_size: none; anything given raises ValueError, as in torch.
+        device, dtype: of the parameters. Default: torch's.
+
+    Raises:
+        TypeError, ValueError: what torch raises for the same mistake.
     """
 
     nonlinearity: str
 
-    def __init__(self, input_size, hidden_size, num_layers=1, nonlinearity="tanh", *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if proj_size is not None:
+            raise ValueError(NO_PROJECTION)
         modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
         if nonlinearity not in modes:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(modes[nonlinearity], input_size, hidden_size, num_layers, *args, **kwargs)
+        super().__init__(
+            modes[nonlinearity], input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self.nonlinearity = nonlinearity
 
 
-class LSTM(Recurrent):
+class LSTM(TwoStates):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997); takes the arguments of `torch.nn.LSTM`.
 
     i, f, o = sigmoid(...), g = tanh(...), each of W_ih x + b_ih + W_hh h + b_hh
     c' = f * c + i * g,  h' = o * tanh(c')
 
     Args:
+        input_size: width I of the input.
+        hidden_size: width H of the states h and c.
+        num_layers: layers, each over the output of the one before. Default 1.
+        bias: whether there are biases. Default True.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. The states stay
+            [layers*D, B, H]. Default False.
+        dropout: probability of zeroing an element between layers in training. Default 0.
+        bidirectional: whether a second direction runs from the end. Default False.
         proj_size: width P of a projection h' = W_hr (o * tanh(c')) (Sak et al., 2014). Default 0, none.
+        device, dtype: of the parameters. Default: torch's.
 
-    The other arguments are those of `RNN`, without `nonlinearity`.
+    Raises:
+        TypeError, ValueError: what torch raises for the same mistake.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype,
+        )  # fmt: skip
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
-class GRU(Recurrent):
+class GRU(OneState):
     """Gated recurrent unit (Cho et al., 2014), in the form of cuDNN and torch; takes the arguments of `torch.nn.GRU`.
 
     r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
     n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),  h' = (1 - z) * n + z * h
 
-    The arguments are those of `RNN`, without `nonlinearity`.
+    Args:
+        input_size: width I of the input.
+        hidden_size: width H of the state.
+        num_layers: layers, each over the output of the one before. Default 1.
+        bias: whether there are biases. Default True.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. The states stay
+            [layers*D, B, H]. Default False.
+        dropout: probability of zeroing an element between layers in training. Default 0.
+        bidirectional: whether a second direction runs from the end. Default False.
+        proj_size: none; anything given raises ValueError, as in torch.
+        device, dtype: of the parameters. Default: torch's.
+
+    Raises:
+        TypeError, ValueError: what torch raises for the same mistake.
     """
 
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if proj_size is not None:
+            raise ValueError(NO_PROJECTION)
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            device=device, dtype=dtype,
+        )  # fmt: skip

@@ -4,17 +4,24 @@ States and signals are named here; `rnnfast.functional` runs all cells alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from rnnfast import functional, operators, validate
 from rnnfast.declare import Cell, found
 from rnnfast.spec import Options
 
+if TYPE_CHECKING:
+    from rnnfast.signatures import same_as
+
 Initial = float | Tensor | Callable[[Tensor], Any]
+InitialStates = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+FinalStates = Tensor | tuple[Tensor, ...]
+AllPacked = tuple[PackedSequence, FinalStates, tuple[PackedSequence, ...]]
 
 
 class Recurrent(nn.Module):
@@ -24,9 +31,15 @@ class Recurrent(nn.Module):
         cell: the cell.
         input_size: width I of the input.
         hidden_size: width H of every state.
-        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `torch.nn.LSTM`.
+        num_layers: layers, each over the output of the one before. Default 1.
+        bias: whether there are biases. Default True.
+        batch_first: whether batched tensors are [B, T, ...] rather than [T, B, ...]. The states stay
+            [layers*D, B, H]. Default False.
+        dropout: probability of zeroing an element between layers in training. Default 0.
+        bidirectional: whether a second direction runs from the end. Default False.
         initial: initial values of parameters of the cell, by name: a number, a tensor [H], or a function that fills a
             tensor, as those of `torch.nn.init` do. Those not named are uniform within 1 / sqrt(H), like all weights.
+        device, dtype: of the parameters. Default: torch's.
 
     Parameters: `weight_ih_l0` [G*H, I], `weight_hh_l0` [R*H, H] for the R gates with a recurrent part, `bias_ih_l0`
     [G*H], `bias_hh_l0` [R*H], and the cell's own, `name_l0` [H]; further layers `_l1`, the reverse direction
@@ -49,9 +62,9 @@ class Recurrent(nn.Module):
         bidirectional: bool = False,
         *,
         initial: Mapping[str, Initial] | None = None,
-        device=None,
-        dtype=None,
-    ):
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
             raise TypeError(f"Recurrent: expected a cell declared by rnnfast.cell, got {type(cell).__name__}")
@@ -127,7 +140,46 @@ class Recurrent(nn.Module):
             self.bias,
         )
 
-    def forward(self, input, hx=None, *, signals=None, lengths=None, resets=None, all_states=False):
+    @overload
+    def forward(
+        self, input: Tensor, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: Tensor | None = None, resets: Tensor | None = None, all_states: Literal[False] = False,
+    ) -> tuple[Tensor, FinalStates]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: Tensor, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: Tensor | None = None, resets: Tensor | None = None, all_states: Literal[True],
+    ) -> tuple[Tensor, FinalStates, tuple[Tensor, ...]]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: Tensor, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: Tensor | None = None, resets: Tensor | None = None, all_states: bool,
+    ) -> tuple[Tensor, FinalStates] | tuple[Tensor, FinalStates, tuple[Tensor, ...]]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: None = None, resets: Tensor | None = None, all_states: Literal[False] = False,
+    ) -> tuple[PackedSequence, FinalStates]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: None = None, resets: Tensor | None = None, all_states: Literal[True],
+    ) -> AllPacked: ...  # fmt: skip
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: InitialStates | None = None, *, signals: Mapping[str, Tensor] | None = None,
+        lengths: None = None, resets: Tensor | None = None, all_states: bool,
+    ) -> tuple[PackedSequence, FinalStates] | AllPacked: ...  # fmt: skip
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: InitialStates | None = None,
+        *,
+        signals: Mapping[str, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        all_states: bool = False,
+    ) -> Any:
         """Run the layers over `input`.
 
         Args:
@@ -149,10 +201,19 @@ class Recurrent(nn.Module):
             all_states=all_states,
         )  # fmt: skip
 
+    if TYPE_CHECKING:
+
+        @same_as(forward)
+        def __call__(self) -> None: ...
+
     def extra_repr(self) -> str:
         text = f"{self.cell.__name__}, {self.input_size}, {self.hidden_size}"
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        return text + "".join(f", {n}={getattr(self, n)}" for n, usual in defaults.items() if getattr(self, n) != usual)
+        return (
+            text
+            + "".join(f", {n}={getattr(self, n)}" for n, usual in defaults.items() if getattr(self, n) != usual)
+            + ", rnnfast"
+        )
 
 
 def recurrent(

@@ -1,6 +1,7 @@
 """`Stream`: one step at a time, with the state, the packed weights and every buffer kept from call to call."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Stream:
         TypeError: `module` is none of rnnfast's. ValueError: it is bidirectional, or its cell has signals.
     """
 
-    def __init__(self, module: Recurrent | Frozen | OfDeclaredCell, batch: int = 1):
+    def __init__(self, module: Recurrent | Frozen | OfDeclaredCell, batch: int = 1) -> None:
         if not isinstance(module, Recurrent | Frozen | OfDeclaredCell):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
         # Places of the states in the order of the cell's declaration.
@@ -54,10 +55,10 @@ class Stream:
         self.states: tuple[Tensor, ...] = ()  # [layers, B, P or H] each
         self.refresh()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "batch": self.batch, "states": self.states, "output": self.output}
 
-    def __setstate__(self, kept: dict) -> None:
+    def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__init__(kept["module"], kept["batch"])  # type: ignore[misc]
         self.states = kept["states"]
         self.refresh()
@@ -156,7 +157,7 @@ class Stream:
 
     @state.setter
     @torch.no_grad()
-    def state(self, hx) -> None:
+    def state(self, hx: Tensor | tuple[Tensor, ...]) -> None:
         """Set the state. All of it is checked before any of it changes.
 
         Raises:
@@ -179,7 +180,11 @@ class Stream:
 
     @torch.no_grad()
     def reset(self, rows: Tensor | None = None) -> None:
-        """Zero the state, of the rows that a bool tensor [B] marks or of all."""
+        """Zero the state.
+
+        Args:
+            rows: bool tensor [B], the rows to zero. Default: all.
+        """
         for own in self.states:
             if rows is None:
                 own.zero_()

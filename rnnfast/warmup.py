@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
-    mode, options = layer.training, {}
+    mode, options = layer.training, dict[str, Any]()
     if isinstance(layer, OfDeclaredCell):
         options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
     try:

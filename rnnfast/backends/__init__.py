@@ -7,7 +7,7 @@ Two more, `stack` and `compiled_layer`, are for calls of sizes that were seen be
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rnnfast.spec import Gradients, Layer, Needs, OutputTangents, Result, Signat
 
 __all__ = [
     "Backend",
+    "BackendName",
     "CompilingBackend",
     "Gradients",
     "Layer",
@@ -25,6 +26,10 @@ __all__ = [
     "SecondOrderBackend",
     "Weights",
 ]
+
+
+# What `rnnfast.use_backend` and RNNFAST_BACKEND take.
+BackendName = Literal["auto", "triton", "numba", "reference", "torch"]
 
 
 class NoMemoryError(RuntimeError):

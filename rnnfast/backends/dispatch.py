@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from rnnfast import _torch
-from rnnfast.backends import measured
+from rnnfast.backends import BackendName, measured
 
-BACKENDS = ("auto", "triton", "numba", "reference", "torch")
+BACKENDS = get_args(BackendName)
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
 MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
@@ -50,11 +50,15 @@ def default_setting() -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Run the block's layers on one backend: "auto", "triton", "numba", "reference" or "torch".
 
-    A named backend that cannot run a case raises RuntimeError; it never falls back in silence. The setting holds
+    A named backend that cannot run a case raises RuntimeError; it never falls back silently. The setting holds
     for the current thread or asyncio task.
+
+    Args:
+        name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, and torch's operators where
+            these cannot run the case or were measured slower; "reference" is the plain loop, which runs everything.
 
     Raises:
         ValueError: the name is none of the above.

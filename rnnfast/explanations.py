@@ -1,0 +1,189 @@
+"""What `explain` says: of one call of a layer or cell, and of every recurrent layer that a model's call runs."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import limits
+from rnnfast.accelerate import Finding, survey
+from rnnfast.backends import measured
+from rnnfast.backends.dispatch import Choice, choose, choose_step, load
+from rnnfast.cell_modules import Cell
+from rnnfast.frozen import Frozen
+from rnnfast.functional import Call
+from rnnfast.modules import Recurrent
+from rnnfast.recurrent import Recurrent as OfDeclaredCell
+
+OURS = (Recurrent, Cell, OfDeclaredCell, Frozen)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who runs a call. backend: its name. kernel: what it launches. reason: why this backend. Prints as one line.
+
+    milliseconds, fraction: where they were measured, the time of a call without gradients, and the share of the
+    machine's limit that it reaches: of the rate of a large product in this dtype, or of that of a copy of as many
+    bytes as the call reads and writes, whichever needs longer. Else None.
+    """
+
+    backend: str
+    kernel: str
+    reason: str
+    milliseconds: float | None = None
+    fraction: float | None = None
+
+    def __str__(self) -> str:
+        told = f"{self.backend}: {self.kernel} ({self.reason})"
+        if self.milliseconds is None or self.fraction is None:
+            return told
+        return f"{told}; {self.milliseconds:.3g} ms, {self.fraction:.0%} of the machine's limit"
+
+
+class LayerExplanation(NamedTuple):
+    """What runs one layer of a model. calls: how often it was called. explanation: of its first call, None without."""
+
+    name: str
+    type: str
+    calls: int
+    explanation: Explanation | None
+
+    def __str__(self) -> str:
+        often = f", {self.calls} calls" if self.calls > 1 else ""
+        return f"{self.name or 'the model itself'}: {self.type}{often}, {self.explanation or 'not called'}"
+
+
+class ModelExplanation(tuple[LayerExplanation, ...]):
+    """What runs each recurrent layer of a model. Prints as a line for each."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no recurrent layer"
+
+
+def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None, all_states=False) -> Explanation:
+    """Explain one call of a layer of rnnfast."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, Cell):
+        cell, projection = module.equations, 0
+        choice = choose_step(cell, data.device, data.dtype)
+    elif isinstance(module, OfDeclaredCell):
+        cell, projection = module.cell.identity, 0
+        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+    elif isinstance(module, Frozen):
+        return explain_frozen(module, data, resets is not None or all_states)
+    elif isinstance(module, Recurrent):
+        cell, projection = module.options().cell, module.proj_size
+        needs_ours = resets is not None or all_states
+        sizes = None if needs_ours or data is not input else sizes_of(module, input)
+        choice = choose(cell, data.device, data.dtype, needs_ours, sizes)
+    else:
+        raise TypeError(f"explain: expected a module of rnnfast, got {type(module).__name__}")
+    return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
+
+
+def sizes_of(module: Recurrent, input: Tensor) -> measured.Sizes | None:
+    """Return the sizes of a call without initial states."""
+    x = input if input.dim() == 3 else input[:, None]
+    if module.batch_first and input.dim() == 3:
+        x = x.transpose(0, 1)
+    return measured.sizes_of_call(Call(module.options(), x, (), module.weights()))
+
+
+def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanation:
+    """Explain a call of a frozen layer."""
+    cell, reason = module.options().cell, module.reason_for_plain(data)
+    if reason is None:
+        kernel = f"{cell} loop over packed {module.weights_format} weights"
+        return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
+    choice = choose(cell, data.device, torch.float32, needs_ours)
+    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
+    return Explanation(choice.backend, kernel, f"weights are made float32 again: {reason}")
+
+
+def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:
+    """Name what a backend launches."""
+    if choice.backend == "torch":
+        return f"torch.{cell}"
+    if choice.backend == "reference":
+        return f"plain loop over {cell}"
+    return load(choice.backend).describe(cell, hidden, projection, data.device, data.dtype)
+
+
+def is_ours(module: object) -> bool:
+    """Say whether a module is a layer or a cell of rnnfast."""
+    return isinstance(module, OURS)
+
+
+def with_limit(
+    module: Any, explanation: Explanation, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Explanation:
+    """Measure a call of a layer or cell, and say so."""
+    call = partial(module, *arguments, **keywords)
+    milliseconds, fraction = limits.measured(
+        call, input_of(arguments, keywords), weights_of(module), keywords.get("lengths")
+    )
+    return replace(explanation, milliseconds=milliseconds, fraction=fraction)
+
+
+def explain_model(
+    model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], measure: bool
+) -> ModelExplanation:
+    """Call a model once, and explain the first call of each of its recurrent layers and cells."""
+    findings = {each.name: each for each in survey(model)}
+    layers = {name: module for name, module in model.named_modules() if name in findings}
+    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {name: [] for name in layers}
+    explained: dict[str, Explanation] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in explained:
+            explained[name] = explain_called(module, findings[name], args, kwargs)
+        calls[name].append((args, kwargs) if measure and not calls[name] else ((), {}))
+
+    with buffers_kept(model), ExitStack() as hooks:
+        for name, module in layers.items():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+                hooks.callback(handle.remove)
+        model(*arguments, **keywords)
+    if measure:
+        explained = {n: with_limit(layers[n], each, *calls[n][0]) for n, each in explained.items()}
+    return ModelExplanation(
+        LayerExplanation(name, each.type, len(calls[name]), explained.get(name)) for name, each in findings.items()
+    )
+
+
+def explain_called(module: nn.Module, finding: Finding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
+    """Explain a call of a layer, torch's own among them."""
+    if not is_ours(module):
+        return Explanation("torch", f"torch.nn.{finding.type}", finding.reason)
+    return explain_layer(module, input_of(args, kwargs), kwargs.get("resets"), kwargs.get("all_states", False))
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of a layer's call; a subclass may call it something else."""
+    return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor | PackedSequence))
+
+
+def weights_of(module: Any) -> Iterable[Any]:
+    """Return what a layer multiplies with, and its biases."""
+    if isinstance(module, Frozen):
+        return module.like_weights()
+    return module.weights() if isinstance(module, Recurrent | OfDeclaredCell) else module.parameters()
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put a model's buffers, such as running means, and torch's random state back after a call."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
