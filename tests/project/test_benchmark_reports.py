@@ -210,8 +210,8 @@ def test_check_sees_other_numbers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(store, "RESULTS", results)
     (tmp_path / "docs").mkdir()
     front, tables = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    for page in (front, tables):
-        page.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
+    for file in (front, tables):
+        file.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
     assert readme.main(["--check"]) == 1
     assert "README.md, docs/benchmarks.md" in capsys.readouterr().err
     assert readme.main(["--write"]) == 0
@@ -219,11 +219,11 @@ def test_check_sees_other_numbers(monkeypatch, tmp_path, capsys):
     assert "In 12 cases from published models, rnnfast runs 8.0 to 8.0 times" in front.read_text()
     assert "| LSTM training, rnnfast | 2.00 | 2.00 |" in tables.read_text()
     assert "| LSTM training, rnnfast | 3.00 | 3.00 |" in tables.read_text()
-    for page, number, other in ((front, "8.0 times", "9.0 times"), (tables, "2.00", "9.00")):
-        page.write_text(page.read_text().replace(number, other))
+    for file, number, other in ((front, "8.0 times", "9.0 times"), (tables, "2.00", "9.00")):
+        file.write_text(file.read_text().replace(number, other))
         assert readme.main(["--check"]) == 1
         assert readme.main(["--write"]) == 0
-        assert number in page.read_text()
+        assert number in file.read_text()
     tables.write_text("no markers")
     assert readme.main(["--check"]) == 2
     assert f"docs/benchmarks.md lacks the markers\n{readme.BEGIN}" in capsys.readouterr().err
