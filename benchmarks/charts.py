@@ -18,6 +18,7 @@ DARK = LIGHT | {
     "paper": "#0d1117", "ink": "#e6edf3", "soft": "#9aa4af", "grid": "#30363d", "torch": "#9aa4af",
     "rnnfast": "#f0883e", "onnxruntime": "#58a6ff", "jax": "#3fb950", "torch-compile": "#db8fc8", "numpy": "#d2a93c",
 }  # fmt: skip
+OTHERS = ("rnnfast", "onnxruntime", "jax", "torch-compile", "numpy")
 FONT = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
@@ -26,9 +27,9 @@ def css(theme: dict[str, str]) -> str:
     return ";".join(f"--{name}:{colour}" for name, colour in theme.items())
 
 
-def colour(contender: str) -> str:
-    """The CSS variable of a contender; backends of ours share its colour."""
-    return f"var(--{contender if contender in LIGHT else 'rnnfast'})"
+def colour(name: str, place: int = 0) -> str:
+    """The CSS variable of a contender; of what is none, one by its place."""
+    return f"var(--{name if name in LIGHT else OTHERS[place % len(OTHERS)]})"
 
 
 class Line(NamedTuple):
@@ -98,7 +99,7 @@ def panel(title: str, unit: str, lines: Iterable[Line], x_name: str = "T", width
     ends = sorted(lines, key=lambda line: place_y(line.points[-1][1]))
     labels = spread_out([place_y(line.points[-1][1]) for line in ends], 13, top + 6, height - bottom)
     for line, label in zip(ends, labels, strict=True):
-        own = colour(line.name)
+        own = colour(line.name, lines.index(line))
         path = "L".join(f"{place_x(x):.1f} {place_y(y):.1f}" for x, y in line.points)
         thick = 2.4 if line.name.startswith("rnnfast") else 1.5
         parts.append(f'<path d="M{path}" fill="none" stroke="{own}" stroke-width="{thick}"/>')
@@ -117,6 +118,17 @@ def text(x: float, y: float, said: str, kind: str, anchor: str = "", colour: str
 def svg(width: int, height: int, inner: str, label: str) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     return f'{head} aria-label="{html.escape(label)}">{inner}</svg>'
+
+
+STYLE = (
+    f"text{{font:12px {FONT};fill:var(--ink)}}.t,.n{{font-weight:600}}.s{{font-size:11px;fill:var(--soft)}}"
+    ".g{stroke:var(--grid)}svg{width:22rem}"
+)
+
+
+def page_of(pictures: Iterable[str]) -> str:
+    """A plain page of pictures."""
+    return f"<!doctype html><style>body{{{css(LIGHT)}}}{STYLE}</style>{''.join(pictures)}\n"
 
 
 class Bar(NamedTuple):

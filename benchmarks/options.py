@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from benchmarks import questions, tuning
+from benchmarks import questions
 from benchmarks.cases import BYTES, CELLS, DECLARED, MODES, parse_sizes
 from benchmarks.contenders import BACKENDS, BASELINE, PEERS, Contender, by_backend, by_plan
 from benchmarks.questions import Limits, Question
@@ -119,7 +119,9 @@ def asked(arguments: argparse.Namespace) -> list[Question]:
     everything = questions.full(arguments.device)
     labels = choose("case", arguments.case, {case.label for question in everything for case in question.cases} - {""})
     for plan in arguments.plan:
-        tuning.parse(plan)
+        from benchmarks.contenders import ours
+
+        ours.parse_plan(plan)
     names = choose("question", arguments.question, [question.name for question in everything])
     if arguments.sizes:
         sizes = parse_sizes(arguments.sizes)

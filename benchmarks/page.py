@@ -5,7 +5,6 @@ python -m benchmarks.page FILE.json    write the page beside this file
 """
 
 import html
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from benchmarks import charts, report, store
 from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import BASELINE, OURS
+from benchmarks.elements import bar, heading, heat_map, speed_bars, table
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -62,31 +62,6 @@ def conditions(results: dict[str, Any]) -> str:
     if not results["complete"]:
         said.append("interrupted: what is shown was measured before")
     return ", ".join(said)
-
-
-def heading(title: str, said: str) -> str:
-    return f"<h2>{title}</h2><p>{said}</p>"
-
-
-def bar(name: str, detail: str, share: float, value: str, kind: str = "", mark: tuple[str, float] | None = None) -> str:
-    """One bar: share and the mark's place are fractions of the width."""
-    peer = f'<u class="{mark[0]}" style="left:{100 * mark[1]:.1f}%"></u>' if mark else ""
-    return (
-        f'<div class="bar"><div class="who"><b>{html.escape(name)}</b> <span>{html.escape(detail)}</span></div>'
-        f'<div class="track"><i class="{kind}" style="width:{100 * share:.1f}%"></i>{peer}</div>'
-        f'<div class="value">{value}</div></div>'
-    )
-
-
-def speed_bars(rows: list[charts.Bar], peer: str) -> str:
-    """Bars of speeds relative to torch.nn, the fastest first, with a line at 1 and a mark for the peer."""
-    most = max(max(row.value, row.peer or 0) for row in rows)
-    lines = [
-        bar(row.name, row.detail, row.value / most, charts.times(row.value) if row.verdict != "even" else "even",
-            row.verdict, (peer, row.peer / most) if row.peer else None)
-        for row in rows
-    ]  # fmt: skip
-    return f'<div class="bars" style="--one:{100 / most:.1f}%">{"".join(lines)}</div>'
 
 
 def speeds(records: Records, peer: str, name: Callable[[Case], str], detail: Callable[[Case], str]) -> list[charts.Bar]:
@@ -137,26 +112,6 @@ def heat_maps(results: dict[str, Any]) -> str:
     )
     maps = "".join(heat_map(f"{cell.upper()}, {MODE_TITLES[mode]}", sizes) for (cell, mode), sizes in found.items())
     return heading("Hidden size by batch", said) + f'<div class="maps">{maps}</div>'
-
-
-def heat_map(title: str, sizes: dict[tuple[int, int], tuple[float, str, float]]) -> str:
-    heights, widths = sorted({H for H, _ in sizes}), sorted({B for _, B in sizes})
-    lines = []
-    for H in heights:
-        cells = []
-        for B in widths:
-            if (H, B) not in sizes:
-                cells.append("<td>")
-                continue
-            ratio, verdict, noise = sizes[H, B]
-            share = min(80.0, 22 + 50 * abs(math.log(ratio)))
-            said = "even" if verdict == "even" else charts.times(ratio)
-            cells.append(
-                f'<td class="{verdict}" style="--p:{share:.0f}%" title="{ratio:.2f}, noise {noise:.0%}">{said}'
-            )
-        lines.append(f"<tr><th>H={H}{''.join(cells)}")
-    head = "".join(f"<th>B={B}" for B in widths)
-    return f'<table class="map"><caption>{title}</caption><tr><th>{head}{"".join(lines)}</table>'
 
 
 def lines_of(records: Records, cell: str, mode: str, value: str, names: Iterable[str]) -> list[charts.Line]:
@@ -234,7 +189,7 @@ def frozen(results: dict[str, Any]) -> str:
     found = {key: (geometric_mean(ratio for ratio, _ in each), max(e for _, e in each)) for key, each in groups.items()}
     most = max(mean for mean, _ in found.values())
     lines = [
-        bar(f"{cell.upper()}, {weights}", f"{name}, error at most {error:.0e}", mean / most, charts.times(mean),
+        bar(f"{cell.upper()}, {weights}", f"{name}, error {error:.0e}", mean / most, charts.times(mean),
             name.split(":")[0].replace("torch-int8", "torch"))
         for (cell, weights, name), (mean, error) in found.items()
     ]  # fmt: skip
@@ -251,10 +206,10 @@ def frozen(results: dict[str, Any]) -> str:
 def cells(results: dict[str, Any]) -> str:
     peer = "torch-compile"
     records = store.records_of(results, "cells")
-    rows = speeds(records, peer, lambda case: case.cell, lambda case: f"{MODE_TITLES[case.mode]}, {case.sizes}")
+    rows = speeds(records, peer, lambda case: case.cell, lambda case: f"{MODE_TITLES[case.mode]}, B={case.B}")
     said = (
         "Cells that torch.nn lacks, each declared in a few lines: times as fast as a loop over the steps in eager "
-        "torch. The mark is that loop under torch.compile."
+        "torch, T=100 I=128 H=128. The mark is that loop under torch.compile."
     )
     return heading("Cells of your own", said) + speed_bars(rows, peer) if rows else ""
 
@@ -302,23 +257,6 @@ def tables(results: dict[str, Any]) -> str:
             f'<details><summary>{title}</summary><p class="soft">{" ".join(said)}</p>{table(columns, rows)}</details>'
         )
     return "\n".join(parts)
-
-
-def table(columns: tuple[str, ...], rows: list[list[str]], sortable: bool = True) -> str:
-    """A table. Columns whose names begin with `_` hold words, left-aligned; a short row's last cell spans the rest."""
-    words = [name.startswith("_") for name in columns]
-    head = "".join(
-        f"<th{' class=w' if word else ''}>{html.escape(name.lstrip('_'))}"
-        for name, word in zip(columns, words, strict=True)
-    )
-    lines = []
-    for row in rows:
-        cells = [f"<td{' class=w' if word else ''}>{html.escape(cell)}" for cell, word in zip(row, words, strict=False)]
-        if len(row) < len(columns):
-            cells[-1] = f'<td class="w" colspan="{len(columns) - len(row) + 1}">{html.escape(row[-1])}'
-        lines.append(f"<tr>{''.join(cells)}")
-    kind = "data sort" if sortable else "data"
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}<tbody>{chr(10).join(lines)}</table></div>'
 
 
 def draw_pictures(results: dict[str, Any], folder: Path = IMAGES) -> list[Path]:

@@ -77,6 +77,6 @@ def by_backend(backend: str) -> Contender:
 
 
 def by_plan(plan: str) -> Contender:
-    """The Triton backend by a plan, see `benchmarks.tuning`; under the plan's own text."""
+    """The Triton backend by a plan, see `benchmarks.contenders.ours`; under the plan's own text."""
     options = {"backend": "triton", "plan": plan}
     return Contender(f"{OURS}:{plan}", "benchmarks.contenders.ours", ("rnnfast", "triton"), options=options)

@@ -14,7 +14,7 @@ import triton
 from conftest import INTERPRETED
 from triton.runtime import cache
 
-from benchmarks import gpu_cache
+from benchmarks.gpu import cache as gpu_cache
 
 if INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -25,7 +25,7 @@ import sys
 from triton import knobs
 from triton.runtime import cache
 cache.triton_key = lambda: sys.argv[1]
-from benchmarks import gpu_cache
+from benchmarks.gpu import cache as gpu_cache
 gpu_cache.pin()
 from rnnfast_kernels.gpu import aot, plan
 found = []

@@ -16,8 +16,10 @@ pytest.importorskip("triton")
 import fake_cuda
 from rnnfast_kernels.gpu import aot, plan
 
-from benchmarks import gpu, gpu_processes, gpu_report, options, tuning
+from benchmarks import options
 from benchmarks.contenders import ours
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import processes, report
 from rnnfast.backends import gpu_launch
 
 LOG = """
@@ -35,13 +37,13 @@ def repository(tmp_path, monkeypatch):
     """A folder with tests of its own in place of the repository."""
     (tmp_path / "tests").mkdir()
     shutil.copy(gpu.ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    monkeypatch.setattr(gpu_processes, "ROOT", tmp_path)
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_how_processes_ended_is_told(repository, monkeypatch):
     """They run side by side, and those that are not done when the time is over are ended, if need be by force."""
-    monkeypatch.setattr(gpu_processes, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 1)
     scripts = {
         "done": "pass",
         "no_tests": "raise SystemExit(5)",
@@ -54,7 +56,7 @@ def test_how_processes_ended_is_told(repository, monkeypatch):
         (repository / f"{name}.py").write_text(script)
 
     def states(names, seconds):
-        return gpu_processes.run_all([[name] for name in names], seconds, [repository / f"{n}.log" for n in names], {})
+        return processes.run_all([[name] for name in names], seconds, [repository / f"{n}.log" for n in names], {})
 
     start, (*quick, slow, deaf) = time.monotonic(), scripts
     assert states(quick, 60.0) == ["done", "done", "status 3", "ended by signal 9"]
@@ -66,9 +68,9 @@ def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
     log, junit = tmp_path / "log", tmp_path / "junit"
     log.write_text(LOG)
     cut_off = ({"passed": 1, "failed": 1}, False, ("tests/test_a.py::test_two FAILED [ 20%]",))
-    assert gpu_processes.read_tests(junit, log) == cut_off
+    assert processes.read_tests(junit, log) == cut_off
     junit.write_text(JUNIT)
-    assert gpu_processes.read_tests(junit, log) == (
+    assert processes.read_tests(junit, log) == (
         {"passed": 1, "failed": 1, "skipped": 1},
         True,
         ("tests.test_a::test_two",),
@@ -117,22 +119,15 @@ def test_a_refused_launch_is_an_error_in_the_benchmark(monkeypatch):
     assert len(contexts) == 3
 
 
-def test_what_went_wrong_in_the_benchmark_is_named(tmp_path):
-    rows = [{"contender": "torch", "status": "ok"}, {"contender": "rnnfast", "status": "wrong", "reason": "output"}]
-    (tmp_path / "results.json").write_text(json.dumps({"records": [{"case": {"label": "lstm-1024"}, "rows": rows}]}))
-    counts, failures = gpu.read_results(tmp_path / "results.json")
-    assert counts == "1 cases, 0 measurements, 1 wrong or crashed"
-    assert failures == ("lstm-1024 rnnfast: output",)
-    assert gpu.read_results(tmp_path / "none.json") == ("no results", ())
-
-
 def test_the_work_of_every_stage_exists():
     for _, stages in gpu.CALLS.values():
         for stage in stages:
             assert all(
                 list((gpu.ROOT / "tests").glob("{}/test_{}.py".format(*name.split("/")))) for name in stage.tests
             )
-            assert stage.tests or f"def {stage.name}(share" in (gpu.ROOT / "benchmarks" / "gpu_stages.py").read_text()
+            assert (
+                stage.tests or f"def {stage.name}(share" in (gpu.ROOT / "benchmarks" / "gpu" / "stages.py").read_text()
+            )
 
 
 @pytest.mark.parametrize("call", gpu.CALLS)
@@ -164,21 +159,21 @@ def row(stage, **more):
 
 
 def test_the_table_has_twenty_lines_whatever_there_is_to_say(tmp_path):
-    assert len(gpu_report.table([], [], tmp_path, "done")) <= 20  # nothing was measured
+    assert len(report.table([], [], tmp_path)) <= 20  # nothing was measured
     rows = [row("grid", H=H, cell=cell, B=B) for H in (64, 1024) for cell in ("lstm", "gru") for B in (1, 16)]
     rows += [row("grid", trouble="RuntimeError"), row("plans", predicted=1.0), row("smoke", ok=True)]
     rows += [row("probe", members=132, counter=1.0, polled=0.5, **{"polled, fence": 0.8}), row("grid")[:40]]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     stages, failures = [f"stage {n}" for n in range(9)], [f"failure {n}" for n in range(50)]
-    table = gpu_report.table(stages, failures, tmp_path, "done")
+    table = report.table(stages, failures, tmp_path)
     assert len(table) <= 20
     assert all(len(line) <= 150 for line in table)
     text = "\n".join(table)
     assert "lstm bfloat16 B=16, us a step by H (times torch): 64: 2.00 (3.0x), 1024: 2.00 (3.0x)" in text
     assert "exchange of 132 programs, us: counter 1.00, polled 0.50, polled, fence 0.80" in text
     assert "H200, torch 2.11, Triton 3.6.0" in table[-1]
-    gpu_report.draw(tmp_path)
-    assert (tmp_path / "gpu.png").stat().st_size > 1000
+    report.draw(tmp_path)
+    assert (tmp_path / "gpu.html").read_text().count("<svg") == 4
 
 
 @pytest.mark.long
@@ -194,7 +189,7 @@ def test_a_call_goes_through_over_a_device_that_is_not_there(call, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads((tmp_path / "stages.json").read_text())
     assert [(stage["stage"], stage["state"]) for stage in stages] == [(s.name, "done") for s in gpu.CALLS[call][1]]
-    rows = gpu_report.read(tmp_path)
+    rows = report.read(tmp_path)
     assert {each["stage"] for each in rows} == {s.name for s in gpu.CALLS[call][1] if not s.tests and s.name != "warm"}
     assert not [each for each in rows if "trouble" in each]
     for each in rows:
@@ -205,33 +200,31 @@ def test_a_call_goes_through_over_a_device_that_is_not_there(call, tmp_path):
             assert each["cudnn"] is False
     assert len(done.stdout.split("\n\n")[-1].splitlines()) <= 20
     assert len(list(tmp_path.iterdir())) <= 8
-    assert (tmp_path / "gpu.png").exists()
+    assert "<svg" in (tmp_path / "gpu.html").read_text()
 
 
 def test_a_plan_is_read_for_one_pass_or_both():
-    assert tuning.parse("rows=32, warps=8;backward:loop=streamed") == {
+    assert ours.parse_plan("rows=32, warps=8;backward:loop=streamed") == {
         "forward": {"rows": "32", "warps": "8"},
         "backward": {"rows": "32", "warps": "8", "loop": "streamed"},
     }
     for wrong in ("rows", "rows=many", "loop=spiral", "sideways:rows=3", ""):
         with pytest.raises(ValueError, match="plan"):
-            tuning.parse(wrong)
+            ours.parse_plan(wrong)
 
 
 def test_a_plan_from_the_command_line_rules_its_pass_alone():
     device = aot.TARGETS["sm_90"][1]
     forward, backward = (plan.Problem("lstm", 1024, 16, 1, "bfloat16", "ieee", way, device) for way in (False, True))
     own = plan.choose(backward)
-    with tuning.planned("forward:units=16"):
+    with ours.planned("forward:units=16"):
         assert plan.choose(forward).block_n == 16
         assert plan.choose(backward) == own
 
 
 def test_named_cases_and_plans_take_part(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = gpu.measure_words(
-        gpu.parser().parse_args(["--case", "lstm-256", "--plan", "units=16", "--plan", "warps=4"])
-    )
+    words = ["--device", "cuda", "--question", "marks", "--case", "lstm-256", "--plan", "units=16", "--plan", "warps=4"]
     arguments = options.parser().parse_args(["--backend", "triton", *words])
     (question,) = options.asked(arguments)
     assert [(case.H, case.mode) for case in question.cases] == [(256, "inference"), (256, "training")]

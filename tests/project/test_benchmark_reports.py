@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import charts, compare, page, questions, readme, report, store
+from benchmarks import charts, compare, elements, page, questions, readme, report, store
 from benchmarks.__main__ import main
 from benchmarks.cases import CELLS, Case, operations, traffic
 
@@ -140,7 +140,7 @@ def test_pictures_of_the_readme_are_those_of_the_stored_results(tmp_path):
 
 
 def test_a_heat_map_says_where_noise_decides():
-    shown = page.heat_map(
+    shown = elements.heat_map(
         "LSTM", {(16, 1): (2.0, "faster", 0.1), (16, 4): (1.05, "even", 0.2), (32, 4): (0.5, "slower", 0.1)}
     )
     assert shown.count("<td>") == 1  # not measured

@@ -1,6 +1,6 @@
 """The stages of `benchmarks.gpu` that run layers: each ends by itself in time, and keeps what it has after every row.
 
-    python3 -m benchmarks.gpu_stages STAGE [N/ALL]
+    python3 -m benchmarks.gpu.stages STAGE [N/ALL]
 
 smoke   every cell, loop and dtype beside torch.nn in float64 on the CPU
 probe   what the exchange between programs costs at least
@@ -29,13 +29,15 @@ import torch
 from rnnfast_kernels.gpu import plan, vary
 
 import rnnfast
-from benchmarks.gpu_device import DEVICE, STANDS_IN, elapsed, standing_in, synchronize
-from benchmarks.gpu_layers import (
+from benchmarks.gpu.layers import (
     CELLS,
+    DEVICE,
     SIZES,
+    STANDS_IN,
     attempt,
     counted,
     cudnn_runs,
+    elapsed,
     error,
     forward_of,
     in_time,
@@ -45,9 +47,11 @@ from benchmarks.gpu_layers import (
     plans_of,
     problem,
     random,
+    standing_in,
+    synchronize,
     training_of,
 )
-from benchmarks.gpu_probe import probe as probe_exchange
+from benchmarks.gpu.probe import probe as probe_exchange
 
 
 def compare(stage: str, cell: str, H: int, B: int, T: int, dtype: str) -> None:

@@ -12,18 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # What processes may take to end in order once they are told to, and again to be gone once they are killed.
 GRACE_SECONDS = 3
 
 
 def run_all(
-    commands: Sequence[Sequence[str]],
-    seconds: float,
-    logs: Sequence[Path],
-    environment: dict[str, str],
-    grace: float | None = None,
-):
+    commands: Sequence[Sequence[str]], seconds: float, logs: Sequence[Path], environment: dict[str, str]
+) -> list[str]:
     """Run Python modules side by side, with the repository on their path; say how each ended.
 
     At the end of their time they are asked to end, then they and all that they have started are killed. One that even
@@ -43,7 +39,7 @@ def run_all(
     wait_until(running, end)
     states = [ended(process) or f"stopped after {seconds:.0f} s" for process in running]
     tell(running, signal.SIGTERM)
-    wait_until(running, time.monotonic() + (GRACE_SECONDS if grace is None else grace))
+    wait_until(running, time.monotonic() + GRACE_SECONDS)
     # Also where it has ended: what it started may not have.
     for process in running:
         with contextlib.suppress(ProcessLookupError):

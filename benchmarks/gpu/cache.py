@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FOLDER = Path("/tmp/rnnfast-gpu-kernels")
 ARCHIVE = ROOT / "build" / "gpu" / "kernels.tar.gz"
 # In the environment of processes that are to look for them: the release of Triton that compiled the kernels.

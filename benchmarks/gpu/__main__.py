@@ -4,13 +4,13 @@
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu second    at most 200 s: more tests, and what was not measured yet
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu fill      without a GPU: compile what the calls want, to travel along
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu first --device tiny    without a GPU: go through all of it
-    PYTHONPATH=.:kernels python3 -m benchmarks.gpu --case lstm-1024 --plan eager=0 --plan forward:warps=8
 
-With --case only these cases are measured, by the Triton backend's own plan and by every plan given, see
-`benchmarks.tuning`; `--list` names the cases. Each stage runs in processes of its own and ends in time, so that one
-that fails, crashes or hangs leaves the others theirs. Results go to $OUT, by default benchmarks/results/gpu/:
-rows.jsonl, every row as it was measured; log.txt and tests.txt, what was said; a picture. A table of twenty lines comes
-last; the exit status is 0 where every stage was done without a failure.
+Each stage runs in processes of its own and ends in time, so that one that fails, crashes or hangs leaves the others
+theirs. Results go to $OUT, by default benchmarks/results/gpu/: rows.jsonl, every row as it was measured; log.txt and
+tests.txt, what was said; gpu.html, pictures. A table of twenty lines comes last; the exit status is 0 where every
+stage was done without a failure. A single case, and by a plan:
+
+    python -m benchmarks --device cuda --question marks --case lstm-1024 --backend triton --plan forward:warps=8
 """
 
 import argparse
@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,18 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import gpu_cache, gpu_report
-from benchmarks.gpu_processes import GRACE_SECONDS, ROOT, read_tests, run_all
+from benchmarks.gpu import cache, report
+from benchmarks.gpu.processes import GRACE_SECONDS, ROOT, read_tests, run_all
 
-# Kept back for the picture and the table.
+# Kept back for the table and the pictures.
 LAST_SECONDS = 20
 # Most processes that share a stage, and the device: most of their time is compilation on the host.
 PROCESSES = 14
 # How much longer stages may take where they only are gone through.
 SLOWER = 10
-# What the benchmark may take to draw what it has.
-DRAWING_SECONDS = 20
-MEASURE = ("benchmarks", "--backend", "triton")
 # The device tests that come first: all that a barrier which waits forever would show.
 STREAMS = "two_grids or captured or inside_a_capture or current_stream"
 
@@ -110,7 +106,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
         commands = []
         for n, junit in enumerate(junits):
             share = f"{n}/{processes}"
-            ours = ["benchmarks.gpu_stages", stage.name, share]
+            ours = ["benchmarks.gpu.stages", stage.name, share]
             commands.append(pytest_words(stage, share, junit, environment) if stage.tests else ours)
         states = run_all(commands, seconds, logs, environment)
         said = "".join(log.read_text(errors="replace") for log in logs)
@@ -140,7 +136,7 @@ def kernels(said: str) -> str:
 
 def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, str]) -> list[str]:
     words = ["pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=30", "--tb=short"]
-    words += ["-p", "benchmarks.gpu_cache"] if gpu_cache.RELEASE in environment else []
+    words += ["-p", "benchmarks.gpu.cache"] if cache.RELEASE in environment else []
     # The machine's packages are of other versions, which may deprecate what ours do not; a launch that the device
     # refuses is no such thing.
     words += ["-W", "default", "-W", "error:the device refused:RuntimeWarning", "-o", "faulthandler_timeout=30"]
@@ -151,39 +147,9 @@ def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, s
     return [*words, *("tests/{}/test_{}.py".format(*name.split("/")) for name in stage.tests)]
 
 
-def read_results(path: Path) -> tuple[str, tuple[str, ...]]:
-    """How many rows of the benchmark ended how, and those that went wrong."""
-    if not path.exists():
-        return "no results", ()
-    records = json.loads(path.read_text())["records"]
-    rows = [(record["case"], row) for record in records for row in record["rows"] if row["contender"] != "torch"]
-    wrong = [(case, row) for case, row in rows if row["status"] in ("wrong", "crashed")]
-    names = tuple(f"{case.get('label') or case} {row['contender']}: {row['reason']}" for case, row in wrong)
-    good = sum(row["status"] == "ok" for _, row in rows)
-    return f"{len(records)} cases, {good} measurements, {len(wrong)} wrong or crashed", names
-
-
-def run_cases(arguments: argparse.Namespace, out: Path) -> Outcome:
-    """Run the benchmark on named cases; it stores each as it is measured, and draws what it has when told to end."""
-    start, log = time.monotonic(), out / "log.txt"
-    command = [*MEASURE, "--out", str(out), *measure_words(arguments)]
-    (state,) = run_all([command], arguments.seconds or 500, [log], {}, DRAWING_SECONDS)
-    print(log.read_text(errors="replace"))
-    return Outcome("cases", state, time.monotonic() - start, *read_results(out / "results.json"))
-
-
-def measure_words(arguments: argparse.Namespace) -> list[str]:
-    """What the benchmark is asked, besides the folder of its results."""
-    plans = [word for plan in arguments.plan for word in ("--plan", plan)]
-    return ["--device", "cuda", "--case", arguments.case, "--question", "marks", *plans]
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     p.add_argument("call", nargs="?", choices=(*CALLS, "fill"), default="first", help="default %(default)s")
-    p.add_argument("--case", metavar="LABELS", help="measure only these cases, separated by commas")
-    p.add_argument("--plan", metavar="PLAN", action="append", default=[], help="and by this plan; may be given again")
-    p.add_argument("--list", action="store_true", help="name the cases and end")
     p.add_argument("--stages", metavar="NAMES", help="only these, separated by commas")
     p.add_argument("--seconds", type=float, help="for everything")
     p.add_argument("--done", metavar="FILE", help="rows of an earlier call, which are not measured again")
@@ -221,56 +187,40 @@ def fill(wanted: Sequence[str]) -> int:
     """Compile for the calls, without a GPU, and pack what was compiled."""
     import triton
 
-    environment = {**gpu_cache.environment(triton.__version__), "STANDS_IN": "fill"}
+    environment = {**cache.environment(triton.__version__), "STANDS_IN": "fill"}
     with tempfile.TemporaryDirectory() as out:
         stages = [stage for stage in FILL if not wanted or stage.name in wanted]
         outcomes = call(stages, 4 * 3600, Path(out), environment, {})
-    kernels = gpu_cache.pack(triton.__version__)
-    size = gpu_cache.ARCHIVE.stat().st_size / 2**20
-    print(f"{kernels} kernels by Triton {triton.__version__} in {gpu_cache.ARCHIVE}, {size:.1f} MiB")
+    kernels = cache.pack(triton.__version__)
+    size = cache.ARCHIVE.stat().st_size / 2**20
+    print(f"{kernels} kernels by Triton {triton.__version__} in {cache.ARCHIVE}, {size:.1f} MiB")
     return 0 if all(o.state == "done" for o in outcomes) else 1
 
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(given)
-    if arguments.list:
-        words = ["-m", "benchmarks", "--device", "cuda", "--question", "marks", "--list"]
-        return subprocess.call([sys.executable, *words])
     wanted = arguments.stages.split(",") if arguments.stages else []
     if arguments.call == "fill":
         return fill(wanted)
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu").absolute()
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.case:
-        outcomes = [run_cases(arguments, out)]
-    else:
-        seconds, stages = CALLS[arguments.call]
-        done = Path(arguments.done).resolve() if arguments.done else None
-        for name in ("rows.jsonl", "log.txt", "tests.txt"):
-            if (out / name).resolve() != done:
-                (out / name).unlink(missing_ok=True)
-        environment, tests = gpu_cache.environment(gpu_cache.unpack()), {}
-        if done:
-            environment["DONE"] = str(done)
-        if arguments.device == "tiny":
-            seconds, stages, tests = SLOWER * seconds, tuple(map(rehearsed, stages)), {"TRITON_INTERPRET": "1"}
-            environment["STANDS_IN"] = "tiny"
-        stages = tuple(stage for stage in stages if not wanted or stage.name in wanted)
-        outcomes = call(stages, arguments.seconds or seconds, out, environment, tests)
-    drawn = draw(out)
-    print(
-        "\n".join(gpu_report.table([line(o) for o in outcomes], [f for o in outcomes for f in o.failures], out, drawn))
-    )
+    seconds, stages = CALLS[arguments.call]
+    done = Path(arguments.done).resolve() if arguments.done else None
+    for name in ("rows.jsonl", "log.txt", "tests.txt"):
+        if (out / name).resolve() != done:
+            (out / name).unlink(missing_ok=True)
+    environment, tests = cache.environment(cache.unpack()), {}
+    if done:
+        environment["DONE"] = str(done)
+    if arguments.device == "tiny":
+        seconds, stages, tests = SLOWER * seconds, tuple(map(rehearsed, stages)), {"TRITON_INTERPRET": "1"}
+        environment["STANDS_IN"] = "tiny"
+    stages = tuple(stage for stage in stages if not wanted or stage.name in wanted)
+    outcomes = call(stages, arguments.seconds or seconds, out, environment, tests)
+    failures = [failure for o in outcomes for failure in o.failures]
+    print("\n".join(report.table([line(o) for o in outcomes], failures, out)), flush=True)
+    report.draw(out)
     return 0 if all(o.state == "done" and not o.failures for o in outcomes) else 1
-
-
-def draw(out: Path) -> str:
-    """Draw in a process of its own, which may not end or not find what it draws with."""
-    log = out / "log-picture.txt"
-    (state,) = run_all([["benchmarks.gpu_report", str(out)]], LAST_SECONDS - 2 * GRACE_SECONDS, [log], {})
-    if state == "done":
-        log.unlink()
-    return state
 
 
 if __name__ == "__main__":

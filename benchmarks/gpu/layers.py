@@ -1,14 +1,20 @@
-"""What the stages of `benchmarks.gpu_stages` measure and with what: layers, runs, rows."""
+"""What the stages of `benchmarks.gpu.stages` measure and with what: the device, layers, runs, rows.
 
+$STANDS_IN is empty on a machine with a GPU. `tiny` goes through every stage, with sizes of no interest, to find
+mistakes in them; `fill` compiles what the stages will want. Then Triton's own driver runs over a libcuda of the tests.
+"""
+
+import functools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -17,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import rnnfast
-from benchmarks import gpu_cache
-from benchmarks.gpu_device import DEVICE, STANDS_IN, elapsed
+from benchmarks.gpu import cache
 from benchmarks.machine import commit
 from rnnfast.backends import gpu_launch, gpu_products
 
-PINNED = gpu_cache.pin()
+STANDS_IN = os.environ.get("STANDS_IN", "")
+DEVICE = "cpu" if STANDS_IN else "cuda"
+PINNED = cache.pin()
 CELLS = {"lstm": ("LSTM", "lstm"), "gru": ("GRU", "gru"), "rnn": ("RNN", "rnn_tanh")}
 
 
@@ -48,7 +55,55 @@ TINY = Sizes((32, 24), (2, 1), ("bfloat16", "float32"), 4, (3, 5), (32,), (32,),
 SIZES = {"": FULL, "fill": FULL, "tiny": TINY}[STANDS_IN]
 
 
-@cache
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """The milliseconds that a run takes on the device."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Run the Triton backend on CPU tensors by the plans of an H200 and with the kernels that it gets there.
+
+    What kernels would write stays as it was allocated, and products between their steps, which the CPU has not, are
+    left out.
+    """
+    sys.path.append(str(Path(__file__).parent.parent.parent / "tests"))
+    from fake_cuda import fake_cuda
+
+    from rnnfast.backends import gpu, gpu_launch, gpu_products
+
+    describe = gpu_launch.make_problem
+
+    def make_problem(recurrence, like, backward):
+        tf32 = like.dtype == torch.float32 and gpu_products.tf32_wanted()
+        return replace(describe(recurrence, like, backward), precision="tf32" if tf32 else "ieee")
+
+    torch.set_num_threads(1)
+    with (
+        fake_cuda(None),
+        patch.object(gpu, "unsupported", lambda *_: None),
+        patch.object(gpu_launch, "make_problem", make_problem),
+        patch.object(gpu_launch, "operand_dtype", lambda like: like.dtype),
+        patch.object(gpu_launch, "multiply", lambda *_: None),
+    ):
+        yield
+
+
+@functools.cache
 def facts() -> dict:
     """What every row says of where it was measured."""
     real = DEVICE == "cuda"
