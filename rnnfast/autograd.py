@@ -186,6 +186,7 @@ class LayerFunction(torch.autograd.Function):
         return None, *(g if want else None for g, want in zip(results, wanted, strict=True))
 
     @staticmethod
+    @takes_batched_gradients
     def jvp(ctx, *tangents):
         form = ctx.spec.form
         tensors = (*ctx.saved_tensors, *tangents[1:])
@@ -310,6 +311,7 @@ class LayerBackward(torch.autograd.Function):
         return (None,) * 3 + tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
     @staticmethod
+    @takes_batched_gradients
     def jvp(ctx, *tangents):
         form = ctx.constants[0].form
         given, incoming = tangents[3 : 3 + form.differentiable], tangents[-2 * form.states :]

@@ -51,8 +51,8 @@ class Cell(nn.RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         if hx is not None and not batched:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        self.check_sizes(x, hx or ())
         present = [self.weight_ih, self.weight_hh]
+        self.check_sizes(x, hx or (), present)
         b_ih, b_hh = self.bias_ih, self.bias_hh
         if b_ih is not None and b_hh is not None:
             present += [b_ih, b_hh]
@@ -76,7 +76,7 @@ class Cell(nn.RNNCellBase):
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 
-    def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...]) -> None:
+    def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """Refuse, as torch does, sizes and dtypes that do not fit together: sizes first."""
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
@@ -87,8 +87,12 @@ class Cell(nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
                 )
-        if x.dtype != self.weight_ih.dtype and not _torch.is_any_autocast_enabled():
-            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {self.weight_ih.dtype}")
+        for n, weight in enumerate(weights):
+            if not isinstance(weight, Tensor):
+                what, got = f"'{('w_ih', 'w_hh')[n]}' (position {3 + n})", type(weight).__name__
+                raise TypeError(f"{self.equations}_cell(): argument {what} must be Tensor, not {got}")
+        if x.dtype != weights[0].dtype and not _torch.is_any_autocast_enabled():
+            raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {weights[0].dtype}")
 
 
 class RNNCell(Cell, nn.RNNCell):
@@ -183,7 +187,7 @@ class LSTMCell(Cell, nn.LSTMCell):
         """
         if isinstance(input, Proxy):
             return leaf(self, (input,) if hx is None else (input, hx))
-        if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list, Tensor))):
+        if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list))):
             return super().forward(input, hx)
         if hx is not None:
             several_states("lstm_cell", hx, 2)

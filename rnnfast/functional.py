@@ -159,6 +159,7 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states, signal
     data, batch_sizes, order, inverse = packed
     batch = int(batch_sizes[0])
     hx = validate.hidden(options, hx, None)
+    validate.are_tensors(weights, 3)
     validate.sizes(options, data, batch, hx, weights)
     resets = validate.resets(options, resets, len(batch_sizes), batch)
     hx = initial_states(options, hx, data, batch, weights)
@@ -290,7 +291,7 @@ def _public(cell: str, name: str, equation: str) -> Any:
         resets: Tensor | None = None,
         all_states: bool = False,
     ) -> Any:
-        present = validate.weights_present(cell, len(weights), num_layers * (1 + bidirectional))
+        present = validate.weights_present(cell, weights, num_layers * (1 + bidirectional))
         options = Options(cell, num_layers, bidirectional, batch_first, dropout, training, recompute, *present)
         return recurrent(options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states)
 

@@ -197,7 +197,7 @@ def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tens
         state = tuple(s if g is None else s + g[t] for s, g in zip(state, dstates, strict=True))
         hidden = state if at.weights.w_hr is None else (state[0] @ at.weights.w_hr, *state[1:])
         parts = (at.by_recurrent[t] * torch.stack(hidden, 1)[:, :, None]).sum(1)  # [B, G+K, H]
-        u = parts[:, : at.gates].flatten(1)
+        u = parts[:, : at.gates].reshape(at.u_gates.shape[1:])
         steps[t] = (*state, u)
         direct = list(parts[:, at.gates :].unbind(1))
         through_u = u @ at.weights.w_hh
@@ -213,7 +213,8 @@ def adjoint(at: Linear, dstates: Sequence[Tensor | None], dfinals: Sequence[Tens
 
 def split_gates(tensor: Tensor, gates: int) -> Tensor:
     """View [*, G*H] as [*, 1, G, H]."""
-    return tensor.unflatten(-1, (gates, -1)).unsqueeze(-3)
+    # Not by `unflatten`, which the vmap of torch.autograd.functional does not know.
+    return tensor.reshape(*tensor.shape[:-1], 1, gates, tensor.shape[-1] // gates)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

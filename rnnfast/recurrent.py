@@ -72,11 +72,7 @@ class Recurrent(nn.Module):
             raise ValueError(
                 f"Recurrent: the cell {cell.__name__} has no gates, so its layers would not read their input"
             )
-        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout!r}")
+        validate.constants(input_size, hidden_size, num_layers, bias, batch_first, dropout)
         unknown = set(initial or ()) - set(cell.parameters)
         if unknown:
             raise ValueError(f"initial: {', '.join(sorted(unknown))} is not a parameter of the cell {cell.__name__}")

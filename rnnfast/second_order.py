@@ -89,8 +89,10 @@ def hvp(
         by_states.append([states for states, _ in pairs])
         by_tensors.append((x, [initial for _, initial in pairs], weights))
     through_time = backward(tuple(padding.unpad(torch.stack(parts, 2)) for parts in zip(*by_states, strict=True)))
-    by_input = torch.stack([x for x, _, _ in by_tensors], -2).unflatten(-2, (layer.inputs, -1)).sum(-2)
-    x = padding.unpad(by_input.flatten(-2))
+    by_input = torch.stack([x for x, _, _ in by_tensors], -2)  # [T, B, D, I]
+    steps, batch, directions, width = by_input.shape
+    by_input = by_input.reshape(steps, batch, layer.inputs, directions // layer.inputs, width).sum(-2)
+    x = padding.unpad(by_input.reshape(steps, batch, layer.inputs * width))
     hx = [torch.stack(parts) for parts in zip(*(initial for _, initial, _ in by_tensors), strict=True)]
     here = [x, *hx, *(w for _, _, weights in by_tensors for w in weights)]
     return [a + b for a, b in zip(through_time, here, strict=True)], padding.join(of_states)
@@ -115,7 +117,7 @@ def hvp_steps(
         total(outer(curved_u, at.entering[0]), outer(by_u, dentering[0])),
     ]
     if at.weights.b_ih is not None:
-        weights += [curved_x.flatten(0, 1).sum(0), curved_u.flatten(0, 1).sum(0)]
+        weights += [as_rows(curved_x).sum(0), as_rows(curved_u).sum(0)]
     if at.weights.w_hr is not None:
         weights.append(outer(flows.states[0], along.hidden))
     return x, entering, weights
@@ -147,7 +149,7 @@ def hvp_gates(cell: str, at: Linear, flows: Adjoint, along: Tangent, dentering: 
 
 def gradient_by_x(at: Linear, flows: Adjoint) -> Tensor:
     """Return the gradient by the input parts of the gates, [T, B, G*H], where it is not that by the recurrent parts."""
-    return (at.by_x * torch.stack(flows.states, -2).unsqueeze(-2)).sum(-3).flatten(-2)
+    return (at.by_x * torch.stack(flows.states, -2).unsqueeze(-2)).sum(-3).reshape(at.x_gates.shape)
 
 
 def product(gates: Tensor, weight: Tensor | None) -> Tensor | None:
@@ -157,7 +159,12 @@ def product(gates: Tensor, weight: Tensor | None) -> Tensor | None:
 
 def outer(gates: Tensor, tensor: Tensor | None) -> Tensor | None:
     """Sum the outer products of all rows, [T, B, M] and [T, B, N] to [M, N]."""
-    return None if tensor is None else gates.flatten(0, 1).T @ tensor.flatten(0, 1)
+    return None if tensor is None else as_rows(gates).T @ as_rows(tensor)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """View [T, B, N] as [T*B, N]; not by `flatten`, which the vmap of torch.autograd.functional does not know."""
+    return tensor.reshape(tensor.shape[0] * tensor.shape[1], tensor.shape[2])
 
 
 def pick(tensor: Tensor | None, index) -> Tensor | None:

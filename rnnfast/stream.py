@@ -39,7 +39,8 @@ class Stream:
         batch: rows B of each step. Default 1.
 
     Raises:
-        TypeError: `module` is none of rnnfast's. ValueError: it is bidirectional, or its cell has signals.
+        TypeError: `module` is none of rnnfast's.
+        ValueError: it is bidirectional, or its cell has signals; or `batch` is no positive integer.
     """
 
     def __init__(self, module: Recurrent | Frozen | OfDeclaredCell, batch: int = 1) -> None:
@@ -51,6 +52,8 @@ class Stream:
             if module.cell.signals:
                 raise ValueError(f"Stream: expected a cell without signals, got {module.cell.__name__}")
             self.places = tuple(module.cell.order.index(n) for n in range(len(module.cell.order)))
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"Stream: expected batch to be a positive integer, got {batch!r}")
         self.module, self.batch = module, batch
         self.states: tuple[Tensor, ...] = ()  # [layers, B, P or H] each
         self.refresh()
@@ -81,7 +84,9 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             options = self.module.options()._replace(batch_first=False, training=False)
             frozen = self.module if isinstance(self.module, Frozen) else None
-            weights = frozen.like_weights() if frozen else [as_own(w) for w in self.module.weights()]
+            weights = frozen.like_weights() if frozen else self.module.weights()
+            validate.are_tensors(weights)
+            weights = weights if frozen else [as_own(weight) for weight in weights]
             like = weights[0]
             x = torch.zeros(1, self.batch, like.shape[-1], dtype=like.dtype, device=like.device)
             validate.sizes(options, x, self.batch, None, weights)
@@ -163,7 +168,9 @@ class Stream:
         Raises:
             TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's.
         """
-        given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if not isinstance(hx, Tensor | tuple | list):
+            raise TypeError(f"Stream: expected a state of type Tensor, got {type(hx).__name__}")
+        given = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
         if len(given) != len(self.states):
             raise ValueError(f"Stream: expected {len(self.states)} state tensor(s), got {len(given)}")
         for own, new in zip(self.in_order, given, strict=True):
@@ -184,7 +191,16 @@ class Stream:
 
         Args:
             rows: bool tensor [B], the rows to zero. Default: all.
+
+        Raises:
+            TypeError, ValueError: `rows` is something else, or has another shape.
         """
+        if rows is not None:
+            if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+                got = f"dtype {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+                raise TypeError(f"Stream: expected rows to be a bool tensor, got {got}")
+            if rows.shape != (self.batch,):
+                raise ValueError(f"Stream: expected rows of shape [{self.batch}], got {list(rows.shape)}")
         for own in self.states:
             if rows is None:
                 own.zero_()

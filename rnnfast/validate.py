@@ -1,5 +1,6 @@
 """Every check of a user's arguments, in torch's words where torch makes the same check."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,25 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def module_name(options) -> str:
     """Return the name of torch's module for a cell."""
     return {"lstm": "LSTM", "gru": "GRU"}.get(options.cell, "RNN")
+
+
+def constants(input_size, hidden_size, num_layers, bias, batch_first, dropout) -> None:
+    """Check the arguments of a layer's constructor."""
+    if not 0 <= float(dropout) <= 1 or not isinstance(dropout, numbers.Number) or isinstance(dropout, bool):
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+        )
+    for name, value, kind in (
+        ("bias", bias, bool),
+        ("batch_first", batch_first, bool),
+        ("input_size", input_size, int),
+        ("hidden_size", hidden_size, int),
+        ("num_layers", num_layers, int),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} should be of type {kind.__name__}, got: {type(value).__name__}")
+        if kind is int and value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
 
 
 def input_is_batched(options, input: Tensor) -> bool:
@@ -40,8 +60,17 @@ def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
     several_states(options.cell, hx, count)
     states = tuple(states)
     if batched is None:
+        if count > 1:
+            are_tensors(states)
         return states
     return states if batched else tuple(s.unsqueeze(1) for s in states)
+
+
+def are_tensors(given: Sequence[object], argument: int = 2) -> None:
+    """Refuse, as torch does, what is no tensor in a list of states or weights. Shapes may stand for tensors."""
+    for n, each in enumerate(given):
+        if not hasattr(each, "dtype"):
+            raise TypeError(f"expected Tensor as element {n} in argument {argument}, but got {type(each).__name__}")
 
 
 def several_states(name: str, hx, count: int) -> None:
@@ -65,6 +94,8 @@ def wrong_hidden_dims(states: Sequence[Tensor], batched: bool) -> str:
 
 def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor]) -> None:
     """Check the dtype and width of a time-major input and the shapes of the initial states against the weights."""
+    if len(weights) == 0:
+        raise ValueError("num_layers must be greater than zero")
     w_ih = weights[0]
     if x.dtype != w_ih.dtype and not _torch.is_any_autocast_enabled():
         raise ValueError(
@@ -73,12 +104,13 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
         )
     if x.shape[-1] != w_ih.shape[-1]:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[-1]}, got {x.shape[-1]}")
+    are_tensors(weights)
     rows = options.num_layers * options.directions
     widths = (options.width(weights), options.hidden(weights))
     states = hx or ()
     for n, state in enumerate(states):
         expected = (rows, batch, widths[min(n, 1)])
-        if state.shape != expected:
+        if state.size() != expected:
             what = f"hidden[{n}]" if len(states) > 1 else "hidden"
             raise RuntimeError(f"Expected {what} size {expected}, got {list(state.shape)}")
         if state.dtype != x.dtype and not _torch.is_any_autocast_enabled():
@@ -96,8 +128,17 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
     weight_shapes(options, weights)
 
 
-def weights_present(cell: str, count: int, places: int) -> tuple[bool, bool]:
+def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[bool, bool]:
     """Say whether a flat list of weights has biases, and a projection. places: layers times directions."""
+    if not hasattr(weights, "__len__"):
+        raise TypeError(f"weights: expected a list of tensors, got {type(weights).__name__}")
+    if not isinstance(places, int):
+        raise TypeError("num_layers should be of type int")
+    if places < 1:
+        raise ValueError("num_layers must be greater than zero")
+    count = len(weights)
+    if count and not isinstance(weights[0], Tensor):
+        are_tensors(weights)
     each = count // places
     if each * places != count or each not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         expected = "2 to 5" if cell == "lstm" else "2 or 4"

@@ -24,10 +24,10 @@ from rnnfast.spec import Form, Layer, Needs, Weights, flatten, restore
 
 
 def takes_batched_gradients(backward: Callable) -> Callable:
-    """Let a Function's `backward` take what `torch.autograd.grad(..., is_grads_batched=True)` hands it.
+    """Let a Function's `backward` or `jvp` take what `torch.autograd.functional` hands it with `vectorize=True`.
 
     Those tensors belong to an older kind of vmap, which knows no rules for operators like ours: they are handed on as
-    those of `torch.func.vmap`.
+    those of `torch.func.vmap`. `torch.autograd.grad(..., is_grads_batched=True)` makes them too.
     """
 
     @wraps(backward)
@@ -40,9 +40,12 @@ def takes_batched_gradients(backward: Callable) -> Callable:
         level = _torch.enter_batches() - 1
         _torch.leave_batches()
         found: list[int] = []
+        total = 0
 
         def those_that_there_are(*grads):
+            nonlocal total
             results = backward(ctx, *grads)
+            total = len(results)
             found[:] = [n for n, result in enumerate(results) if result is not None]
             return tuple(results[n] for n in found)
 
@@ -52,8 +55,10 @@ def takes_batched_gradients(backward: Callable) -> Callable:
             for grad, dim in zip(grads, dims, strict=True)
         ]
         results = torch.func.vmap(those_that_there_are, dims)(*members)
-        batched = {n: _torch.add_batch_dim(result, 0, level) for n, result in zip(found, results, strict=True)}
-        return tuple(batched.get(n) for n in range(len(ctx.needs_input_grad)))
+        batched = {
+            n: _torch.add_batch_dim(result.contiguous(), 0, level) for n, result in zip(found, results, strict=True)
+        }
+        return tuple(batched.get(n) for n in range(total))
 
     return mapped
 

@@ -24,7 +24,13 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
         training: whether to prepare backward as well. Default True.
         verbose: whether to print what is compiled, which takes seconds, and how long it took. (The logger "rnnfast"
             tells that at level INFO in any case.) Default False.
+
+    Raises:
+        TypeError: one of `modules` is no torch.nn.Module.
     """
+    for each in modules:
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"warmup: expected a torch.nn.Module, got {type(each).__name__}")
     kinds = Recurrent, OfDeclaredCell
     found = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
     with log_on_screen() if verbose else nullcontext():
