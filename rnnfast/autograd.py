@@ -69,10 +69,10 @@ def by_plain_loop(layer: Layer) -> tuple[States, States]:
     Raises:
         RuntimeError: kernels were asked for by name.
     """
-    if setting() == "numba":
+    if setting() in ("numba", "triton"):
         raise RuntimeError(
-            "the 'numba' backend cannot run this: it has no kernels for forward mode and torch.func transforms of "
-            f"cells of other forms than torch's, such as {layer.cell}"
+            f"the {setting()!r} backend cannot run this: it has no kernels for forward mode and torch.func transforms "
+            f"of cells of other forms than torch's, such as {layer.cell}"
         )
     return reference.run(layer)
 

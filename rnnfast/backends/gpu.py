@@ -1,7 +1,7 @@
 """The Triton backend: allocates, does the large matrix products with torch, and launches the time loops.
 
-Dimensions: T steps, B batch rows, I input width, H hidden units, P projection width, G gates, S states, D directions,
-R rows of all steps together (T * B where the input is not packed).
+Dimensions: T steps, B batch rows, I input width, H hidden units, P projection width, G gates, C gates with a
+recurrent part, S states, D directions, R rows of all steps together (T * B where the input is not packed).
 
 A projection never enters the time loop. `W_hh (W_hr m)` is `(W_hh W_hr) m`, so the loop runs over the unprojected
 output m with the product of the two weights, and the projected states are one large matrix product behind it. The
@@ -36,13 +36,17 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it computes in float32, float64, bfloat16 and float16, not {dtype}"
     if cell not in CELLS:
         return f"it has no cell {cell!r}"
-    return None if CELLS[cell].standard else "it has no kernels for cells of this form"
+    row = CELLS[cell]
+    if any(node.op == "number" for node in row.traced.new_state):
+        return "it has no kernels for cells with a state that is a number"
+    return None
 
 
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name the loops of a layer with 16 batch rows."""
     forward, backward = loops(CELLS[cell], hidden, 16, torch.empty(0, dtype=dtype, device=device))
-    return f"Triton kernels of {cell}, forward {forward}, backward {backward} at a batch of 16"
+    named = f"Triton kernels of {cell}, forward {forward}, backward {backward} at a batch of 16"
+    return named if CELLS[cell].standard else f"{named}; other derivatives and transforms by the plain loop"
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -96,6 +100,8 @@ def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
             resets=call.resets,
             exchange=None,
             counters=None,
+            parameters=call.parameters(),
+            signals=call.signals(),
         )
         run_forward(call.recurrence, tensors, save)
         if call.projected:
@@ -112,7 +118,7 @@ def stack_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def loop_weights(call: Call) -> Tensor | None:
-    """The recurrent weights of the time loop, [D, G*H, H]."""
+    """The recurrent weights of the time loop, [D, C*H, H]; None where no gate has a recurrent part."""
     return projection.loop_weights(call) if call.projected else stack_present([w.w_hh for w in call.layer.weights])
 
 
@@ -146,11 +152,12 @@ def backward(
         dstates = tuple(None if t is None else t.contiguous() for t in dstates)
         dfinals = tuple(None if t is None else t.contiguous() for t in dfinals)
         dx = call.new(call.D, call.cell.gates, call.H)
-        du = dx if call.cell.one_gradient else torch.zeros_like(dx)
+        du = dx if call.cell.one_gradient else call.new(call.D, call.cell.recurrent, call.H)
+        given = dgiven(call, needs)
         if call.rows.total == 0:
             dhx = tuple(torch.zeros_like(h) if t is None else t.clone() for h, t in zip(layer.hx, dfinals, strict=True))
         else:
-            dhx = run_loop(call, states, saved, dstates, dfinals, dx, du)
+            dhx = run_loop(call, states, saved, dstates, dfinals, dx, du, *given)
         dleaving = None
         if call.projected and call.rows.total > 0:
             dentering = projection.entering_gradient(call, du)
@@ -159,12 +166,30 @@ def backward(
         return Gradients(
             input_gradient(call, dx) if needs.x else None,
             dhx if needs.hx else (None,) * len(dhx),
-            weight_gradients(call, states[0], saved, dx, du, dleaving, groups) if needs.weights else no_weights(layer),
+            weight_gradients(call, states[0], saved, dx, du, given[0], dleaving, groups)
+            if needs.weights
+            else no_weights(layer),
+            signal_gradients(call, given[1]),
         )
 
 
-def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor) -> tuple[Tensor, ...]:
-    """Fill dx and du, and return the gradients by the initial states of the loop."""
+def dgiven(call: Call, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the gradients by parameters, summed over the steps of each row, [D, B, P, H], and by signals at each
+    step, [*L, D, N, H], both in the compute type; None for those that there are not or that are not asked for."""
+    cell, rows, like = call.cell, call.rows, call.layer.x
+    wide = torch.promote_types(like.dtype, torch.float32)
+    dparameters = dsignals = None
+    if cell.parameters:
+        dparameters = like.new_zeros(call.D, rows.B, len(cell.parameters), call.H, dtype=wide)
+    if cell.signals and needs.signals:
+        dsignals = like.new_zeros(*like.shape[:-1], call.D, len(cell.signals), call.H, dtype=wide)
+    return dparameters, dsignals
+
+
+def run_loop(
+    call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor, dparameters=None, dsignals=None
+) -> tuple[Tensor, ...]:
+    """Fill dx, du and the other gradients given, and return those by the initial states of the loop."""
     cell, layer = call.cell, call.layer
     if call.projected:
         dstates0, dfinals0 = projection.unproject(call, dstates[0], dfinals[0])
@@ -179,7 +204,7 @@ def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor
         dstates=dstates,
         dfinals=dfinals,
         dx=dx,
-        du=None if cell.one_gradient else du,
+        du=None if cell.one_gradient or cell.recurrent == 0 else du,
         dinitial=dinitial,
         rows=call.rows.count,
         first=call.rows.first,
@@ -187,6 +212,10 @@ def run_loop(call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor
         exchange=None,
         counters=None,
         parts=None,
+        parameters=call.parameters(),
+        signals=call.signals(),
+        dparameters=dparameters,
+        dsignals=dsignals,
     )
     run_backward(call.recurrence, tensors)
     return dinitial
@@ -198,18 +227,18 @@ def input_gradient(call: Call, dx: Tensor) -> Tensor:
 
 
 def no_weights(layer: Layer) -> tuple[Weights, ...]:
-    return (Weights(None, None, None, None, None),) * len(layer.reverse)  # type: ignore[arg-type]
+    return (Weights(None),) * len(layer.reverse)
 
 
 def weight_gradients(
-    call: Call, h: Tensor, saved: tuple[Tensor, ...], dx: Tensor, du: Tensor, dleaving: Tensor | None, groups: int
+    call: Call, h: Tensor, saved: tuple[Tensor, ...], dx, du, dparameters, dleaving: Tensor | None, groups: int
 ) -> tuple[Weights, ...]:
     """Gradients by the weights of each direction: products over the rows of all steps, accumulated in float32."""
     x = call.layer.x.reshape(call.rows.total, call.layer.x.shape[-1])
     live = call.rows.live()
     x = x if live is None else x.masked_fill(~live, 0)
-    entering = x.new_zeros(call.D, call.rows.total, h.shape[-1])
-    if call.rows.total:
+    entering = x.new_zeros(call.D, call.rows.total, h.shape[-1]) if call.cell.recurrent else None
+    if call.rows.total and entering is not None:
         edge = call.layer.hx[0].contiguous()
         tensors = ShiftTensors(h, edge, call.rows.count, call.rows.first, call.resets)
         shift_rows(tensors, entering, call.rows.total, -1, call.recurrence.extent)
@@ -217,10 +246,11 @@ def weight_gradients(
     return tuple(
         Weights(
             rows_product(dx[:, d], x, groups),
-            rows_product(du[:, d], entering[d], groups),
+            None if entering is None else rows_product(du[:, d], entering[d], groups),
             None if w.b_ih is None else rows_sum(dx[:, d], groups),
             None if w.b_hh is None else rows_sum(du[:, d], groups),
             projection_gradient(call, d, dleaving, saved, groups),
+            None if dparameters is None else rows_sum(dparameters[d], groups).to(x.dtype),
         )
         for d, w in enumerate(call.layer.weights)
     )
@@ -234,6 +264,18 @@ def projection_gradient(call: Call, d: int, dleaving: Tensor | None, saved: tupl
     return rows_product(
         output.new_zeros(0, call.layer.hx[0].shape[-1]) if dleaving is None else dleaving[d], output, groups
     )
+
+
+def signal_gradients(call: Call, dsignals: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients by the signals, summed over directions and over what a signal is broadcast in."""
+    signals = call.layer.signals
+    if dsignals is None:
+        return (None,) * len(signals)
+    total = dsignals.sum(-3)  # [*L, N, H]
+    if call.layer.x.dim() == 2:
+        total = call.padded(total)
+    found = zip(total.unbind(-2), signals, strict=True)
+    return tuple(each.sum_to_size(signal.shape).to(signal.dtype).contiguous() for each, signal in found)
 
 
 def rows_product(a: Tensor, b: Tensor, groups: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Run a time loop on a GPU: choose its plan, give it a workspace, launch it, or step through it.
 
-Dimensions: T steps, B batch rows, H hidden units, G gates, S states, D directions.
+Dimensions: T steps, B batch rows, H hidden units, C gates with a recurrent part, S states, D directions.
 """
 
 import warnings
@@ -75,7 +75,8 @@ def loops(cell: Cell, H: int, B: int, like: Tensor) -> list[str]:
 
 def run_forward(recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
     """Run the forward loop: fills states, finals and what is saved."""
-    problem, tensors = make_problem(recurrence, tensors.w_hh, False), align(tensors)
+    like = tensors.w_hh if recurrence.cell.recurrent else tensors.gates
+    problem, tensors = make_problem(recurrence, like, False), align(tensors)
     chosen = plan.choose(problem)
     if not holds(chosen, recurrence.extent) or not run_fused(chosen, recurrence, tensors, False, save):
         stream_forward(plan.streamed(problem), recurrence, tensors, save)
@@ -83,7 +84,8 @@ def run_forward(recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> 
 
 def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
     """Run the backward loop: fills dx, du and dinitial."""
-    problem, tensors = make_problem(recurrence, tensors.w_hh, True), align(tensors)
+    like = tensors.w_hh if recurrence.cell.recurrent else tensors.dx
+    problem, tensors = make_problem(recurrence, like, True), align(tensors)
     chosen = plan.choose(problem)
     if not holds(chosen, recurrence.extent) or not run_fused(chosen, recurrence, tensors, True, True):
         stream_backward(plan.streamed(problem), recurrence, tensors)
@@ -91,7 +93,9 @@ def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
 
 def holds(chosen: plan.Plan, extent: Extent) -> bool:
     """Whether all steps may run in one launch: by a loop that does, whose counters reach as far."""
-    return chosen.loop != "streamed" and (extent.T + 1) * chosen.members <= MOST_ARRIVALS
+    return chosen.loop == "resident" or (
+        chosen.loop == "cooperative" and (extent.T + 1) * chosen.members <= MOST_ARRIVALS
+    )
 
 
 def align(tensors: Any) -> Any:
@@ -111,7 +115,8 @@ def aligned(value: Any) -> Any:
 
 def run_fused(chosen: plan.Plan, recurrence: Recurrence, tensors: Any, backward: bool, save: bool) -> bool:
     """Run all steps in one launch; return False, with nothing run, where the device refuses to hold its programs."""
-    tensors = tensors._replace(w_hh=arrange(tensors.w_hh, recurrence, chosen, backward))
+    if recurrence.cell.recurrent:
+        tensors = tensors._replace(w_hh=arrange(tensors.w_hh, recurrence, chosen, backward))
     if chosen.loop == "cooperative":
         tensors = tensors._replace(**workspace(chosen, recurrence, backward, tensors.w_hh))
     described = launch.loop(chosen, recurrence.cell.name, recurrence.H, backward, save, tensors, recurrence.extent)
@@ -136,10 +141,10 @@ def is_refusal(error: Exception) -> bool:
 
 
 def arrange(w_hh: Tensor, recurrence: Recurrence, chosen: plan.Plan, backward: bool) -> Tensor:
-    """The recurrent weights as a fused loop reads them: [D, G, H, row], padded with 0; the contracted index is last, or
+    """The recurrent weights as a fused loop reads them: [D, C, H, row], padded with 0; the contracted index is last, or
     the one before where the plan says so."""
     D, H = w_hh.shape[0], recurrence.H
-    weights = w_hh.view(D, recurrence.cell.gates, H, H)
+    weights = w_hh.view(D, recurrence.cell.recurrent, H, H)
     weights = weights.transpose(2, 3) if backward == chosen.k_last else weights
     return (weights if chosen.row == H else torch.nn.functional.pad(weights, (0, chosen.row - H))).contiguous()
 
@@ -160,7 +165,7 @@ def workspace(chosen: plan.Plan, recurrence: Recurrence, backward: bool, like: T
         return gluon_workspace(chosen, recurrence.cell.gates if backward else 1, like)
     groups, slices, rows = chosen.programs // chosen.members, chosen.slices, chosen.block_b
     barriers = groups * (1 if slices == 1 else slices + chosen.columns)
-    entries = recurrence.cell.gates if backward else 1
+    entries = recurrence.cell.recurrent if backward else 1
     shapes = {
         "counters": (torch.int32, (barriers, COUNTER_STRIDE.value)),
         "exchange": (like.dtype, (2, groups, slices, rows, entries, chosen.width)),
@@ -210,9 +215,9 @@ def multiply(a: Tensor, b: Tensor, result: Tensor, own: bool | None = None) -> N
 def stream_forward(chosen: plan.Plan, recurrence: Recurrence, tensors: ForwardTensors, save: bool) -> None:
     """Run the forward loop step by step."""
     (T, B, D, _), cell, H, like = recurrence.extent, recurrence.cell, recurrence.H, tensors.w_hh
-    weights = like.to(operand_dtype(like)).transpose(1, 2)  # [D, H, G*H]
+    weights = like.to(operand_dtype(like)).transpose(1, 2)  # [D, H, C*H]
     state = tuple(t.to(compute_dtype(like), copy=True) for t in tensors.initial)
-    carry = ForwardCarry(state[0].new_empty(D, B, cell.gates * H), state, tensors.initial[0].to(weights, copy=True))
+    carry = ForwardCarry(state[0].new_empty(D, B, cell.recurrent * H), state, tensors.initial[0].to(weights, copy=True))
     steps = launch.steps(chosen, cell.name, H, False, save, tensors, carry, recurrence.extent)
     own = gpu_products.differs(weights)
     for k in range(T):
@@ -225,10 +230,10 @@ def stream_forward(chosen: plan.Plan, recurrence: Recurrence, tensors: ForwardTe
 def stream_backward(chosen: plan.Plan, recurrence: Recurrence, tensors: BackwardTensors) -> None:
     """Run the backward loop step by step."""
     (T, B, D, _), cell, H, like = recurrence.extent, recurrence.cell, recurrence.H, tensors.w_hh
-    weights = like.to(operand_dtype(like))  # [D, G*H, H]
+    weights = like.to(operand_dtype(like))  # [D, C*H, H]
     zeros = torch.zeros(D, B, H, dtype=compute_dtype(like), device=like.device)
     dstate = tuple(zeros.clone() if t is None else t.to(zeros, copy=True) for t in tensors.dfinals)
-    carry = BackwardCarry(zeros, dstate, weights.new_empty(D, B, cell.gates * H))
+    carry = BackwardCarry(zeros, dstate, weights.new_empty(D, B, cell.recurrent * H), tensors.dparameters)
     steps = launch.steps(chosen, cell.name, H, True, True, tensors, carry, recurrence.extent)
     own = gpu_products.differs(weights)
     for k in range(T):

@@ -83,6 +83,27 @@ class Call:
     def resets(self) -> Tensor | None:
         return None if self.layer.resets is None else self.layer.resets.contiguous()
 
+    def parameters(self) -> Tensor | None:
+        """The cell's parameters, [D, P, H], or None."""
+        own = [w.parameters for w in self.layer.weights]
+        return torch.stack(own) if self.cell.parameters else None
+
+    def signals(self) -> tuple[Tensor, ...] | None:
+        """The cell's signals, [T or 1, B or 1, H or 1] each, or None; one entry where all along a dimension are one."""
+        found = []
+        for signal in self.layer.signals:
+            for dim, stride in enumerate(signal.stride()):
+                signal = signal.narrow(dim, 0, 1) if stride == 0 and signal.shape[dim] > 1 else signal
+            found.append(signal.contiguous())
+        return tuple(found) or None
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """A packed tensor [R, ...] by step and row, [T, B, ...], 0 where no row is."""
+        found = rows.new_zeros(self.rows.T, self.rows.B, *rows.shape[1:])
+        if self.rows.count is not None:
+            found[torch.arange(self.rows.B, device=rows.device) < self.rows.count[:, None]] = rows
+        return found
+
     def initial(self) -> tuple[Tensor, ...]:
         """The initial states of the time loop, whose h is as wide as the layer and starts from 0 with a projection."""
         hx = tuple(h.contiguous() for h in self.layer.hx)

@@ -40,7 +40,7 @@ PARTS = {
     "loops, sizes and dtypes": (KERNELS, LONG),
     "layouts and the rest": (KERNELS, f"not ({LONG})"),
     "programs that wait for each other": (("gpu_cooperative", "race_detector"), ""),
-    "declared cells": (("declared_backends",), ""),
+    "declared cells": (("declared_backends", "cells_of_any_form"), ""),
     "sequences": (SEQUENCES, any_of(LAYERS)),
     "derivatives": (SEQUENCES, any_of(LONG_LAYERS)),
 }

@@ -71,7 +71,7 @@ def test_kernels_get_no_address_that_is_not_aligned(loop, layout, launches):
 def test_what_a_pass_writes_is_never_a_copy(launches):
     written = {
         launch.forward_loop: {"gates", "extra", "states", "finals", "exchange", "counters"},
-        launch.backward_loop: {"dx", "du", "dinitial", "exchange", "counters", "parts"},
+        launch.backward_loop: {"dx", "du", "dinitial", "exchange", "counters", "parts", "dparameters", "dsignals"},
     }
     with plan.override(LOOPS["cooperative"]):
         run(gpu, make(Case("lstm", H=16), CPU))

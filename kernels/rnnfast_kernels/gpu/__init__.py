@@ -2,6 +2,7 @@
 
 activations.py  the names a cell is bound to, and the bound cells
 tiles.py        what both passes share: rows of a step, loads, stores, the matrix product
+given.py        what a cell is given beside gates and states: parameters and signals
 barrier.py      the barrier between the programs that share a recurrence
 forward.py      the whole time loop in one kernel, resident or cooperative
 backward.py     the same, in reverse

@@ -115,10 +115,11 @@ def tensors(problem: plan.Problem, chosen: plan.Plan, ragged: bool) -> NamedTupl
     resets = MockTensor("bool") if ragged else None
     per_state = (like,) * len(cell.states)
     extra = like if cell.saved > cell.gates else None
+    wide = MockTensor("float64" if problem.dtype == "float64" else "float32")
     common = {
         "gates": like,
         "extra": extra,
-        "w_hh": like,
+        "w_hh": like if cell.recurrent else None,
         "initial": per_state,
         "states": per_state,
         "rows": index,
@@ -126,13 +127,19 @@ def tensors(problem: plan.Problem, chosen: plan.Plan, ragged: bool) -> NamedTupl
         "resets": resets,
         "exchange": (MockTensor("int32") if chosen.gluon else like) if fused else None,
         "counters": MockTensor("int32") if fused else None,
+        "parameters": like if cell.parameters else None,
+        "signals": (MockTensor(problem.dtype, [2, 2, 2]),) * len(cell.signals) or None,
     }
     if problem.backward:
-        du = None if cell.one_gradient else like
+        du = None if cell.one_gradient or cell.recurrent == 0 else like
+        of_given = {
+            "dparameters": wide if cell.parameters else None,
+            "dsignals": wide if cell.signals else None,
+        }
         parts = MockTensor("float32") if chosen.slices > 1 else None
         own = {"dstates": per_state, "dfinals": per_state, "dx": like, "du": du, "dinitial": per_state, "parts": parts}
-        return BackwardTensors(**own, **common)
-    return ForwardTensors(b_hh=like, finals=per_state, **common)
+        return BackwardTensors(**own, **of_given, **common)
+    return ForwardTensors(b_hh=like if cell.recurrent else None, finals=per_state, **common)
 
 
 def describe(case: Case) -> Launch:
@@ -146,7 +153,9 @@ def describe(case: Case) -> Launch:
     wide = MockTensor("float64" if problem.dtype == "float64" else "float32")
     per_state = (wide,) * len(CELLS[problem.cell].states)
     operand = MockTensor(problem.dtype)
-    carry = BackwardCarry(wide, per_state, operand) if problem.backward else ForwardCarry(wide, per_state, operand)
+    dparameters = wide if CELLS[problem.cell].parameters else None
+    backward = BackwardCarry(wide, per_state, operand, dparameters)
+    carry = backward if problem.backward else ForwardCarry(wide, per_state, operand)
     return launch.step(*common, carry, extent)
 
 

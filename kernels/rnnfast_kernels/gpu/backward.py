@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
+from rnnfast_kernels.gpu.given import backward_cell, load_parameters, load_signals, zero_tiles
 from rnnfast_kernels.gpu.tiles import (
     add,
     add_parts,
@@ -167,8 +168,12 @@ def backward_loop(
     chunks,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    VARYING: tl.constexpr,
     H: tl.constexpr,
     ROW: tl.constexpr,
     K_LAST: tl.constexpr,
@@ -192,8 +197,10 @@ def backward_loop(
     """
     RESIDENT: tl.constexpr = p.exchange is None
     RAGGED: tl.constexpr = p.rows is not None
+    MORE: tl.constexpr = PARAMETERS + SIGNALS > 0
+    DTYPE: tl.constexpr = tl.float64 if p.dx.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
-    ENTRIES: tl.constexpr = GATES * WIDTH
+    ENTRIES: tl.constexpr = RECURRENT * WIDTH
     COLUMNS: tl.constexpr = MEMBERS // SLICES
     REACH: tl.constexpr = SLICES * BLOCK_N
     _, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
@@ -201,14 +208,18 @@ def backward_loop(
     reverse = ((reversals >> d) & 1) == 0
     whole = all_rows(d, b0, B)
 
-    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
+    if RECURRENT > 0:
+        p_w = p.w_hh + d.to(tl.int64) * (RECURRENT * H * ROW)
     if SLICES > 1:
         n_column, p_w, count = slice_of_weights(p_w, BLOCK_N, H, ROW, K_LAST, COLUMNS, SLICES)
         p_to_column, p_from_column, parts_slot, column_counter = parts_tiles(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES)
     else:
         n_column = n
         count: tl.constexpr = ROW if K_LAST else H
-    weights = load_weights(p_w, n_column, count, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    if RECURRENT > 0:
+        weights = load_weights(p_w, n_column, count, RECURRENT, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
+    dparameters = zero_tiles(PARAMETERS, BLOCK_B, BLOCK_N, DTYPE)
     if not RESIDENT:
         line, first = tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS * BLOCK_N
         tile, slot, own = exchange_tile(p, line, first + tl.arange(0, BLOCK_N), BLOCK_B, ENTRIES, COLUMNS)
@@ -223,7 +234,8 @@ def backward_loop(
     step = load_step(
         p, span, next_span, 0 if RAGGED else None, 0, reverse, b0, b, n, d, T, B, D, GATES, SAVED, STATES, H
     )
-    dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
+    signals = load_signals(p.signals, 0, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
+    dstate = widen(load_states(p.dfinals, whole, b, n, 0, 1, STATES, H), STATES, DTYPE)
     if RAGGED:
         # Rows begin with their own last step; those that never run end as they would begin.
         most = rows_of_step(p, 0, False, T, B, b0)[1]
@@ -250,52 +262,58 @@ def backward_loop(
             STATES,
             H,
         )
+        next_signals = load_signals(p.signals, k + 1, reverse, next_span, b0, b, n, T, B, SIGNALS, VARYING, H)
         third_span = rows_of_step(p, k + 3, reverse, T, B, b0)
         if p.resets is not None:
             reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
-        dstates, saved, state, new_state = widen_step(step, SAVED, STATES, RAGGED, tl.float32)
-        dx, du, direct = CELL(add(dstate, dstates, STATES), saved, state, new_state)
+        dstates, saved, state, new_state = widen_step(step, SAVED, STATES, RAGGED, DTYPE)
+        dnew, given = add(dstate, dstates, STATES), widen(signals, SIGNALS, DTYPE)
+        dx, du, direct, dp, ds = backward_cell(CELL, dnew, saved, state, new_state, parameters, given, MORE)
         # Before the product rather than after it, so that nothing is held meanwhile.
         sent = du
         if p.resets is not None:
-            sent, direct = clear(reset, sent, GATES), clear(reset, direct, STATES)
+            sent, direct = clear(reset, sent, RECURRENT), clear(reset, direct, STATES)
         if RAGGED:
             ended = (b >= span[1])[:, None]
-            sent, direct = clear(ended, sent, GATES), clear(ended, direct, STATES)
+            sent, direct = clear(ended, sent, RECURRENT), clear(ended, direct, STATES)
+            dp = clear(ended, dp, PARAMETERS)
+        dparameters = add(dparameters, dp, PARAMETERS)
         if not RESIDENT:
             p_slot = tile + k % 2 * slot
-            for g in tl.static_range(GATES):
+            for g in tl.static_range(RECURRENT):
                 p_du = p_slot + g * WIDTH + own
                 tl.store(p_du, sent[g].to(p.exchange.dtype.element_ty), mask=present)
             arrive(counter)
         store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
         if p.du is not None:
-            store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
+            store_gates(p.du, du, span, b, n, d, D, RECURRENT, 0, H)
+        if p.dsignals is not None:
+            store_gates(p.dsignals, ds, span, b, n, d, D, SIGNALS, 0, H)
         if not RESIDENT:
             wait(counter, (k + 1) * COLUMNS)
             operands = ()
             if EAGER:
                 for j in tl.static_range(KEPT):
-                    operands = operands + (load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
-        else:
-            operands = (widen(sent, GATES, p.w_hh.dtype.element_ty),)
+                    operands = operands + (load_sent(p_slot, j, rows, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+        elif RECURRENT > 0:
+            operands = (widen(sent, RECURRENT, p.w_hh.dtype.element_ty),)
         dh = zero_product(BLOCK_B, REACH, SPLIT)
         if EAGER and BLOCK_B * REACH <= 2048:
             # A sum for each gate, so that products need not wait for one another.
-            for g in tl.static_range(GATES):
+            for g in tl.static_range(RECURRENT):
                 product = zero_product(BLOCK_B, REACH, SPLIT)
                 for j in tl.static_range(KEPT):
                     product = add_product(operands[j][g], weights[g][j], product, PRECISION)
                 dh += product
         else:
             for j in tl.static_range(KEPT):
-                a = operands[j] if EAGER else load_sent(p_slot, j, rows, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
-                for g in tl.static_range(GATES):
+                a = operands[j] if EAGER else load_sent(p_slot, j, rows, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                for g in tl.static_range(RECURRENT):
                     dh = add_product(a[g], weights[g][j], dh, PRECISION)
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
-                a = load_sent(p_slot, j, None, GATES, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
-                for g in tl.static_range(GATES):
+                a = load_sent(p_slot, j, None, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+                for g in tl.static_range(RECURRENT):
                     w = load_weight(p_w + g * H * ROW, n_column, j, count, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     dh = add_product(a[g], w, dh, PRECISION)
         (dh,) = finish_products((dh,), 1, BLOCK_B, REACH, SPLIT)
@@ -304,16 +322,21 @@ def backward_loop(
             arrive(column_counter)
             wait(column_counter, (k + 1) * SLICES)
             dh = add_parts(tl.load(p_from_column + k % 2 * parts_slot, cache_modifier=".cg"), SLICES)
-        dentering = (direct[0] + dh,)
-        for s in tl.static_range(1, STATES):
-            dentering = dentering + (direct[s],)
+        dentering = direct
+        if RECURRENT > 0:
+            dentering = (direct[0] + dh,)
+            for s in tl.static_range(1, STATES):
+                dentering = dentering + (direct[s],)
         dstate = dentering
         if RAGGED:
             store_states(p.dinitial, dstate, (whole[0], span[1]), b, n, 0, 1, STATES, H, next_span[1])
         step = next_step
+        signals = next_signals
         span = next_span
         next_span = after_next
         after_next = third_span
 
     if not RAGGED:
         store_states(p.dinitial, dstate, whole, b, n, 0, 1, STATES, H)
+    if PARAMETERS > 0:
+        store_gates(p.dparameters, dparameters, whole, b, n, 0, 1, PARAMETERS, 0, H)

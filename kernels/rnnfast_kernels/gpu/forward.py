@@ -2,7 +2,8 @@
 
 T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together.
 
-Resident (MEMBERS = 1, nothing exchanged): a program holds all recurrent weights and runs a tile of batch rows alone.
+Resident (nothing exchanged): a program holds all recurrent weights and runs a tile of batch rows alone. So do the
+MEMBERS programs of a cell without a recurrent product, with BLOCK_N hidden units each and no weights.
 Cooperative: MEMBERS programs form a group that shares a tile of batch rows; each holds the weights of BLOCK_N hidden
 units, and after each step the members exchange their parts of h through global memory, behind a barrier. The first KEPT
 chunks of the weights stay on the chip; any others are read again in every step.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
+from rnnfast_kernels.gpu.given import forward_cell, load_parameters, load_signals
 from rnnfast_kernels.gpu.tiles import (
     add,
     add_product,
@@ -46,8 +48,12 @@ def forward_loop(
     chunks,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    VARYING: tl.constexpr,
     H: tl.constexpr,
     ROW: tl.constexpr,
     K_LAST: tl.constexpr,
@@ -67,29 +73,36 @@ def forward_loop(
 
     A row that is not live at a step keeps its state: it has ended, or, in reverse, has not begun. A reset clears the
     state that enters a step. Bit d of `reversals` says that direction d runs from the last step to the first.
-    SAVED is the number of the cell's saved tiles, or 0 where backward will not follow.
+    RECURRENT of the gates have a recurrent part. SAVED is the number of the cell's saved tiles, or 0 where backward
+    will not follow.
     """
     RESIDENT: tl.constexpr = p.exchange is None
+    MORE: tl.constexpr = PARAMETERS + SIGNALS > 0
+    DTYPE: tl.constexpr = tl.float64 if p.gates.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
     COUNT: tl.constexpr = ROW if K_LAST else H
     group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     reverse = ((reversals >> d) & 1) != 0
     whole = all_rows(d, b0, B)
 
-    p_w = p.w_hh + d.to(tl.int64) * (GATES * H * ROW)
-    weights = load_weights(p_w, n, COUNT, GATES, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    if RECURRENT > 0:
+        p_w = p.w_hh + d.to(tl.int64) * (RECURRENT * H * ROW)
+        weights = load_weights(p_w, n, COUNT, RECURRENT, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
     bias = ()
-    for g in tl.static_range(GATES):
+    for g in tl.static_range(RECURRENT):
         if p.b_hh is None:
             bias = bias + (tl.zeros([1, BLOCK_N], tl.float32),)
         else:
-            bias = bias + (tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(tl.float32)[None, :],)
+            p_bias = p.b_hh + (d * RECURRENT + g) * H
+            bias = bias + (tl.load(p_bias + n, mask=n < H, other=0.0).to(tl.float32)[None, :],)
+    parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
 
     # One step ahead throughout: nothing but h is waited for inside a step.
     span = rows_of_step(p, 0, reverse, T, B, b0)
     next_span = rows_of_step(p, 1, reverse, T, B, b0)
     x = load_gates(p.gates, span, b, n, d, D, GATES, H)
-    state = widen(load_states(p.initial, whole, b, n, 0, 1, STATES, H), STATES, tl.float32)
+    signals = load_signals(p.signals, 0, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
+    state = widen(load_states(p.initial, whole, b, n, 0, 1, STATES, H), STATES, DTYPE)
     if p.resets is not None:
         state = clear(resets_of_step(p, 0, reverse, b0, b, span[1], T, B), state, STATES)
     if not RESIDENT:
@@ -105,30 +118,32 @@ def forward_loop(
             wait(counter, (k + 1) * MEMBERS)
             p_h = tile + k % 2 * slot
             h = load_operands(p_h, rows, KEPT if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
-        else:
+        elif RECURRENT > 0:
             h = (state[0].to(p.w_hh.dtype.element_ty),)
-        products = zero_products(GATES, BLOCK_B, BLOCK_N, SPLIT)
+        products = zero_products(RECURRENT, BLOCK_B, BLOCK_N, SPLIT)
         for j in tl.static_range(KEPT):
             h_j = h[j] if EAGER else load_operand(p_h, j, rows, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
             sums = ()
-            for g in tl.static_range(GATES):
+            for g in tl.static_range(RECURRENT):
                 sums = sums + (add_product(h_j, weights[g][j], products[g], PRECISION),)
             products = sums
         if KEPT < CHUNKS:
             for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
                 h_j = load_operand(p_h, j, None, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
                 sums = ()
-                for g in tl.static_range(GATES):
+                for g in tl.static_range(RECURRENT):
                     w = load_weight(p_w + g * H * ROW, n, j, COUNT, H, ROW, K_LAST, SPLIT, BLOCK_K)
                     sums = sums + (add_product(h_j, w, products[g], PRECISION),)
                 products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
+        next_signals = load_signals(p.signals, k + 1, reverse, next_span, b0, b, n, T, B, SIGNALS, VARYING, H)
         after_next = rows_of_step(p, k + 2, reverse, T, B, b0)
         if p.resets is not None:
             next_reset = resets_of_step(p, k + 1, reverse, b0, b, next_span[1], T, B)
-        u = add(finish_products(products, GATES, BLOCK_B, BLOCK_N, SPLIT), bias, GATES)
-        new_state, saved = CELL(widen(x, GATES, tl.float32), u, state)
+        u = add(finish_products(products, RECURRENT, BLOCK_B, BLOCK_N, SPLIT), bias, RECURRENT)
+        given = widen(signals, SIGNALS, DTYPE)
+        new_state, saved = forward_cell(CELL, widen(x, GATES, DTYPE), u, state, parameters, given, MORE)
         if p.rows is not None:
             new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)
         else:
@@ -145,6 +160,7 @@ def forward_loop(
         if SAVED > GATES:
             store_gates(p.extra, saved, span, b, n, d, D, SAVED - GATES, GATES, H)
         x = next_x
+        signals = next_signals
         span = next_span
         next_span = after_next
 

@@ -3,7 +3,7 @@
 A launch is a value, so that one description serves to run it, to compile it without a device, and to test it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -95,13 +95,23 @@ def saved_tiles(cell: str, save: bool) -> int:
     return CELLS[cell].saved if save else 0
 
 
+def form(cell: str, save: bool, signals: Sequence[Any] | None) -> tuple[int, ...]:
+    """What a kernel is compiled for: gates, those with a recurrent part, saved tiles, states, parameters, signals, and
+    by which of step, row and unit each signal differs, three bits each."""
+    row, varying = CELLS[cell], 0
+    for n, size in enumerate(size for signal in signals or () for size in signal.shape):
+        varying |= (size > 1) << n
+    counts = (row.gates, row.recurrent, saved_tiles(cell, save), len(row.states))
+    return (*counts, len(row.parameters), len(row.signals), varying)
+
+
 def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: NamedTuple, extent: Extent) -> Launch:
     """All T steps in one launch, by a resident or cooperative plan."""
     row = CELLS[cell]
     kernel: Callable = backward_loop if backward else forward_loop
     function = BOUND[cell].backward if backward else BOUND[cell].forward
-    layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row)
     if plan.gluon:
+        layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row)
         from rnnfast_kernels.gpu import gluon_backward, gluon_forward
 
         own = (
@@ -120,7 +130,10 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
         tensors,
         *extent,
         plan.chunks,
-        *layer,
+        function,
+        *form(cell, save, tensors.signals),
+        H,
+        plan.row,
         plan.k_last,
         plan.precision,
         plan.block_b,
@@ -143,10 +156,9 @@ def step(
     plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: NamedTuple, carry: NamedTuple, extent: Extent
 ) -> Launch:  # fmt: skip
     """The first step to run, by a streamed plan; see STEP."""
-    row = CELLS[cell]
     kernel: Callable = backward_step if backward else forward_step
     function = BOUND[cell].backward if backward else BOUND[cell].forward
-    counts = (row.gates, saved_tiles(cell, save), len(row.states))
+    counts = form(cell, save, tensors.signals)
     grid = (triton.cdiv(H, plan.block_n), triton.cdiv(extent.B, plan.block_b), extent.D)
     args = (tensors, carry, 0, *extent, function, *counts, H, plan.block_b, plan.block_n)
     return Launch(kernel, grid, args, options(plan))

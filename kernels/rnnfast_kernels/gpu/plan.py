@@ -12,6 +12,7 @@ from itertools import product
 
 from triton import knobs
 
+from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu import registers
 from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, TRITON, Device, Plan, Problem, cdiv, next_power
 
@@ -65,8 +66,8 @@ def streamed(problem: Problem) -> Plan:
 def resident(problem: Problem, block_b: int, warps: int) -> Plan:
     """Every program holds all weights, padded to a power of two, and shares with nobody."""
     width = max(16, next_power(problem.H))
-    weights = problem.gates * width * width * problem.itemsize
-    operand = block_b * width * problem.itemsize * (problem.gates if problem.backward else 1)
+    weights = problem.recurrent * width * width * problem.itemsize
+    operand = block_b * width * problem.itemsize * (problem.recurrent if problem.backward else 1)
     return Plan(
         loop="resident",
         block_b=block_b,
@@ -82,6 +83,18 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
         shared=weights + operand,
         registers=registers.per_program(problem.device, warps),
     )
+
+
+def without_product(problem: Problem) -> Plan:
+    """Each program runs a tile of rows and units alone, without weights: a row, or a few where there are many."""
+    warp = problem.device.warp
+    block_n = min(128, max(warp, next_power(problem.H)))
+    warps, columns = block_n // warp, cdiv(problem.H, block_n)
+    # A unit for each thread, and as many rows as it takes for at most 32 warps to a processor.
+    fill = cdiv(problem.B * problem.D * columns * warps, problem.device.processors * 32)
+    block_b = min(8, next_power(problem.B), next_power(fill))
+    programs = cdiv(problem.B, block_b) * problem.D * columns
+    return Plan("resident", block_b, block_n, warps, members=columns, programs=programs, row=problem.row)
 
 
 def cooperative(
@@ -107,9 +120,9 @@ def cooperative(
     columns = cdiv(problem.H, reach)
     members = columns * slices
     chunks = cdiv(min(problem.H, columns * block_n), split * block_k)
-    operand = block_b * split * block_k * problem.itemsize * (problem.gates if problem.backward else 1)  # one chunk
-    weights = problem.gates * reach * split * block_k * problem.itemsize  # one chunk
-    reduced = split * block_b * reach * 4 * (1 if problem.backward or problem.gates == 1 else 4)
+    operand = block_b * split * block_k * problem.itemsize * (problem.recurrent if problem.backward else 1)  # one chunk
+    weights = problem.recurrent * reach * split * block_k * problem.itemsize  # one chunk
+    reduced = split * block_b * reach * 4 * (1 if problem.backward or problem.recurrent == 1 else 4)
     # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
     in_flight = min(512 * device.warp * warps, int(0.6 * room))
     stages = 1
@@ -117,7 +130,7 @@ def cooperative(
         # The compiler keeps the weights in registers there: a quarter of them, or half with 8 warps, to leave room for
         # the rest. On their way there, a whole chunk of one gate's at a time passes through shared memory.
         kept = min(chunks, 512 * device.warp * warps // weights)
-        used = max(operand, reduced, weights // problem.gates)
+        used = max(operand, reduced, weights // problem.recurrent)
     else:
         used = max(reduced, operand * (chunks if eager and operand * chunks <= in_flight else 1))
         kept = min(chunks, max(0, room - used) // weights)
@@ -156,9 +169,12 @@ def cooperative(
 
 
 def can_gluon(problem: Problem) -> bool:
-    """Whether a problem has a Gluon loop: matrix instructions of NVIDIA since sm_80, in a Triton that has Gluon."""
+    """Whether a problem has a Gluon loop: a cell of torch's form, matrix instructions of NVIDIA since sm_80, and a
+    Triton that has Gluon."""
     arch = problem.device.arch
     if problem.plain or problem.itemsize == 8 or not arch.startswith("sm_") or int(arch[3:]) < 80:
+        return False
+    if not CELLS[problem.cell].standard:
         return False
     return TRITON >= FIRST_WITH_GLUON and not knobs.runtime.interpret
 
@@ -215,12 +231,12 @@ def step_time(problem: Problem, plan: Plan) -> float:
     """The model's time of one step in microseconds."""
     rate, processors = rates(problem.device), problem.device.processors
     speed = rate.products["half" if problem.itemsize == 2 else plan.precision]
-    entries = problem.gates if problem.backward else 1
+    entries = problem.recurrent if problem.backward else 1
     if plan.loop == "streamed":
-        work = problem.gates * problem.H * problem.H * problem.D
+        work = problem.recurrent * problem.H * problem.H * problem.D
         read = work * problem.itemsize / 1e3 / (rate.l2 * processors)
         return rate.streamed + max(read, work * problem.B / (3 * speed * processors))
-    work = problem.gates * plan.width * plan.reach
+    work = problem.recurrent * plan.width * plan.reach
     weights = work * problem.itemsize / 1e3
     kept = weights * plan.kept / plan.chunks
     row = entries * plan.width * problem.itemsize / 1e3  # of the operand
@@ -229,7 +245,7 @@ def step_time(problem: Problem, plan: Plan) -> float:
     # Operands go into shared memory before they come from there; so do the parts of sums, of every gate.
     readers = registers.readers(problem, plan)
     parts = 0 if plan.split == 1 else plan.split * plan.block_b * plan.reach * 4 / 1e3
-    passed = operands + 2 * parts * (1 if problem.backward else problem.gates)
+    passed = operands + 2 * parts * (1 if problem.backward else problem.recurrent)
     passed += operands * readers.rows + kept * readers.units
     if plan.gluon:
         passed = 2 * parts * (1 if problem.backward else problem.gates) + weights - kept
@@ -277,7 +293,9 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     for block_b in row_tiles(problem):
         if problem.H <= 256:
             # AMD's matrix instructions are 16 columns wide: 8 warps would hold the weights of 64 units twice.
-            wide = problem.H > 64 or (problem.itemsize == 4 and not problem.device.amd)
+            # Parameters and signals, too, want registers.
+            crowded = problem.itemsize == 4 or (problem.H > 32 and not CELLS[problem.cell].standard)
+            wide = problem.H > 64 or (crowded and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
         if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
             for block_n in (8, 16, 32):
@@ -315,6 +333,8 @@ def choose(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def best(problem: Problem, in_gluon: bool | None = None) -> Plan:
     """The fastest by the model; with `in_gluon`, a Gluon loop or none, and if there is no other, a streamed one."""
+    if problem.recurrent == 0:
+        return without_product(problem)
     if problem.dtype == "float64":
         return streamed(problem)
     fitting = (plan for plan in candidates(problem) if fits(problem, plan) and in_gluon in (None, plan.gluon))

@@ -53,6 +53,11 @@ class Problem:
         return CELLS[self.cell].gates
 
     @property
+    def recurrent(self) -> int:
+        """The gates that have a recurrent part, and so weights."""
+        return CELLS[self.cell].recurrent
+
+    @property
     def itemsize(self) -> int:
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
@@ -79,7 +84,8 @@ class Problem:
 class Plan:
     """How to run one pass.
 
-    loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. The product
+    loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. Where a cell
+    has no recurrent product, `members` programs of a resident loop share a tile's hidden units. Elsewhere, the product
     over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
     operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
     - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.

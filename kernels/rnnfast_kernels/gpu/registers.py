@@ -37,7 +37,7 @@ def elements(problem: Problem, block_b: int, reach: int, warps: int) -> int:
 
 def parts_of_k(problem: Problem, block_b: int, reach: int, warps: int) -> int:
     """A part of k for each warp, or fewer where their sums would take too many of a thread's registers."""
-    sums = (2 if problem.backward else problem.gates) * block_b * reach
+    sums = (2 if problem.backward else problem.recurrent) * block_b * reach
     room = (64 if problem.itemsize == 2 and not problem.backward else 32) * problem.device.warp * warps
     parts = min(warps, 1 << max(room // sums, 1).bit_length() - 1)
     # Warps that share a part without dividing it would have all of its sums each.
@@ -80,16 +80,16 @@ def read_by_chunk(problem: Problem, plan: Plan, count: int) -> int:
     """Most bytes of one chunk of one operand, of which the compiler reads as many ahead as it likes."""
     two_gradients = problem.backward and not CELLS[problem.cell].one_gradient
     own, only = elements(problem, plan.block_b, plan.block_n, plan.warps), one_part_of_many(problem, plan)
-    many = plan.kept * problem.gates >= 24
+    many = plan.kept * problem.recurrent >= 24
     if problem.precision == "tf32" and not problem.backward and count == 2 and plan.reach == 8:
         # Weights no wider than a matrix instruction take so few registers that the operand may have more.
         return 128
     limits = {
         "beside the sums of all gates": (not problem.backward, 32),
-        "of the only part of k, beside four gates": (only and problem.gates > 3, 0),
+        "of the only part of k, beside four gates": (only and problem.recurrent > 3, 0),
         "of the only part of k, with rows that are not aligned": (only and problem.row != problem.H, 0),
         "beside the operands of products without matrix instructions": (problem.plain, 32),
-        "beside those and the sums of all gates": (problem.plain and not problem.backward, 48 // problem.gates),
+        "beside those and the sums of all gates": (problem.plain and not problem.backward, 48 // problem.recurrent),
         "beside all those and many tiles of weights": (many and problem.plain and not problem.backward, 12),
         "beside two elements in float32": (count == 2 and problem.itemsize == 4, 32),
         "beside a large tile": (problem.backward and not problem.plain and count > 2, 16),
@@ -116,7 +116,7 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
     if count == 2 and problem.itemsize == 2:
         return 440
     if count == 2:
-        if absent and not problem.backward and problem.gates * plan.reach > 96:
+        if absent and not problem.backward and problem.recurrent * plan.reach > 96:
             return 0
         return 340 if absent else 380
     return 230 if problem.backward else 300
@@ -125,9 +125,9 @@ def read_again(problem: Problem, plan: Plan, count: int) -> int:
 def most_kept(problem: Problem, count: int) -> int:
     """Most chunks that stay on the chip, each of which is a tile of weights, with its addresses, for every gate."""
     if problem.backward and count > 2:
-        return min(MOST_KEPT, 40 // problem.gates)
+        return min(MOST_KEPT, 40 // problem.recurrent)
     if problem.precision == "tf32" and not problem.backward and count >= 2:
-        return min(MOST_KEPT, 44 // problem.gates)
+        return min(MOST_KEPT, 44 // problem.recurrent)
     return MOST_KEPT
 
 
@@ -193,7 +193,7 @@ def hold_weights(problem: Problem, plan: Plan) -> bool:
     A processor has 512 KiB of them. A quarter is for operands and the cell; with more than two copies of the weights,
     or in a grid with more than one, it is not enough, because there are as many of the sums.
     """
-    kept = plan.kept * problem.gates * plan.reach * plan.split * plan.block_k * problem.itemsize
+    kept = plan.kept * problem.recurrent * plan.reach * plan.split * plan.block_k * problem.itemsize
     return copies(plan) <= (2 if plan.slices == 1 else 1) and copies(plan) * kept <= 384 * 1024
 
 
@@ -203,15 +203,15 @@ def suffice(problem: Problem, plan: Plan) -> bool:
     chunk = plan.split * plan.block_k * problem.itemsize / (problem.device.warp * plan.warps)
     operand = plan.block_b * chunk
     if plan.kept < plan.chunks:
-        entries = problem.gates if problem.backward else 1
-        again = (plan.kept + 1) * entries * operand + problem.gates * plan.reach * chunk
+        entries = problem.recurrent if problem.backward else 1
+        again = (plan.kept + 1) * entries * operand + problem.recurrent * plan.reach * chunk
         if again > read_again(problem, plan, count):
             return False
     if plan.kept > most_kept(problem, count):
         return False
     if problem.device.amd and not hold_weights(problem, plan):
         return False
-    arriving = max(1, plan.kept if plan.eager else 1) * problem.gates * operand
+    arriving = max(1, plan.kept if plan.eager else 1) * problem.recurrent * operand
     if plan.slices > 1 and 4 * count + arriving > in_grid(problem, plan):
         return False
     if plan.eager:

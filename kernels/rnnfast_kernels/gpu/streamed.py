@@ -2,7 +2,8 @@
 
 Forward, per step: u = h W_hh^T by the library, then `forward_step`. Backward: `backward_step`, then dh = du W_hh. The
 state travels from step to step in the compute type, float32 or float64.
-T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together.
+T steps, B batch rows, H hidden units, G gates, C gates with a recurrent part, S state tensors, D directions, R rows of
+all steps together; P parameters of the cell.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 
 from rnnfast_kernels.gpu.backward import load_step, widen_step
+from rnnfast_kernels.gpu.given import backward_cell, forward_cell, load_parameters, load_signals
 from rnnfast_kernels.gpu.tiles import (
+    add,
     all_rows,
     clear,
     load_gates,
@@ -28,7 +31,7 @@ from rnnfast_kernels.gpu.tiles import (
 class ForwardCarry(NamedTuple):
     """What one step leaves to the next."""
 
-    u: Any  # [D, B, G, H]: the recurrent product, compute type
+    u: Any  # [D, B, C, H]: the recurrent product, compute type
     state: tuple  # S times [D, B, H], compute type: the state, updated in place
     h: Any  # [D, B, H]: the same h as the operand of the next product
 
@@ -49,7 +52,8 @@ class ShiftTensors(NamedTuple):
 class BackwardCarry(NamedTuple):
     dh: Any  # [D, B, H]: the recurrent part of dh, compute type
     dstate: tuple  # S times [D, B, H], compute type: the rest of the gradient by the state, updated in place
-    du: Any  # [D, B, G, H]: operand of the next product
+    du: Any  # [D, B, C, H]: operand of the next product
+    dparameters: Any = None  # [D, B, P, H], compute type: the sum of what steps gave, updated in place
 
 
 @triton.jit(do_not_specialize=["k", "T", "B", "D", "reversals"])
@@ -63,8 +67,12 @@ def forward_step(
     reversals,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    VARYING: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,6 +81,7 @@ def forward_step(
 
     A reset clears the recurrent product along with the state, as its h had been 0.
     """
+    MORE: tl.constexpr = PARAMETERS + SIGNALS > 0
     DTYPE: tl.constexpr = carry.u.dtype.element_ty
     d = tl.program_id(2)
     reverse = ((reversals >> d) & 1) != 0
@@ -82,21 +91,24 @@ def forward_step(
     whole = all_rows(d, b0, B)
     span = rows_of_step(p, k, reverse, T, B, b0)
     x = widen(load_gates(p.gates, span, b, n, d, D, GATES, H), GATES, DTYPE)
-    products = load_gates(carry.u, whole, b, n, 0, 1, GATES, H)
+    products = load_gates(carry.u, whole, b, n, 0, 1, RECURRENT, H)
     kept = load_states(carry.state, whole, b, n, 0, 1, STATES, H)
     state = kept
     if p.resets is not None:
         reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
-        products = clear(reset, products, GATES)
+        products = clear(reset, products, RECURRENT)
         state = clear(reset, state, STATES)
     u = ()
-    for g in tl.static_range(GATES):
+    for g in tl.static_range(RECURRENT):
         if p.b_hh is None:
             u = u + (products[g],)
         else:
-            bias = tl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(DTYPE)
+            bias = tl.load(p.b_hh + (d * RECURRENT + g) * H + n, mask=n < H, other=0.0).to(DTYPE)
             u = u + (products[g] + bias[None, :],)
-    new_state, saved = CELL(x, u, state)
+    parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
+    signals = load_signals(p.signals, k, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
+    given = widen(signals, SIGNALS, DTYPE)
+    new_state, saved = forward_cell(CELL, x, u, state, parameters, given, MORE)
     # Of a small tile several threads have each element: all of them have read it before one writes it.
     tl.debug_barrier()
     store_states(p.states, new_state, span, b, n, d, D, STATES, H)
@@ -120,8 +132,12 @@ def backward_step(
     reversals,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
     SAVED: tl.constexpr,
     STATES: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    VARYING: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,6 +146,7 @@ def backward_step(
 
     A row that is not live, or that is reset, has du = 0 as far as the recurrence goes, so that dh stays, or is zero.
     """
+    MORE: tl.constexpr = PARAMETERS + SIGNALS > 0
     DTYPE: tl.constexpr = carry.dh.dtype.element_ty
     d = tl.program_id(2)
     reverse = ((reversals >> d) & 1) == 0
@@ -149,12 +166,22 @@ def backward_step(
     dnew = ()
     for s in tl.static_range(STATES):
         dnew = dnew + (dstate[s] + dstates[s],)
-    dx, du, direct = CELL(dnew, saved, state, new_state)
+    parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
+    signals = load_signals(p.signals, k, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
+    given = widen(signals, SIGNALS, DTYPE)
+    dx, du, direct, dp, ds = backward_cell(CELL, dnew, saved, state, new_state, parameters, given, MORE)
+    if PARAMETERS > 0:
+        summed = load_gates(carry.dparameters, whole, b, n, 0, 1, PARAMETERS, H)
+        summed = add(summed, clear((b >= span[1])[:, None], dp, PARAMETERS), PARAMETERS)
     # As in the forward step.
     tl.debug_barrier()
     store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
     if p.du is not None:
-        store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
+        store_gates(p.du, du, span, b, n, d, D, RECURRENT, 0, H)
+    if p.dsignals is not None:
+        store_gates(p.dsignals, ds, span, b, n, d, D, SIGNALS, 0, H)
+    if PARAMETERS > 0:
+        store_gates(carry.dparameters, summed, whole, b, n, 0, 1, PARAMETERS, 0, H)
     live = (b < span[1])[:, None]
     silent = live == 0
     dentering = direct
@@ -164,7 +191,7 @@ def backward_step(
         silent = silent | reset
     dentering = select(live, dentering, dstate, STATES)
     store_states(carry.dstate, dentering, whole, b, n, 0, 1, STATES, H)
-    store_gates(carry.du, clear(silent, du, GATES), whole, b, n, 0, 1, GATES, 0, H)
+    store_gates(carry.du, clear(silent, du, RECURRENT), whole, b, n, 0, 1, RECURRENT, 0, H)
 
 
 @triton.jit(do_not_specialize=["R", "T", "B", "D", "reversals"])
