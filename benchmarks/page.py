@@ -206,10 +206,10 @@ def frozen(results: dict[str, Any]) -> str:
 def cells(results: dict[str, Any]) -> str:
     peer = "torch-compile"
     records = store.records_of(results, "cells")
-    rows = speeds(records, peer, lambda case: case.cell, lambda case: f"{MODE_TITLES[case.mode]}, B={case.B}")
+    rows = speeds(records, peer, lambda case: case.cell, lambda case: MODE_TITLES[case.mode])
     said = (
         "Cells that torch.nn lacks, each declared in a few lines: times as fast as a loop over the steps in eager "
-        "torch, T=100 I=128 H=128. The mark is that loop under torch.compile."
+        "torch, T=100 B=32 I=H=128. The mark is that loop under torch.compile."
     )
     return heading("Cells of your own", said) + speed_bars(rows, peer) if rows else ""
 

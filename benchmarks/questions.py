@@ -1,4 +1,4 @@
-"""What the suite asks: each question is a list of cases, the axis they vary, and the peers worth asking.
+"""What the suite asks: each question is a list of cases and the peers worth asking.
 
 The sizes are chosen to show trends and what people run; no code of the library is tuned for them.
 """
@@ -21,11 +21,8 @@ MOST_OPERATIONS = 1.2e11
 
 @dataclass(frozen=True)
 class Question:
-    """axis: the field of a case along which the plot runs; empty where the cases are a list."""
-
     name: str
     title: str
-    axis: str
     peers: tuple[str, ...]
     cases: tuple[Case, ...]
 
@@ -53,13 +50,13 @@ def each(cases: Iterable[Case], cells=CELLS, modes=("inference", "training")) ->
 def sequence_length(device: str, longest: int = 8192) -> Question:
     lengths = [length for length in (1, 4, 16, 64, 256, 1024, 4096, 8192) if length <= longest]
     cases = each(replace(base(device), T=T) for T in lengths)
-    return Question("sequence-length", "Time against sequence length", "T", EVERY_PEER, cases)
+    return Question("sequence-length", "Time against sequence length", EVERY_PEER, cases)
 
 
 def hidden_size(device: str) -> Question:
     sizes = (16, 32, 64, 128, 256, 512, 1024) if device == "cpu" else (64, 128, 256, 512, 768, 1024, 2048)
     cases = each(replace(base(device), I=H, H=H) for H in sizes)
-    return Question("hidden-size", "Time against hidden size", "H", FAST_PEERS, cases)
+    return Question("hidden-size", "Time against hidden size", FAST_PEERS, cases)
 
 
 def batch(device: str) -> Question:
@@ -67,55 +64,51 @@ def batch(device: str) -> Question:
     cases = (replace(base(device), I=H, H=H, B=B) for H, B in sizes)
     # Those of `hidden-size` are left out.
     cases = (case for case in cases if case.B != base(device).B and operations(case) <= MOST_OPERATIONS)
-    return Question("batch", "Hidden size by batch", "B", (), each(cases))
+    return Question("batch", "Hidden size by batch", (), each(cases))
 
 
 def one_step(device: str) -> Question:
     cases = each((replace(base(device), T=1, B=B, I=H, H=H) for H in (64, 256, 640) for B in (1, 64)), modes=("step",))
-    return Question("one-step", "One step with the state handed in, the module's call included", "", FAST_PEERS, cases)
+    return Question("one-step", "One step with the state handed in, the module's call included", FAST_PEERS, cases)
 
 
 def stacks(device: str) -> Question:
     cases = (replace(base(device), layers=n, bidirectional=two) for n in (1, 2, 4) for two in (False, True))
-    return Question("stacks", "Layers and directions", "", FAST_PEERS, each(cases, cells=("lstm", "gru")))
+    return Question("stacks", "Layers and directions", FAST_PEERS, each(cases, cells=("lstm", "gru")))
 
 
 def live_fraction(device: str) -> Question:
     dense = replace(base(device), T=200, B=32)
     forms = [replace(dense, form=form, live=live) for form in ("packed", "lengths") for live in (0.25, 0.5, 0.75, 1.0)]
     cases = each((dense, *forms), cells=("lstm", "gru"))
-    return Question(
-        "live-fraction", "Packed and lengths against padded, by the fraction of live rows", "live", (), cases
-    )
+    return Question("live-fraction", "Packed and lengths against padded, by the fraction of live rows", (), cases)
 
 
 def dtype(device: str) -> Question:
     cases = each(replace(base(device), dtype=name) for name in dtypes(device))
-    return Question("dtype", "Number formats", "", FAST_PEERS, cases)
+    return Question("dtype", "Number formats", FAST_PEERS, cases)
 
 
 def frozen(device: str) -> Question:
     """Weights packed once: each format beside torch.nn, and int8 beside those of the peers."""
-    sizes = ((1, 1), (50, 1), (50, 16), (200, 32))
-    cases = (
-        Case("lstm", T, B, H, H, weights=weights) for weights in WEIGHTS for T, B in sizes for H in (64, 256, 512, 1024)
-    )
-    return Question("frozen", "Frozen layers", "", ("onnxruntime", "torch-int8"), each(cases, modes=("inference",)))
+    sizes = product(WEIGHTS, ((1, 1), (50, 1), (50, 16)), (64, 256, 1024))
+    cases = (Case("lstm", T, B, H, H, weights=weights) for weights, (T, B), H in sizes)
+    return Question("frozen", "Frozen layers", ("onnxruntime", "torch-int8"), each(cases, modes=("inference",)))
 
 
 def cells(device: str) -> Question:
-    cases = (Case("lstm", T=100, B=B, I=128, H=128) for B in (1, 32))
-    return Question("cells", "Cells that torch.nn lacks", "", ("torch-compile",), each(cases, cells=DECLARED))
+    case = Case("lstm", T=100, B=32, I=128, H=128)
+    return Question("cells", "Cells that torch.nn lacks", ("torch-compile",), each([case], cells=DECLARED))
 
 
 def penalty(device: str) -> Question:
     sizes = ((64, 32, 128), (200, 8, 32), (50, 64, 64), (20, 16, 256))
     cases = each((replace(base(device), T=T, B=B, I=H, H=H, dtype="float32") for T, B, H in sizes), modes=("penalty",))
-    return Question("penalty", "A penalty on the norm of the input's gradient, as in WGAN-GP", "", (), cases)
+    return Question("penalty", "A penalty on the norm of the input's gradient, as in WGAN-GP", (), cases)
 
 
 def real_layers(device: str) -> Question:
-    return Question("real-layers", "Layers that people run", "", FAST_PEERS, REAL_LAYERS)
+    return Question("real-layers", "Layers that people run", FAST_PEERS, REAL_LAYERS)
 
 
 def real(label: str, cell: str, sizes: tuple[int, ...], mode: str = "inference", **options: Any) -> Case:
@@ -167,7 +160,7 @@ def marks(device: str) -> Question:
         replace(long, cell="rnn", I=512, H=512, label="rnn-512"),
     )
     both = tuple(replace(case, mode=mode) for case in cases for mode in ("inference", "training"))
-    return Question("marks", "What the GPU kernels should reach", "", (), both)
+    return Question("marks", "What the GPU kernels should reach", (), both)
 
 
 @dataclass(frozen=True)
@@ -194,13 +187,13 @@ def grid(count: int, seed: int, limits: Limits) -> Question:
         case = Case("lstm", draw(limits.T), draw(limits.B), draw(limits.I), draw(limits.H))
         if operations(case) <= limits.operations:
             cases.append(case)
-    return Question("grid", f"{count} random sizes", "", ("onnxruntime",), each(cases))
+    return Question("grid", f"{count} random sizes", ("onnxruntime",), each(cases))
 
 
 def facts() -> Question:
     """Sizes at which the CPU kernels may be slower than torch.nn: few steps, which leave a weight little use."""
     cases = (Case("lstm", T, B, H, H) for T, B, H in product(*AXES.values()))
-    return Question("facts", "Where torch.nn is faster", "", (), each(cases))
+    return Question("facts", "Where torch.nn is faster", (), each(cases))
 
 
 def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:
@@ -208,7 +201,7 @@ def one_size(sizes: tuple[int, int, int, int], dtype: str) -> Question:
     cases = each(
         [Case("lstm", T, B, I, H, dtype=dtype)], modes=("inference", "training", *(("step",) if T == 1 else ()))
     )
-    return Question("sizes", f"T={T} B={B} I={I} H={H}", "", EVERY_PEER, cases)
+    return Question("sizes", f"T={T} B={B} I={I} H={H}", EVERY_PEER, cases)
 
 
 FULL = (real_layers, sequence_length, hidden_size, batch, one_step, stacks, live_fraction, dtype, penalty, cells)

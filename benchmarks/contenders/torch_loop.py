@@ -23,6 +23,8 @@ State = tuple[Tensor, ...]
 def unsupported(case: Case) -> str | None:
     if case.layers > 1 or case.bidirectional or case.proj or case.form not in ("dense", "permuted"):
         return "the suite asks it for one dense layer in one direction"
+    if case.weights:
+        return "has no frozen layers"
     if case.T < STRETCH and case.mode != "step":
         return f"fewer steps than one graph of {STRETCH}: a compilation of its own for every T"
     return None
