@@ -40,7 +40,7 @@ def explain(
             tuple holds its arguments, and a dict those by name.
         resets, all_states: as given to the call of a layer. torch's operators have neither.
         measure: whether to time each layer's call as well, without gradients, and say what share of the machine's
-            limit it reaches. Takes about a second for each layer. Default False.
+            limit it reaches; on a busy machine that means little. Takes about a second for each layer. Default False.
 
     Returns:
         An `Explanation`; for a model a tuple of one `LayerExplanation` for each layer and cell that `survey` lists, of
