@@ -242,9 +242,21 @@ def summary(results: dict[str, Any]) -> str:
     return heading("Summary", said) + table(kinds, report.marks_rows(results["records"]))
 
 
+# Questions with a picture above; the others get bars with their table.
+SHOWN = ("real-layers", "sequence-length", "hidden-size", "batch", "frozen", "cells", "facts")
+
+
+def layer_said(case: Case) -> str:
+    return ", ".join(word for word in (MODE_TITLES[case.mode], case.sizes, case.extras) if word)
+
+
 def tables(results: dict[str, Any]) -> str:
     """Every case, folded, by question."""
-    parts = [heading("All cases", "A click on a column's head sorts by it.")]
+    parts = [
+        heading(
+            "All cases", "Bars: times as fast as torch.nn; blue: ONNX Runtime. A click on a column's head sorts by it."
+        )
+    ]
     columns = ("_case", "_contender", "ms", "20%..80%", "us/step", "x torch", "20%..80%", "_", "error", "of limit")
     for question in store.questions_of(results):
         records = store.records_of(results, question)
@@ -253,9 +265,11 @@ def tables(results: dict[str, Any]) -> str:
         said = [f"Noise: median {noise[len(noise) // 2]:.1%}, largest {noise[-1]:.1%}."] if noise else []
         said += [f"{html.escape(left_out.capitalize())}."] if (left_out := report.skips(records)) else []
         title = f"{question.replace('-', ' ').capitalize()}: {len(records)} cases"
-        parts.append(
-            f'<details><summary>{title}</summary><p class="soft">{" ".join(said)}</p>{table(columns, rows)}</details>'
+        drawn = [] if question in SHOWN else speeds(records, THIRD[0], lambda case: case.label or case.cell, layer_said)
+        inside = (
+            f'<p class="soft">{" ".join(said)}</p>{speed_bars(drawn, THIRD[0]) if drawn else ""}{table(columns, rows)}'
         )
+        parts.append(f"<details><summary>{title}</summary>{inside}</details>")
     return "\n".join(parts)
 
 

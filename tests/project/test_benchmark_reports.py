@@ -105,6 +105,8 @@ def test_the_page_shows_every_part_and_needs_no_network():
                  "Cells of your own", "First call", "Summary"):  # fmt: skip
         assert re.search(f"<h2>[^<]*{part}", shown), part
     assert "Encodec, one second" in shown
+    folded = re.search(r"<summary>Stacks:.*?</details>", shown, re.DOTALL)[0]
+    assert folded.count('class="bar"') == folded.count("<tr><td") / 2  # ours, beside torch's row
     assert "Test &lt;CPU&gt;" in shown
     assert shown.count("<svg") == 3 * (2 + 2 + 2)  # cells by: time, memory, error in two panels each
     assert "http" not in shown.replace("http://www.w3.org", "")
