@@ -107,7 +107,7 @@ def anchors_of(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+    for target in re.findall(r"""(?:\]\(|(?:src|srcset|href)=")([^)"\s]+)""", FENCE.sub("", page.read_text())):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
