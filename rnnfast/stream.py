@@ -142,9 +142,7 @@ class Stream:
         Raises:
             ValueError: x has another shape.
         """
-        if x.shape != self.input.shape[1:] and (
-            x.dim() != 1 or x.shape != self.input.shape[2:] or len(self.output) != 1
-        ):
+        if x.shape != self.input.shape[1:] and (x.shape != self.input.shape[2:] or len(self.output) != 1):
             raise ValueError(f"Stream: expected input of shape {list(self.input.shape[1:])}, got {list(x.shape)}")
         self.input.copy_(x)
         self.step()
