@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import sys
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -32,7 +34,8 @@ def explain(
     """Say which backend and kernel would run `module(input, ...)` here and now, and why.
 
     Of a layer or a cell nothing is run. A model is called once, in its present mode; its buffers and torch's random
-    state are put back. The setting of `torch.no_grad` matters, as where torch was measured faster in training alone.
+    state are put back; with frozen layers, without gradients. The setting of `torch.no_grad` matters, as where torch
+    was measured faster in training alone.
 
     Args:
         module: a layer or cell of rnnfast, or a frozen layer; or any model that has recurrent layers.
@@ -77,7 +80,7 @@ def explain(
 def environment() -> str:
     """Describe versions, devices, backends and cache folders, one fact a line."""
     facts = {
-        "rnnfast": package_version("rnnfast"),
+        "rnnfast": f"{sys.modules['rnnfast'].__version__} in {Path(__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: package_version(name) for name in ("torch", "numba", "triton", "numpy")},
         "threads": str(torch.get_num_threads()),

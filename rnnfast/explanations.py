@@ -29,7 +29,8 @@ class Explanation:
 
     milliseconds, fraction: where they were measured, the time of a call without gradients, and the share of the
     machine's limit that it reaches: of the rate of a large product in this dtype, or of that of a copy of as many
-    bytes as the call reads and writes, whichever needs longer. Else None.
+    bytes as the call reads and writes, whichever needs longer. Else None, as is the share of weights frozen in another
+    format than float32, of which torch has no product to compare with.
     """
 
     backend: str
@@ -40,9 +41,11 @@ class Explanation:
 
     def __str__(self) -> str:
         told = f"{self.backend}: {self.kernel} ({self.reason})"
-        if self.milliseconds is None or self.fraction is None:
-            return told
-        return f"{told}; {self.milliseconds:.3g} ms, {self.fraction:.0%} of the machine's limit"
+        if self.milliseconds is not None:
+            told += f"; {self.milliseconds:.3g} ms"
+        if self.fraction is not None:
+            told += f", {self.fraction:.0%} of the machine's limit"
+        return told
 
 
 class LayerExplanation(NamedTuple):
@@ -127,7 +130,8 @@ def with_limit(
     milliseconds, fraction = limits.measured(
         call, input_of(arguments, keywords), weights_of(module), keywords.get("lengths")
     )
-    return replace(explanation, milliseconds=milliseconds, fraction=fraction)
+    known = not isinstance(module, Frozen) or module.weights_format == "float32"
+    return replace(explanation, milliseconds=milliseconds, fraction=fraction if known else None)
 
 
 def explain_model(
@@ -145,6 +149,8 @@ def explain_model(
         calls[name].append((args, kwargs) if measure and not calls[name] else ((), {}))
 
     with buffers_kept(model), ExitStack() as hooks:
+        if any(isinstance(each, Frozen) for each in layers.values()):
+            hooks.enter_context(torch.no_grad())  # as any call of a frozen layer behind parameters
         for name, module in layers.items():
             if not isinstance(module, torch.jit.ScriptModule):
                 handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)

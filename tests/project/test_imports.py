@@ -114,7 +114,7 @@ print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - loade
 
 @pytest.fixture(scope="module")
 def import_cost():
-    """Return what importing rnnfast after torch loads, and the least processor time of three such imports, in seconds."""
+    """Return what importing rnnfast after torch loads, and the least processor time of three imports, in seconds."""
     reports = [
         json.loads(subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True).stdout)
         for _ in range(3)

@@ -18,7 +18,6 @@ import numpy as np
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.target import Target, target, widest_panel
 
-FORMATS = ("float32", "bfloat16", "int8")
 # Bytes that each matrix is aligned to, and those of a parameter.
 LINE, PARAMETER_BYTES = 64, 4
 
