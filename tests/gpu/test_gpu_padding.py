@@ -37,7 +37,7 @@ def test_no_product_is_given_nan(cell, monkeypatch):
     gpu.input_gates(call)
     dx, h = torch.zeros(4, 7, 2, call.cell.gates, call.H), torch.zeros(4, 7, 2, call.H)
     monkeypatch.setattr(gpu, "shift_rows", lambda *args: None)
-    gpu.weight_gradients(call, h, (), dx, dx, None, 1)
+    gpu.weight_gradients(call, h, (), dx, dx, None, None, 1)
     gpu.input_gradient(call, *gradients_like((dx,)))
     assert len(given) > 6
     assert all(t.isfinite().all() for t in given)
