@@ -2,9 +2,11 @@
 
 import ctypes
 import math
+import time
 
 import pytest
 from cpu_layers import Case, cells, same, threads
+from rnnfast_kernels.cpu.plan import recipe
 from rnnfast_kernels.cpu.runtime import pool
 
 GROUPS = {
@@ -61,6 +63,27 @@ def test_slow_calls_mean_a_crowd():
     crowd.note(2.5, 2.499, usual)
     assert crowd.alone_until == -math.inf
     assert crowd.pause == crowd.SHORTEST
+
+
+def test_one_call_runs_on_one_thread_to_compare(monkeypatch):
+    """A process that starts in a crowd knows no quick call by a team."""
+    case = Case("lstm", 40, 2, 30, 300)
+    layer = case.layer()
+    by_team, now, start = [], [0.0], recipe.Recipe.start
+
+    def slow_by_team(self, kernel, scratch, addresses, team, program=None):
+        by_team.append(team.start != 0)
+        now[0] += 0.004 if by_team[-1] else 0.0005
+        return start(self, kernel, scratch, addresses, team, program)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(recipe.Recipe, "start", slow_by_team)
+    with threads(2):
+        pool.crowd = pool.Crowd()  # `threads` takes it away again
+        results = [case.run(layer) for _ in range(recipe.TRIAL + 4)]
+    assert not any(same(results[0], each) for each in results)
+    # Forward and backward: by a team, once alone, by a team, which turns out to be slow twice, then alone.
+    assert by_team == [True] * 2 * recipe.TRIAL + [False, False, True, True, False, False, False, False]
 
 
 def test_a_crowd_changes_no_bit(monkeypatch):

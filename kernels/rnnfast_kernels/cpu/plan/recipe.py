@@ -46,6 +46,9 @@ NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Bases that a recipe gives addresses to by itself.
 FIXED = 3 + len(TEAM)
+# A process that starts in a crowd meets no quick call by a team to tell slow ones by. So the call after this many by a
+# team runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
+TRIAL, NEVER, LONG = 4, -1, 0.1
 # Where the addresses of the named bases are in a call's record (see `CALL`), after those.
 ADDRESSES = len(CALL.names) + FIXED
 # Scratch buffers start at cache lines, and are followed by room for a vector that overruns.
@@ -124,8 +127,8 @@ class Recipe:
         self.records = self.buffer(8 * len(self.values)).offset
         self.kept = values, which = array("q", self.values), array("q", self.which)
         self.named = tuple(self.bases)[FIXED:]
-        # Seconds that a call by a team usually takes, where all rows have all steps.
-        self.usual = math.inf
+        # Seconds that a call usually takes where all rows have all steps; calls by a team until one runs on one thread.
+        self.usual, self.until_trial = math.inf, TRIAL
         self.sizes = self.named.index("sizes") if "sizes" in self.named else None
         self.template = (values.buffer_info()[0], which.buffer_info()[0], len(values))
         return self
@@ -165,8 +168,15 @@ class Recipe:
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone or pool.crowd.is_here():
+        if program.alone:
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
+            return
+        whole = self.sizes is None or addresses[self.sizes] == 0
+        if pool.crowd.is_here() or (self.until_trial == 0 and whole):
+            begun = time.perf_counter()
+            self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
+            if whole:
+                self.usual, self.until_trial = min(self.usual, time.perf_counter() - begun), NEVER
             return
         token = object()
         try:
@@ -182,7 +192,8 @@ class Recipe:
                 records = self.start(kernel, scratch, addresses, team)
                 for phase in program.phases:
                     pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
-            if self.sizes is None or addresses[self.sizes] == 0:
+            if whole:
                 self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
+                self.until_trial -= self.usual < LONG
         finally:
             pool.reserved.pop(token, None)

@@ -129,7 +129,8 @@ class Crowd:
 
     Threads that wait for one another wait for whichever the scheduler has stopped, milliseconds at a time; a thread by
     itself only shares its core. So a process that meets a crowd runs its calls on one thread for a while. It then tries
-    a team again, and stays alone for longer if that was slow again.
+    a team again, and stays alone for longer if that was slow again. What a call usually takes is the least that a team
+    or, once, a thread by itself has taken (see `recipe`).
     """
 
     SLOW, SLACK = 2.5, 2e-4  # a slow call takes this many times its usual time, and seconds more
