@@ -54,8 +54,8 @@ def conditions(results: dict[str, Any]) -> str:
 
 
 def tables() -> str:
-    """The tables of docs/benchmarks.md, one part per machine."""
-    return "\n\n".join(machine_tables(path) for path in full_results())
+    """The tables of docs/benchmarks.md, one part per run that has some; others have their page alone."""
+    return "\n\n".join(filter(None, map(machine_tables, full_results())))
 
 
 def machine_tables(path: Path) -> str:
@@ -72,7 +72,7 @@ def machine_tables(path: Path) -> str:
         case = store.case_of(by_length[0])
         sizes = f"{case.dtype}, B={case.B}, I={case.I}, H={case.H}"
         told += [f"Speed relative to `torch.nn` by sequence length T, {sizes}:", length_table(by_length)]
-    return "\n\n".join(told)
+    return "\n\n".join(told) if len(told) > 2 else ""
 
 
 def model_table(records: list[dict[str, Any]]) -> str:
