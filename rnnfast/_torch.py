@@ -209,3 +209,7 @@ class WeightNames:
         parts += ["bias_ih", "bias_hh"] * bool(layer.bias) + ["weight_hr"] * bool(layer.proj_size)
         suffixes = ("", "_reverse")[: 1 + bool(layer.bidirectional)]
         return [f"{part}_l{n}{suffix}" for n in range(layer.num_layers) for suffix in suffixes for part in parts]
+
+
+# Public, but only since torch 2.7.
+is_exporting: Callable[[], bool] = found("torch.compiler.is_exporting", lambda: False)

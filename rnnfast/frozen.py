@@ -208,7 +208,7 @@ class Frozen(FrozenWeights):
     def run_plain(self, options, input, hx, lengths, resets, all_states, signals=()):
         """Run on float32 weights, as a layer that is not frozen."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if torch.compiler.is_exporting():
+        if _torch.is_exporting():
             weights = self.dequantised(self.constants(wide=True))
         elif functional.is_traced():
             with warnings.catch_warnings():
@@ -305,7 +305,7 @@ class Frozen(FrozenWeights):
 
     def held(self) -> tuple[list[list[Tensor]], str]:
         """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if _torch.is_exporting() and not torch.compiler.is_dynamo_compiling():
             directions, names = 2 if self.bidirectional else 1, self.meaning_names()
             flat = [[named[name] for name in names] for named in self.constants()]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""

@@ -217,7 +217,7 @@ def form_of(cell: str, reverse: Sequence[bool], present: Sequence[bool]) -> Form
 def flatten(layer: Layer) -> tuple[Form, list[Tensor]]:
     """List a layer's tensors: x, hx, signals, the weights direction by direction, batch_sizes, resets."""
     options = (layer.batch_sizes, layer.resets)
-    present = Present._make([each is not None for each in (*layer.weights[0], *options)])
+    present = Present(*(each is not None for each in (*layer.weights[0], *options)))
     weights = (each for direction in layer.weights for each in direction)
     tensors = (layer.x, *layer.hx, *layer.signals, *weights, *options)
     return Form(layer.cell, tuple(layer.reverse), present), [each for each in tensors if each is not None]
@@ -236,7 +236,7 @@ def restore(form: Form, tensors: Sequence) -> Layer:
 
 def named(present: Sequence[bool], given) -> Weights:
     """Name the next of one direction's weights."""
-    return Weights._make([next(given) if there else None for there in present])
+    return Weights(*(next(given) if there else None for there in present))
 
 
 def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
@@ -246,7 +246,7 @@ def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
     for _ in range(options.directions):
         fields = [next(given) if there else None for there in options.present.weights[:-1]]
         fields.append(torch.stack([next(given) for _ in range(own)]) if own else None)
-        found.append(Weights._make(fields))
+        found.append(Weights(*fields))
     return tuple(found)
 
 
@@ -307,8 +307,8 @@ class Signature(NamedTuple):
             (self.width, hidden),
             (len(cell.parameters), hidden),
         )
-        return Weights._make(
-            [shape if there else None for shape, there in zip(shapes, self.form.present.weights, strict=True)]
+        return Weights(
+            *(shape if there else None for shape, there in zip(shapes, self.form.present.weights, strict=True))
         )
 
 

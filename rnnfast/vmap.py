@@ -144,7 +144,7 @@ def fold_all(tensors: Sequence, dims: Sequence, size: int, at: int) -> tuple:
 def join_layer(layer: Layer, dims: Layer, size: int, own_x: bool) -> Layer:
     """Let the mapped dimension join the directions. own_x: whether each member has its own input."""
     weights = tuple(
-        Weights._make([member(w, dim, n) for w, dim in zip(each, dim_of, strict=True)])
+        Weights(*(member(w, dim, n) for w, dim in zip(each, dim_of, strict=True)))
         for n in range(size)
         for each, dim_of in zip(layer.weights, dims.weights, strict=True)
     )
