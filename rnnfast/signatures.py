@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -17,7 +17,7 @@ PackedSteps = TypeVar("PackedSteps", covariant=True)
 
 def same_as(function: F) -> Callable[[Callable[..., Any]], F]:
     """Give the decorated function another's type: `layer(x)` that of `layer.forward(x)`, which torch leaves open."""
-    raise NotImplementedError
+    return lambda decorated: cast(F, decorated)
 
 
 class Layers(Generic[State, Steps, PackedSteps]):
@@ -53,9 +53,7 @@ class Layers(Generic[State, Steps, PackedSteps]):
         self, input: PackedSequence, hx: State | None = None, *, lengths: None = None, resets: Tensor | None = None,
         all_states: bool,
     ) -> tuple[PackedSequence, State] | tuple[PackedSequence, State, PackedSteps]: ...  # fmt: skip
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See the module's own."""
-        raise NotImplementedError
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @same_as(forward)
     def __call__(self) -> None: ...
