@@ -23,7 +23,7 @@ MEASURED: dict[str, tuple[str, tuple[tuple[str, str, Range, Range, Range, float]
 SLOW = 0.95
 # With more than this nothing is known of a size.
 MOST_NOISE = 0.1
-AXES = {"T": (1, 2, 4, 16), "B": (1, 4, 16, 64), "H": (64, 128, 256, 400, 640, 1024)}
+AXES = {"T": (1, 2, 4, 16), "B": (1, 4, 16, 64), "H": (32, 64, 128, 256, 400, 640, 1024)}
 PASSES = {"inference": "forward", "training": "training"}
 
 
