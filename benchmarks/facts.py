@@ -32,7 +32,7 @@ def is_slow(record: dict[str, Any]) -> bool:
     if ours is None or "ratio" not in ours or record["noise"] > MOST_NOISE:
         return False
     middle, _, high = ours["ratio"]
-    return middle < SLOW and high < 1
+    return round(middle, 2) < SLOW and high < 1
 
 
 def span(size: int, sizes: tuple[int, ...]) -> tuple[int, int]:
