@@ -38,7 +38,7 @@ class Tile:
     """The code of one tile."""
 
     def __init__(self, builder: ir.IRBuilder, target: Target, rows: int, vectors: int, args: Sequence[ir.Value]):
-        row_pointers, _, self.panel, self.depth, self.out, self.out_step = args
+        row_pointers, _, self.panel, self.depth, _, self.out, self.out_step = args
         self.builder, self.target, self.rows, self.vectors = builder, target, rows, vectors
         self.narrow = target.weights == "int8"
         self.vec = Vec("float32", target.lanes)

@@ -4,12 +4,14 @@ A panel is the right operand's [depth, N vectors] part, with one row of initial 
 that it is read in order: as strips of `target.strip(N)` vectors, one after another, the last of which may be narrower.
 `multiplier(target, ...)` gives the function
 
-    multiply(N, rows, row_pointers, step, panel, depth, out)
+    multiply(N, rows, row_pointers, step, panel, depth, nth, out)
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
 `row_pointers` is the address of `rows` int64 addresses, one for each row of the left operand. Elements of a row are
 `step` bytes apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An
-element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
+element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements. A tile of several rows also
+asks for a part of the next panel, so that it is in the second-level cache when its turn comes: the `nth` tile of a
+panel for the nth part.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
@@ -27,6 +29,12 @@ from rnnfast_kernels.cpu.ir.memory import load_all, load_io, pointer, store_all
 from rnnfast_kernels.cpu.ir.operands import fused_multiply_add, load_io_terms
 from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT64, Vec, splat
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
+
+
+# Bytes of a cache line, and rows of a tile from which on it has time to ask for one with each line of its panel.
+CACHE_LINE, PREFETCHING_ROWS = 64, 3
+# Arguments of the function of a tile: see `multiply`; the last are the address to prefetch from, `out` and its step.
+TILE_ARGUMENTS = 7
 
 
 def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
@@ -47,11 +55,11 @@ def tile_name(target: Target, rows: int, vectors: int) -> str:
 def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) -> ir.Function:
     """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
-    function = external(module, tile_name(target, rows, vectors), 6)
+    function = external(module, tile_name(target, rows, vectors), TILE_ARGUMENTS)
     if target.weights:
         held.define_tile(function, target, rows, vectors)
         return function
-    row_pointers, step, panel, depth, out, out_step = function.args
+    row_pointers, step, panel, depth, ahead, out, out_step = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     left = [builder.load(pointer(builder, builder.add(row_pointers, INT64(8 * row)), INT64)) for row in range(rows)]
     strip = target.strip(vectors)
@@ -81,6 +89,8 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
         for i in range(at_once):
             line = builder.add(k_now, INT64(i))
             columns = load_line(builder.add(line, INT64(1)))
+            if rows >= PREFETCHING_ROWS:
+                prefetch(builder, builder.add(ahead, builder.mul(line, INT64(CACHE_LINE))))
             offset = builder.mul(line, step)
             added = []
             for row in range(rows):
@@ -118,6 +128,14 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
     return function
 
 
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a cache line, for reading, in the second-level cache. Any address will do."""
+    byte, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    function = builder.module.globals.get("llvm.prefetch.p0i8") or ir.Function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [builder.inttoptr(address, byte), number(0), number(2), number(1)])
+
+
 def tiles(target: Target, gates: int) -> Iterator[tuple[int, int, int]]:
     """Panel widths, rows, and the vectors that one tile takes: the whole panel where the registers hold so much."""
     for vectors, rows in itertools.product(target.widths(gates), range(1, target.rows(gates) + 1)):
@@ -129,9 +147,11 @@ def multiplier(target: Target, gates: int):
     most_rows = target.rows(gates)
 
     @intrinsic
-    def multiply(typing, vectors, rows, row_pointers, step, panel, depth, out):
+    def multiply(typing, vectors, rows, row_pointers, step, panel, depth, nth, out):
         def lower(context, builder, sig, args):
-            width, count, row_pointers, step, panel, depth, out = args
+            width, count, row_pointers, step, panel, depth, nth, out = args
+            lines = builder.add(depth, INT64(target.head))
+            part = builder.mul(depth, INT64(CACHE_LINE))
             end = builder.append_basic_block("multiplied")
             choice = builder.switch(builder.add(builder.mul(width, INT64(most_rows + 1)), count), end)
             for vectors, rows, each in tiles(target, gates):
@@ -139,16 +159,23 @@ def multiplier(target: Target, gates: int):
                 choice.add_case(INT64(vectors * (most_rows + 1) + rows), block)
                 with builder.goto_block(block):
                     out_step = INT64(vectors * target.vector)
-                    for first in range(0, vectors, each):
-                        tile = external(builder.module, tile_name(target, rows, min(each, vectors - first)), 6)
-                        before = builder.mul(builder.add(depth, INT64(target.head)), INT64(first * target.vector))
+                    strips = range(0, vectors, each)
+                    # Tiles that ask for the whole panel between them.
+                    turns = max(1, vectors * target.vector // (CACHE_LINE * len(strips)))
+                    place = builder.mul(builder.urem(nth, INT64(turns)), builder.mul(part, INT64(len(strips))))
+                    ahead = builder.add(builder.add(panel, builder.mul(lines, out_step)), place)
+                    for first in strips:
+                        name = tile_name(target, rows, min(each, vectors - first))
+                        tile = external(builder.module, name, TILE_ARGUMENTS)
+                        strip = builder.add(panel, builder.mul(lines, INT64(first * target.vector)))
                         goal = builder.add(out, INT64(first * target.vector))
-                        builder.call(tile, [row_pointers, step, builder.add(panel, before), depth, goal, out_step])
+                        builder.call(tile, [row_pointers, step, strip, depth, ahead, goal, out_step])
+                        ahead = builder.add(ahead, part)
                     builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), lower
+        return types.void(*[types.int64] * 8), lower
 
     return multiply
 

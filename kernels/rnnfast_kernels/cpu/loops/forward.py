@@ -74,7 +74,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
     while block < job.last_block:
         blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
         panel = recurrent_panel(job.w_hh, block, job.width)
-        first = 0
+        first = nth = 0
         while first < live:
             count = recurrent_rows(live - first)
             if job.unpacked:
@@ -83,8 +83,9 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                 start_tile(blocks * RECURRENT, count, panel, job.width, job.tile)
             elif RECURRENT > 0:
                 multiply(
-                    blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), job.tile
-                )
+                    blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), nth,
+                    job.tile,
+                )  # fmt: skip
             for row in range(first, first + count):
                 for i in range(blocks):
                     unit = (block + i) * LANES
@@ -112,6 +113,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                     if job.keep:
                         store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
             first += count
+            nth += 1
         block += blocks
 
 

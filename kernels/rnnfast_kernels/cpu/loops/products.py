@@ -95,10 +95,10 @@ def project_blocks(
     while block < last_block:
         blocks = panel_blocks(last_block - block)
         panel = panel_address(panels, block, depth)
-        first = 0
+        first = nth = 0
         while first < rows:
             count = tile_rows(rows - first)
-            multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), tile)
+            multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), nth, tile)
             source = tile
             for row in range(first, first + count):
                 goal = load_int(out_pointers + 8 * row)
@@ -111,6 +111,7 @@ def project_blocks(
                     store(spot, value, units - unit)
                     source += VECTOR
             first += count
+            nth += 1
         block += blocks
 
 
