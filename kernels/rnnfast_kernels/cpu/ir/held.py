@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from rnnfast_kernels.cpu.ir import amx, int8, widened
-from rnnfast_kernels.cpu.ir.memory import load_all, pointer, store_all
+from rnnfast_kernels.cpu.ir.memory import CACHE_LINE, PREFETCHING_ROWS, load_all, pointer, prefetch, store_all
 from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT32, INT64, Vec, splat
 from rnnfast_kernels.cpu.target import Target
 
@@ -38,7 +38,7 @@ class Tile:
     """The code of one tile."""
 
     def __init__(self, builder: ir.IRBuilder, target: Target, rows: int, vectors: int, args: Sequence[ir.Value]):
-        row_pointers, _, self.panel, self.depth, _, self.out, self.out_step = args
+        row_pointers, _, self.panel, self.depth, self.ahead, self.out, self.out_step = args
         self.builder, self.target, self.rows, self.vectors = builder, target, rows, vectors
         self.narrow = target.weights == "int8"
         self.vec = Vec("float32", target.lanes)
@@ -68,6 +68,8 @@ class Tile:
         """Add the terms of one line to the sums of some rows."""
         builder, lanes = self.builder, self.target.lanes
         columns = self.load_line(builder.add(k, INT64(self.target.head)))
+        if self.rows >= PREFETCHING_ROWS:
+            prefetch(builder, builder.add(self.ahead, builder.mul(k, INT64(CACHE_LINE))))
         offset = builder.shl(k, INT64(2 if self.narrow else 3))
         both = [] if self.narrow else [widened.both(builder, column) for column in columns]
         added = []
@@ -147,7 +149,9 @@ class Tile:
         builder, head, vector = self.builder, self.target.head, self.target.vector
         first = builder.add(self.panel, INT64(head * self.vectors * vector))
         row_step = builder.sub(self.left[1], self.left[0])
-        k = amx.multiply(builder, self.vectors, self.left[0], row_step, first, self.depth, self.out, self.out_step)
+        k = amx.multiply(
+            builder, self.vectors, self.left[0], row_step, first, self.depth, self.ahead, self.out, self.out_step
+        )
         initial = [builder.bitcast(each, self.kind) for each in self.load_line(INT64(0))]
         most = max(1, self.most_sums // self.vectors)
         for start in range(0, self.rows, most):

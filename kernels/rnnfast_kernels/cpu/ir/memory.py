@@ -16,9 +16,19 @@ from rnnfast_kernels.cpu.ir.vector import INT32, INT64, Vec, declared, splat, su
 from rnnfast_kernels.cpu.job import SIGNAL
 from rnnfast_kernels.cpu.target import Target
 
+# Bytes of a cache line, and rows from which on a tile has time to ask for one with each line of its panel.
+CACHE_LINE, PREFETCHING_ROWS = 64, 3
+
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     return builder.inttoptr(address, kind.as_pointer())
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a cache line, for reading, in the second-level cache. Any address will do."""
+    place, read, second_level, data = pointer(builder, address, ir.IntType(8)), INT32(0), INT32(2), INT32(1)
+    kinds = [place.type, INT32, INT32, INT32]
+    builder.call(declared(builder, "llvm.prefetch.p0", ir.VoidType(), *kinds), [place, read, second_level, data])
 
 
 def lane_mask(builder: ir.IRBuilder, vec: Vec, count: ir.Value) -> ir.Value:

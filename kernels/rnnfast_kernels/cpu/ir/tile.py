@@ -9,9 +9,10 @@ that it is read in order: as strips of `target.strip(N)` vectors, one after anot
 
 `row_pointers` is the address of `rows` int64 addresses, one for each row of the left operand. Elements of a row are
 `step` bytes apart, an element or a vector, so that a row may be a column of a matrix. `out` is [rows, N vectors]. An
-element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements. A tile of several rows also
-asks for a part of the next panel, so that it is in the second-level cache when its turn comes: the `nth` tile of a
-panel for the nth part.
+element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
+
+Panels that leave the second-level cache between two steps would be read from memory in the time of a panel's first
+tile. So the `nth` tile of a panel also asks for the nth part of the panel after it, a cache line for each of its lines.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
@@ -25,14 +26,19 @@ from numba import types
 from numba.extending import intrinsic
 
 from rnnfast_kernels.cpu.ir import held, int8
-from rnnfast_kernels.cpu.ir.memory import load_all, load_io, pointer, store_all
+from rnnfast_kernels.cpu.ir.memory import (
+    CACHE_LINE,
+    PREFETCHING_ROWS,
+    load_all,
+    load_io,
+    pointer,
+    prefetch,
+    store_all,
+)
 from rnnfast_kernels.cpu.ir.operands import fused_multiply_add, load_io_terms
 from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT64, Vec, splat
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
 
-
-# Bytes of a cache line, and rows of a tile from which on it has time to ask for one with each line of its panel.
-CACHE_LINE, PREFETCHING_ROWS = 64, 3
 # Arguments of the function of a tile: see `multiply`; the last are the address to prefetch from, `out` and its step.
 TILE_ARGUMENTS = 7
 
@@ -126,14 +132,6 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
         finish(add_lines(*add_lines(INT64(0), sums, INT64(vec.item), target.unroll), INT64(vec.item), 1)[1])
     finish(add_lines(*add_lines(INT64(0), sums, INT64(target.vector), target.unroll), INT64(target.vector), 1)[1])
     return function
-
-
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for a cache line, for reading, in the second-level cache. Any address will do."""
-    byte, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    function = builder.module.globals.get("llvm.prefetch.p0i8") or ir.Function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [builder.inttoptr(address, byte), number(0), number(2), number(1)])
 
 
 def tiles(target: Target, gates: int) -> Iterator[tuple[int, int, int]]:
