@@ -6,7 +6,7 @@ memory at equal distances. All sixteen rows are read and written, whatever stand
 
 from llvmlite import ir
 
-from rnnfast_kernels.cpu.ir.memory import CACHE_LINE, pointer, prefetch
+from rnnfast_kernels.cpu.ir.memory import pointer
 from rnnfast_kernels.cpu.ir.vector import INT64, declared
 
 BYTE = ir.IntType(8)
@@ -40,14 +40,12 @@ def multiply(
     row_step: ir.Value,
     lines: ir.Value,
     depth: ir.Value,
-    ahead: ir.Value,
     out: ir.Value,
     out_step: ir.Value,
 ) -> ir.Value:
     """Write the sums of whole blocks of lines to `out` [16, vectors], and return the number of these lines.
 
-    left: the first row, the others `row_step` bytes apart. lines: the panel's first line, of up to six vectors. ahead:
-    the address from which on as many cache lines as the panel has are asked for meanwhile.
+    left: the first row, the others `row_step` bytes apart. lines: the panel's first line, of up to six vectors.
     """
     call(builder, "ldtilecfg", builder.bitcast(configuration(builder.module), BYTE.as_pointer()))
     for n in range(vectors):
@@ -64,10 +62,7 @@ def multiply(
     builder.position_at_end(body)
     place = builder.add(left, builder.shl(k, INT64(2)))
     call(builder, "tileloadd64", BYTE(rows), pointer(builder, place, BYTE), row_step)
-    offset = builder.mul(k, INT64(64 * vectors))
-    start = builder.add(lines, offset)
-    for n in range(LINES * vectors):
-        prefetch(builder, builder.add(ahead, builder.add(offset, INT64(CACHE_LINE * n))))
+    start = builder.add(lines, builder.mul(k, INT64(64 * vectors)))
     for n in range(vectors):
         column = BYTE(columns[n % len(columns)])
         spot = pointer(builder, builder.add(start, INT64(64 * n)), BYTE)

@@ -68,7 +68,8 @@ class Tile:
         """Add the terms of one line to the sums of some rows."""
         builder, lanes = self.builder, self.target.lanes
         columns = self.load_line(builder.add(k, INT64(self.target.head)))
-        if self.rows >= PREFETCHING_ROWS:
+        # Products of int8 numbers leave no time for it.
+        if self.rows >= PREFETCHING_ROWS and not self.narrow:
             prefetch(builder, builder.add(self.ahead, builder.mul(k, INT64(CACHE_LINE))))
         offset = builder.shl(k, INT64(2 if self.narrow else 3))
         both = [] if self.narrow else [widened.both(builder, column) for column in columns]
@@ -149,9 +150,7 @@ class Tile:
         builder, head, vector = self.builder, self.target.head, self.target.vector
         first = builder.add(self.panel, INT64(head * self.vectors * vector))
         row_step = builder.sub(self.left[1], self.left[0])
-        k = amx.multiply(
-            builder, self.vectors, self.left[0], row_step, first, self.depth, self.ahead, self.out, self.out_step
-        )
+        k = amx.multiply(builder, self.vectors, self.left[0], row_step, first, self.depth, self.out, self.out_step)
         initial = [builder.bitcast(each, self.kind) for each in self.load_line(INT64(0))]
         most = max(1, self.most_sums // self.vectors)
         for start in range(0, self.rows, most):
