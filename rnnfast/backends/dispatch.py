@@ -8,18 +8,18 @@ The setting is a context variable: it belongs to the thread or task that made it
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
-from typing import NamedTuple, get_args
+from typing import NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 
 from rnnfast import _torch
 from rnnfast.backends import BackendName, measured
 
+P, R = ParamSpec("P"), TypeVar("R")
 BACKENDS = get_args(BackendName)
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
@@ -49,12 +49,12 @@ def default_setting() -> str:
     return checked(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
 
 
-@contextmanager
-def use_backend(name: BackendName) -> Iterator[None]:
-    """Run the block's layers on one backend: "auto", "triton", "numba", "reference" or "torch".
+class use_backend:  # noqa: N801 (used like a function, as torch.set_grad_enabled)
+    """Run layers on one backend: "auto", "triton", "numba", "reference" or "torch".
 
-    A named backend that cannot run a case raises RuntimeError; it never falls back silently. The setting holds
-    for the current thread or asyncio task.
+    In a `with` statement or as a decorator, those of the block or function; as a statement of its own, all that follow.
+    A named backend that cannot run a case raises RuntimeError; it never falls back silently. The setting holds for the
+    current thread or asyncio task; the environment variable RNNFAST_BACKEND sets it for all.
 
     Args:
         name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, and torch's operators where
@@ -63,11 +63,26 @@ def use_backend(name: BackendName) -> Iterator[None]:
     Raises:
         ValueError: the name is none of the above.
     """
-    token = _setting.set(checked(name, "use_backend"))
-    try:
-        yield
-    finally:
-        _setting.reset(token)
+
+    def __init__(self, name: BackendName) -> None:
+        self.name = name
+        self.token = _setting.set(checked(name, "use_backend"))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        _setting.reset(self.token)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        _setting.reset(self.token)
+
+        @wraps(function)
+        def run(*args: P.args, **options: P.kwargs) -> R:
+            with use_backend(self.name):
+                return function(*args, **options)
+
+        return run
 
 
 class Choice(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_the_environment_sets_the_default():
     wrong = python(code, RNNFAST_BACKEND="cudnn")
     assert wrong.returncode != 0
     assert "RNNFAST_BACKEND: expected one of 'auto'" in wrong.stderr
+
+
+def test_use_backend_is_a_statement_and_a_decorator_too():
+    def in_a_thread() -> list[str]:
+        found = [setting()]
+        rnnfast.use_backend("reference")
+
+        @rnnfast.use_backend("torch")
+        def decorated(word: str) -> str:
+            return setting() + word
+
+        found.append(setting())
+        found.append(decorated("!"))
+        with rnnfast.use_backend("numba"):
+            found.append(setting())
+        return [*found, setting()]
+
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(in_a_thread).result()
+    assert found == ["auto", "reference", "torch!", "numba", "reference"]
+    assert setting() == "auto"
+    with pytest.raises(ValueError, match="got 'numbaa'"):
+        rnnfast.use_backend("numbaa")
 
 
 def test_a_named_backend_that_cannot_run_raises():
