@@ -157,12 +157,14 @@ def explain_model(
         if any(isinstance(each, Frozen) for each in layers.values()):
             hooks.enter_context(torch.no_grad())  # as any call of a frozen layer behind parameters
         for name, module in layers.items():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-                hooks.callback(handle.remove)
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                explained[name] = Explanation("torch", f"torch.jit's {module.original_name}", findings[name].reason)
+                continue
+            handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+            hooks.callback(handle.remove)
         model(*arguments, **keywords)
     if measure:
-        explained = {n: with_limit(layers[n], each, *calls[n][0]) for n, each in explained.items()}
+        explained |= {n: with_limit(layers[n], each, *calls[n][0]) for n, each in explained.items() if calls[n]}
     return ModelExplanation(
         LayerExplanation(name, each.type, len(calls[name]), explained.get(name)) for name, each in findings.items()
     )

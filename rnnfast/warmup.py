@@ -84,10 +84,10 @@ def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
         layer.training = False  # dropout would consume random numbers
         with torch.no_grad():
             run(x, **options)
-        if training:
+        if training and not weight.is_inference():
             with torch.enable_grad():
                 output = run(x.requires_grad_(), **options)[0]
-            inputs = [x, *(w for w in layer.weights() if w.requires_grad)]
-            torch.autograd.grad(output.sum(), inputs)
+            inputs = [x, *(each for each in layer.parameters() if each.requires_grad)]
+            torch.autograd.grad(output.sum(), inputs, allow_unused=True)
     finally:
         layer.training = mode

@@ -75,3 +75,11 @@ def test_a_compiled_model_is_explained_as_it_is_written():
     assert (told.name, told.calls) == ("_orig_mod.layer", 1)
     assert torch.equal(model(X), before)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_layer_is_not_said_to_be_left_out():
+    model = Model(torch.jit.trace(nn.LSTM(3, 5), X, check_trace=False))
+    for measure in (False, True):
+        (told,) = rnnfast.explain(model, X, measure=measure)
+        assert "torch.jit's LSTM (a scripted layer cannot change" in str(told)

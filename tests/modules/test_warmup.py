@@ -27,10 +27,18 @@ def test_the_layers_that_are_prepared_do_not_depend_on_defaults():
 def test_backward_is_prepared_where_there_are_no_gradients(mode, monkeypatch):
     layer, seen = rnnfast.GRU(3, 4), []
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args: seen.append(grad(*args)))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: seen.append(grad(*args, **options)))
     with mode():
         rnnfast.warmup(layer)
     assert len(seen[0]) == 5
+
+
+def test_weights_that_are_computed_and_weights_without_gradients_are_prepared():
+    rnnfast.warmup(torch.nn.utils.parametrizations.weight_norm(rnnfast.LSTM(3, 4), "weight_hh_l0"))
+    with torch.inference_mode():
+        layer = rnnfast.LSTM(3, 4)
+        rnnfast.warmup(layer)
+    rnnfast.warmup(layer)
 
 
 def test_a_class_with_a_call_of_its_own_is_prepared():
