@@ -199,8 +199,9 @@ def test_new_states_that_are_numbers_or_comparisons_run_in_the_plain_loop():
         return torch.tanh(x.a + u.a + 0.1 * state.n), 0.5, state.h > 0
 
     layer, x = rnnfast.Recurrent(constant, 2, 3, dtype=torch.bfloat16), torch.randn(4, 2, 2, dtype=torch.bfloat16)
-    with rnnfast.use_backend("reference"):
-        _, (h, n, k) = layer(x)
+    assert rnnfast.explain(layer, x).backend == "reference"
+    assert "cells with a state that is a number" in rnnfast.explain(layer, x).reason
+    _, (h, n, k) = layer(x)
     assert h.dtype == n.dtype == k.dtype == torch.bfloat16
     assert n.eq(0.5).all()
     old = torch.zeros(2, 3, dtype=F64)

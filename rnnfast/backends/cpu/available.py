@@ -37,6 +37,8 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "the numba backend has no kernels for cells without gates"
     if gates > MOST_GATES:
         return f"the numba backend has no kernels for cells of more than {MOST_GATES} gates, got {gates}"
+    if CELLS[cell].sets_numbers:
+        return "the numba backend has no kernels for cells with a state that is a number"
     return broken(cell, dtype)
 
 
