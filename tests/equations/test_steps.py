@@ -1,7 +1,6 @@
 """Steps that users write: what torch would compute otherwise is refused, and every kind of function is taken."""
 
 import functools
-import math
 import random
 import re
 import time
@@ -224,8 +223,20 @@ def test_many_inner_steps_are_declared_at_once():
 def test_a_number_that_is_none_and_an_empty_docstring_are_written():
     def marked(x, u):
         """ """
-        return (
-            torch.where(x.a > 9, math.nan if False else 0.0 * torch.zeros_like(x.a) / torch.zeros_like(x.a), x.a) + u.a
-        )
+        return torch.where(x.a > 9, 0.0 * torch.zeros_like(x.a) / torch.zeros_like(x.a), x.a) + u.a
 
     assert "(1e999 - 1e999)" in str(rnnfast.cell(gates="a")(marked))
+
+
+@pytest.mark.parametrize(
+    ("initial", "error", "says"),
+    [
+        (3.0, TypeError, "initial: expected a mapping of values by name, got float"),
+        ({"leak": "half"}, TypeError, "expected a number, a tensor or a function for leak, got str"),
+        ({"leak": torch.ones(4)}, ValueError, r"expected a number or \[3\] for leak, got \[4\]"),
+    ],
+    ids=["no mapping", "no value", "another shape"],
+)
+def test_initial_values_that_do_not_fit_are_named(initial, error, says):
+    with pytest.raises(error, match=says):
+        rnnfast.Recurrent(rnnfast.cells.leaky_rnn_learned, 2, 3, initial=initial)
