@@ -101,7 +101,7 @@ def restore(model: Model, *, own: bool = False) -> Model:
     Raises:
         TypeError: `model` is no torch.nn.Module; or, with `own`, has a layer of a class derived from rnnfast's.
     """
-    for layer in recurrent_layers(model).values():
+    for layer in recurrent_layers(model, "restore").values():
         if ORIGINAL in layer.__dict__:
             back_to_torch(layer, layer.__dict__.pop(ORIGINAL), layer.__dict__.pop(EXACT, None))
     named: list[tuple[str, nn.Module]] = [*model.named_modules()] if own else []

@@ -27,7 +27,7 @@ from rnnfast.context import (
     needed_by_engine,
     no_more_derivatives,
 )
-from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, form_of, restore
+from rnnfast.spec import Form, Layer, Needs, OutputTangents, States, Tangents, flatten, form_of, restore, shown
 from rnnfast.vmap import map_backward, map_layer, takes_batched_gradients
 
 
@@ -72,7 +72,7 @@ def by_plain_loop(layer: Layer) -> tuple[States, States]:
     if setting() in ("numba", "triton"):
         raise RuntimeError(
             f"the {setting()!r} backend cannot run this: it has no kernels for forward mode and torch.func transforms "
-            f"of cells of other forms than torch's, such as {layer.cell}"
+            f"of cells of other forms than torch's, such as {shown(layer.cell)}"
         )
     return reference.run(layer)
 

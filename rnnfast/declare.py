@@ -1,13 +1,16 @@
 """`rnnfast.cell`: declare a cell by one step, written in plain torch; and `rnnfast.surrogate`.
 
-The step is traced once, at the declaration, which refuses what cannot become a kernel. Kernels, gradients and the plain
-loop are derived from what was traced. A declared cell is known by its identity, its name and a digest of its equations.
+The step is traced once, at the declaration, which refuses what cannot become a kernel, and compared with torch
+(`step_check`). Kernels, gradients and the plain loop are derived from what was traced. A declared cell is known by its
+identity, its name and a digest of its equations.
 """
 
 import hashlib
 import importlib
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rnnfast_kernels.bind import bind
@@ -16,7 +19,7 @@ from rnnfast_kernels.equations import cell as equations
 from rnnfast_kernels.equations import display, trace
 from torch import Tensor
 
-from rnnfast import linearised, reference, torch_functions
+from rnnfast import linearised, reference, step_check, torch_functions
 
 CellError = trace.CellError
 Names = str | Sequence[str]
@@ -34,7 +37,8 @@ class Cell:
     def __init__(self, function: Callable[..., Any], declared: equations.Cell, read: str):
         """declared: the cell with its states as the user orders them. read: the state that the product takes."""
         self.function, self.declared = function, declared
-        self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
+        named = function.func if isinstance(function, partial) else function
+        self.__name__, self.__doc__, self.__module__ = declared.name, named.__doc__, named.__module__
         self.__wrapped__ = function
         self.gates, self.recurrent = declared.gate_names, declared.recurrent_names
         self.states, self.parameters, self.signals = declared.states, declared.parameters, declared.signals
@@ -44,7 +48,7 @@ class Cell:
         self.kernel = self.reordered()
         # Cells whose states the user orders differently may be the same to the loops.
         digest = hashlib.sha256(f"{self.kernel.digest} {self.order}".encode()).hexdigest()[:12]
-        self.identity = f"{re.sub(r'[^0-9A-Za-z_]', '_', function.__name__)}-{digest}"
+        self.identity = f"{re.sub(r'[^0-9A-Za-z_]', '_', declared.name)}-{digest}"
         self.kernel.name = self.identity
 
     def reordered(self) -> equations.Cell:
@@ -66,9 +70,8 @@ class Cell:
     def in_loop_order(self, x, u, state, p, s) -> tuple:
         """Call the step with its states in the order of loops."""
         ordered = [state[self.order.index(n)] for n in range(len(self.order))]
-        groups = {"x": x, "u": u, "state": tuple(ordered), "p": p, "s": s}
-        new = trace.call_step(self.function, groups)
-        new = new if isinstance(new, tuple | list) else (new,)
+        groups = {"x": x, "u": u, "state": trace.Group("state", self.states, ordered), "p": p, "s": s}
+        new = trace.as_tuple(trace.call_step(self.function, groups))
         return tuple(new[n] for n in self.order)
 
     def step(self, x, u, state, p=(), s=()) -> tuple[Tensor, ...]:
@@ -93,12 +96,18 @@ class Cell:
 
     def grouped(self, name: str, given: Any) -> Any:
         """Give an argument of a step names."""
-        names = self.declared.groups.get(name, ())
-        if name == "state" or isinstance(given, trace.Group):
+        names = self.declared.groups.get(name)
+        if names is None or isinstance(given, trace.Group):
             return given
         if isinstance(given, Mapping):
+            if set(given) != set(names):
+                raise ValueError(f"{self.__name__}: expected {', '.join(names)} in {name}, got {', '.join(given)}")
             return trace.Group(name, names, [given[each] for each in names])
         if isinstance(given, Tensor):
+            if given.shape[-1:].numel() % max(len(names), 1):
+                raise ValueError(
+                    f"{self.__name__}: expected {len(names)} entries of one width in {name}, got {list(given.shape)}"
+                )
             given = given.chunk(len(names), -1)
         if isinstance(given, tuple | list):
             if len(given) != len(names):
@@ -173,9 +182,9 @@ def cell(
     split["recurrent"] = split["gates"] if recurrent is None else names(recurrent, "recurrent")
 
     def declare(function: Callable[..., Any]) -> Cell:
-        name = getattr(function, "__name__", "cell")
         if not callable(function):
             raise TypeError(f"rnnfast.cell: expected a function to decorate, got {type(function).__name__}")
+        name = trace.name_of(function)
         check_names(name, split)
         shown = split["states"][0] if output is None else output
         taken = shown if read is None else read
@@ -193,6 +202,7 @@ def cell(
             output=split["states"].index(shown),
         )
         declared.check()
+        step_check.check(declared)
         made = Cell(function, declared, taken if declared.recurrent else shown)
         return register(made)
 
@@ -203,8 +213,10 @@ def names(given: Names, what: str) -> tuple[str, ...]:
     """Split names."""
     if isinstance(given, str):
         given = given.split()
-    if not all(isinstance(each, str) for each in given):
-        raise CellError(f"{what}: expected names, got {given!r}")
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+        raise CellError(
+            f"{what}: expected names in one string or a sequence, as in @rnnfast.cell(gates='i f g o'), got {given!r}"
+        )
     return tuple(given)
 
 
@@ -213,7 +225,10 @@ def check_names(cell: str, split: Mapping[str, tuple[str, ...]]) -> None:
     for what, each in split.items():
         for name in each:
             if not re.fullmatch(r"[^\W\d]\w*", name) or name.startswith("_"):
-                raise CellError(f"{cell}: {what}: expected a name, got {name!r}")
+                raise CellError(f"{cell}: {what}: expected names with spaces between, got {name!r}")
+            if unicodedata.normalize("NFKC", name) != name:
+                normal = unicodedata.normalize("NFKC", name)
+                raise CellError(f"{cell}: {what}: Python reads the name {name!r} as {normal!r}; declare that")
         if len(set(each)) != len(each):
             raise CellError(f"{cell}: {what}: a name occurs twice in {' '.join(each)!r}")
     if not split["states"]:

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -123,11 +124,21 @@ def numba_cache() -> str:
         return f"not available ({type(error).__name__}: {error})"
     told = []
     for folder in folders():
-        sizes = [path.stat().st_size for path in folder.glob("*.bin")]
-        there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
-        writable = "writable" if there.is_dir() and os.access(there, os.W_OK) else "not writable"
+        sizes = sizes_in(folder)
+        there = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
+        writable = "writable" if os.path.isdir(there) and os.access(there, os.W_OK) else "not writable"
         told.append(f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB, {writable})")
     return ", then ".join(told)
+
+
+def sizes_in(folder: Path) -> list[int]:
+    """Return the sizes of the kernels in a folder, none where it cannot be read."""
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # deleted in the meantime
+                found += [entry.stat().st_size] if entry.name.endswith(".bin") else []
+    return found
 
 
 def cpu_kernels() -> str:

@@ -1,5 +1,6 @@
 """What `explain` says: of one call of a layer or cell, and of every recurrent layer that a model's call runs."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import limits
@@ -19,6 +21,7 @@ from rnnfast.frozen import Frozen
 from rnnfast.functional import Call
 from rnnfast.modules import Recurrent
 from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.spec import shown
 
 OURS = (Recurrent, Cell, OfDeclaredCell, Frozen)
 
@@ -101,7 +104,7 @@ def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanatio
     """Explain a call of a frozen layer."""
     cell, reason = module.options().cell, module.reason_for_plain(data)
     if reason is None:
-        kernel = f"{cell} loop over packed {module.weights_format} weights"
+        kernel = f"{shown(cell)} loop over packed {module.weights_format} weights"
         return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
     choice = choose(cell, data.device, torch.float32, needs_ours)
     kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
@@ -111,9 +114,9 @@ def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanatio
 def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:
     """Name what a backend launches."""
     if choice.backend == "torch":
-        return f"torch.{cell}"
+        return f"torch.{shown(cell)}"
     if choice.backend == "reference":
-        return f"plain loop over {cell}"
+        return f"plain loop over {shown(cell)}"
     return load(choice.backend).describe(cell, hidden, projection, data.device, data.dtype)
 
 
@@ -127,10 +130,10 @@ def with_limit(
 ) -> Explanation:
     """Measure a call of a layer or cell, and say so."""
     call = partial(module, *arguments, **keywords)
-    milliseconds, fraction = limits.measured(
-        call, input_of(arguments, keywords), weights_of(module), keywords.get("lengths")
-    )
-    known = not isinstance(module, Frozen) or module.weights_format == "float32"
+    input = input_of(module, arguments, keywords)
+    weights, lengths = weights_of(module), keywords.get("lengths")
+    milliseconds, fraction = limits.measured(call, stand_in(module) if input is None else input, weights, lengths)
+    known = input is not None and (not isinstance(module, Frozen) or module.weights_format == "float32")
     return replace(explanation, milliseconds=milliseconds, fraction=fraction if known else None)
 
 
@@ -149,15 +152,19 @@ def explain_model(
         calls[name].append((args, kwargs) if measure and not calls[name] else ((), {}))
 
     with buffers_kept(model), ExitStack() as hooks:
+        if "torch._dynamo" in sys.modules:
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code may have no place for hooks
         if any(isinstance(each, Frozen) for each in layers.values()):
             hooks.enter_context(torch.no_grad())  # as any call of a frozen layer behind parameters
         for name, module in layers.items():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-                hooks.callback(handle.remove)
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                explained[name] = Explanation("torch", f"torch.jit's {module.original_name}", findings[name].reason)
+                continue
+            handle = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+            hooks.callback(handle.remove)
         model(*arguments, **keywords)
     if measure:
-        explained = {n: with_limit(layers[n], each, *calls[n][0]) for n, each in explained.items()}
+        explained |= {n: with_limit(layers[n], each, *calls[n][0]) for n, each in explained.items() if calls[n]}
     return ModelExplanation(
         LayerExplanation(name, each.type, len(calls[name]), explained.get(name)) for name, each in findings.items()
     )
@@ -167,12 +174,38 @@ def explain_called(module: nn.Module, finding: Finding, args: tuple[Any, ...], k
     """Explain a call of a layer, torch's own among them."""
     if not is_ours(module):
         return Explanation("torch", f"torch.nn.{finding.type}", finding.reason)
-    return explain_layer(module, input_of(args, kwargs), kwargs.get("resets"), kwargs.get("all_states", False))
+    input = input_of(module, args, kwargs)
+    input = stand_in(module) if input is None else input
+    return explain_layer(module, input, kwargs.get("resets"), kwargs.get("all_states", False))
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the input of a layer's call; a subclass may call it something else."""
-    return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor | PackedSequence))
+def input_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | PackedSequence | None:
+    """Return the input of a layer's call: a subclass may be given it by another name, in a container, or not at all."""
+    found = (each for each in tensors_in((*args, *kwargs.values())) if fits(module, each))
+    return next(found, None)
+
+
+def tensors_in(given: Any) -> Iterator[Tensor | PackedSequence]:
+    """Yield what a layer's input may be in nested containers."""
+    if isinstance(given, Tensor | PackedSequence):
+        yield given
+    elif isinstance(given, tuple | list | dict):
+        for each in given.values() if isinstance(given, dict) else given:
+            yield from tensors_in(each)
+
+
+def fits(module: Any, given: Tensor | PackedSequence) -> bool:
+    """Say whether a layer would take this as its input."""
+    data = given.data if isinstance(given, PackedSequence) else given
+    return data.is_floating_point() and data.shape[-1:] == (module.input_size,)
+
+
+def stand_in(module: Any) -> PackedSequence:
+    """Return an input of unknown length for a layer whose class computes it: of one step, in the layer's dtype."""
+    weight = next(iter(weights_of(module)))
+    return PackedSequence(
+        torch.empty(1, module.input_size, dtype=weight.dtype, device=weight.device), torch.ones(1, dtype=torch.long)
+    )
 
 
 def weights_of(module: Any) -> Iterable[Any]:
@@ -185,11 +218,18 @@ def weights_of(module: Any) -> Iterable[Any]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put a model's buffers, such as running means, and torch's random state back after a call."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer) and not is_expanded(buffer)]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, before in kept:
+        for buffer, before in kept:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                 buffer.copy_(before)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Say whether elements of a tensor share memory, so that nothing can be written to it."""
+    return tensor.layout is torch.strided and any(
+        s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
+    )

@@ -17,6 +17,7 @@ from rnnfast.spec import parameter_name
 FORMATS = ("float32", "bfloat16", "int8")
 # Terms of a sum that int32 holds at most.
 MOST_TERMS = 1 << 16
+LARGEST_SCALE = torch.finfo(torch.float32).max / 127 * (1 - 2.0**-20)
 
 
 @torch.no_grad()
@@ -138,7 +139,8 @@ def check_finite(place: str, layer: nn.Module, weights: str) -> None:
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of a weight to -127 .. 127 times a scale of its own: integers and scales."""
-    scale = weight.abs().amax(1).clamp(min=2.0**-100) / 127
+    # 127 times a scale is finite.
+    scale = (weight.abs().amax(1).clamp(min=2.0**-100) / 127).clamp(max=LARGEST_SCALE)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

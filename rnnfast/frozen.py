@@ -148,6 +148,11 @@ class Frozen(FrozenWeights):
             data, *others = map(in_float32, (data, *states, *signals))
             hx = hx if hx is None else others[0] if isinstance(hx, Tensor) else tuple(others[: len(states)])
             signals = tuple(others[len(states) :])
+        elif data.dtype != torch.float32:
+            raise ValueError(
+                f"{self.type_name()}: expected an input of torch.float32, as frozen weights, got {data.dtype}; "
+                "convert it by input.float()"
+            )
         input = input._replace(data=data) if packed else data
         if not torch.compiler.is_compiling() and _torch.count_dispatch_modes() > 0:
             flops.register()

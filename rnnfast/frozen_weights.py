@@ -15,6 +15,10 @@ from rnnfast.spec import parameter_name
 
 # Attributes that `hold` makes.
 NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_places", "_processor")
+# Attributes that panels depend on.
+FIXED = (
+    "bias", "bidirectional", "cell", "hidden_size", "input_size", "mode", "num_layers", "proj_size", "weights_format",
+)  # fmt: skip
 PARAMETER = parameter_name("")
 FIELDS = {"w_ih": "weight_ih", "w_hh": "weight_hh", "w_hr": "weight_hr", "b_ih": "bias_ih", "b_hh": "bias_hh"}
 
@@ -133,7 +137,7 @@ class FrozenWeights(nn.Module):
         return self.tensors().get(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weights_format" or self.is_weight(name):
+        if name in FIXED or self.is_weight(name):
             raise RuntimeError(f"{self.type_name()}: {name} is frozen; change the layer before rnnfast.freeze")
         super().__setattr__(name, value)
 

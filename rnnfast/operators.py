@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rnnfast import _torch
 from rnnfast.backends.dispatch import load
-from rnnfast.spec import Form, Gradients, Layer, Needs, form_of, restore
+from rnnfast.spec import Form, Gradients, Layer, Needs, form_of, restore, shown
 from rnnfast.vmap import map_backward, map_layer
 
 LAYER_SCHEMA = (
@@ -50,7 +50,7 @@ def layer_of(cell: str, reverse: Sequence[bool], present: Sequence[bool], tensor
     """
     form = form_of(cell, reverse, present)
     if len(tensors) != form.total:
-        raise RuntimeError(f"rnnfast: expected {form.total} tensors of a layer of {cell}, got {len(tensors)}")
+        raise RuntimeError(f"rnnfast: expected {form.total} tensors of a layer of {shown(cell)}, got {len(tensors)}")
     return restore(form, tensors)
 
 
@@ -92,7 +92,7 @@ def check_signals(cell: str, signals: Sequence[Tensor], full: tuple[int, int, in
     """Raise RuntimeError where signals are not those of a cell, broadcastable to [T, B, H]."""
     names = CELLS[cell].signals
     if len(signals) != len(names):
-        raise RuntimeError(f"rnnfast: expected {len(names)} signals of {cell}, got {len(signals)}")
+        raise RuntimeError(f"rnnfast: expected {len(names)} signals of {shown(cell)}, got {len(signals)}")
     for name, signal in zip(names, signals, strict=True):
         if signal.dim() != 3 or any(a not in (1, b) for a, b in zip(signal.shape, full, strict=True)):
             raise RuntimeError(

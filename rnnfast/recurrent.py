@@ -73,6 +73,8 @@ class Recurrent(nn.Module):
                 f"Recurrent: the cell {cell.__name__} has no gates, so its layers would not read their input"
             )
         validate.constants(input_size, hidden_size, num_layers, bias, batch_first, dropout)
+        if not isinstance(initial, Mapping | None):
+            raise TypeError(f"initial: expected a mapping of values by name, got {type(initial).__name__}")
         unknown = set(initial or ()) - set(cell.parameters)
         if unknown:
             raise ValueError(f"initial: {', '.join(sorted(unknown))} is not a parameter of the cell {cell.__name__}")
@@ -115,9 +117,20 @@ class Recurrent(nn.Module):
                     if callable(value):
                         value(weight)
                     elif value is not None:
-                        weight.copy_(torch.as_tensor(value))
+                        weight.copy_(self.fitting(name, value, weight))
                     else:
                         nn.init.uniform_(weight, -bound, bound)
+
+    def fitting(self, name: str, value: float | Tensor, weight: Tensor) -> Tensor:
+        """Return the initial value of a parameter as a tensor that fits it."""
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(value).__name__
+            raise TypeError(f"initial: expected a number, a tensor or a function for {name}, got {kind}") from None
+        if value.dim() and value.shape != weight.shape:
+            raise ValueError(f"initial: expected a number or {list(weight.shape)} for {name}, got {list(value.shape)}")
+        return value
 
     def weights(self) -> list[Tensor]:
         """Return the weights of a call, flat: layer by layer, direction by direction, in the order of `shapes`."""

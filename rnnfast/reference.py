@@ -69,12 +69,18 @@ def step(cell: str, x_gates: Tensor, state: States, weights: Weights, signals: S
     if cell in STEPS:
         parameters = () if weights.parameters is None else weights.parameters.unbind()
         new = STEPS[cell](x, u, state, parameters, signals)
-        state = tuple(each.expand_as(old) for each, old in zip(new, state, strict=True))
+        state = tuple(map(as_state, new, state))
     else:
         state, _ = FORWARD[cell](x, u, state)
     if weights.w_hr is not None:
         state = (torch.nn.functional.linear(state[0], weights.w_hr), *state[1:])
     return state
+
+
+def as_state(new: Tensor | float, old: Tensor) -> Tensor:
+    """Return a new state, which may be a number, a comparison or of another dtype, as a tensor like the old one."""
+    new = new if isinstance(new, Tensor) else old.new_full((), new)
+    return new.to(old.dtype).expand_as(old)
 
 
 def at_step(signal: Tensor, t: int, rows: int) -> Tensor:

@@ -109,6 +109,11 @@ class Weights(NamedTuple):
     parameters: Any = None  # [number of the cell's parameters, H]
 
 
+def shown(cell: str) -> str:
+    """Return what users call a cell: of a declared one the name without the digest of its equations."""
+    return cell.rpartition("-")[0] or cell
+
+
 def parameter_name(name: str) -> str:
     """Name a parameter of a cell among the fields of `Weights`, which its own name may be one of."""
     return f"p.{name}"

@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
     kinds = Recurrent, OfDeclaredCell
     layers = (layer for module in modules for layer in module.modules())
     found = [layer for layer in layers if isinstance(layer, kinds) and not isinstance(layer, Frozen)]
-    with log_on_screen() if verbose else nullcontext():
+    # In inference mode there would be no gradients.
+    with torch.inference_mode(False), log_on_screen() if verbose else nullcontext():
         for layer in found if modules else standard_layers():
             run_once(layer, training)
 
@@ -55,9 +57,15 @@ def log_on_screen() -> Iterator[None]:
 
 
 def standard_layers() -> list[Recurrent]:
-    """Return a small layer of every cell."""
+    """Return a small float32 layer of every cell on the CPU."""
     with torch.random.fork_rng(devices=[]):
-        return [RNN(16, 16), RNN(16, 16, nonlinearity="relu"), LSTM(16, 16), GRU(16, 16)]
+        made: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        return [
+            RNN(16, 16, **made),
+            RNN(16, 16, nonlinearity="relu", **made),
+            LSTM(16, 16, **made),
+            GRU(16, 16, **made),
+        ]
 
 
 def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
@@ -65,16 +73,21 @@ def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
     mode, options = layer.training, dict[str, Any]()
+    # A class derived from ours may take other arguments.
+    run: Callable[..., Any]
     if isinstance(layer, OfDeclaredCell):
+        run = partial(OfDeclaredCell.forward, layer)
         options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
+    else:
+        run = partial(Recurrent.forward, layer)
     try:
         layer.training = False  # dropout would consume random numbers
         with torch.no_grad():
-            layer(x, **options)
-        if training:
+            run(x, **options)
+        if training and not weight.is_inference():
             with torch.enable_grad():
-                output = layer(x.requires_grad_(), **options)[0]
-            inputs = [x, *(w for w in layer.weights() if w.requires_grad)]
-            torch.autograd.grad(output.sum(), inputs)
+                output = run(x.requires_grad_(), **options)[0]
+            inputs = [x, *(each for each in layer.parameters() if each.requires_grad)]
+            torch.autograd.grad(output.sum(), inputs, allow_unused=True)
     finally:
         layer.training = mode

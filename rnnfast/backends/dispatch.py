@@ -18,6 +18,7 @@ import torch
 
 from rnnfast import _torch
 from rnnfast.backends import BackendName, measured
+from rnnfast.spec import shown
 
 P, R = ParamSpec("P"), TypeVar("R")
 BACKENDS = get_args(BackendName)
@@ -163,7 +164,7 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
     if needs_ours:
         return Choice("reference", f"{refused}; torch.nn lacks an option that is used", failed)
     if not hasattr(_torch.operators, cell):
-        return Choice("reference", f"{refused}; torch.nn lacks the cell {cell}", failed)
+        return Choice("reference", f"{refused}; torch.nn lacks the cell {shown(cell)}", failed)
     return Choice("torch", refused, failed)
 
 
@@ -191,7 +192,7 @@ def unsupported(backend: str, cell: str, device: torch.device, dtype: torch.dtyp
     """Say why a backend cannot run the case, or None where it can."""
     if backend == "torch":
         if not hasattr(_torch.operators, cell):
-            return f"torch.nn lacks the cell {cell}"
+            return f"torch.nn lacks the cell {shown(cell)}"
         return "torch.nn has neither resets nor all_states" if needs_ours else None
     if backend == "reference":
         return None

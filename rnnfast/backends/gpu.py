@@ -23,6 +23,7 @@ from rnnfast.backends import gpu_projection as projection
 from rnnfast.backends.gpu_launch import loops, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_products import multiply, multiply_add
 from rnnfast.backends.gpu_rows import Call, lay_out
+from rnnfast.spec import shown
 
 TAKES_ENSEMBLES = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,9 +36,8 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {dtype}"
     if cell not in CELLS:
-        return f"it has no cell {cell!r}"
-    row = CELLS[cell]
-    if any(node.op == "number" for node in row.traced.new_state):
+        return f"it has no cell {shown(cell)!r}"
+    if CELLS[cell].sets_numbers:
         return "it has no kernels for cells with a state that is a number"
     return None
 
@@ -45,7 +45,7 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name the loops of a layer with 16 batch rows."""
     forward, backward = loops(CELLS[cell], hidden, 16, torch.empty(0, dtype=dtype, device=device))
-    named = f"Triton kernels of {cell}, forward {forward}, backward {backward} at a batch of 16"
+    named = f"Triton kernels of {shown(cell)}, forward {forward}, backward {backward} at a batch of 16"
     return named if CELLS[cell].standard else f"{named}; other derivatives and transforms by the plain loop"
 
 

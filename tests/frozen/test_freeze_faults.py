@@ -108,3 +108,28 @@ def test_autocast_and_sparse_input():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x, (0 * h, (0 * c).bfloat16()))[0], expected)
     assert torch.equal(layer(x.to_sparse())[0], expected)
+
+
+def test_the_largest_weight_stays_finite():
+    layer = rnnfast.LSTM(8, 16)
+    with torch.no_grad():
+        layer.weight_ih_l0[0] = torch.finfo(torch.float32).max
+    layer = rnnfast.freeze(layer, "int8")
+    assert all(weight.isfinite().all() for weight in layer.dequantised())
+    with rnnfast.use_backend("reference"):
+        assert layer(torch.zeros(2, 1, 8))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", 3), ("num_layers", 2), ("bidirectional", True), ("bias", False)]
+)
+def test_sizes_that_panels_depend_on_do_not_change(name, value):
+    layer = frozen("int8")
+    with pytest.raises(RuntimeError, match=f"{name} is frozen"):
+        setattr(layer, name, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_an_input_of_another_dtype_is_told_what_helps(dtype):
+    with pytest.raises(ValueError, match=rf"FrozenLSTM: .* got {dtype}; convert it by input.float\(\)"):
+        frozen().to(torch.float64)(torch.zeros(5, 3, 8, dtype=dtype))

@@ -214,3 +214,9 @@ def test_what_is_no_module_is_refused():
     for function in (rnnfast.accelerate, rnnfast.restore, rnnfast.survey):
         with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
             function({})
+
+
+@pytest.mark.parametrize("function", [rnnfast.accelerate, rnnfast.restore, rnnfast.survey, rnnfast.freeze])
+def test_the_error_names_the_function_that_was_called(function):
+    with pytest.raises(TypeError, match=f"^{function.__name__}: expected a torch.nn.Module, got list"):
+        function([nn.LSTM(2, 2)])

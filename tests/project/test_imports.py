@@ -31,7 +31,7 @@ LAYERS = (
     ("rnnfast.autograd",),
     ("rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx", "rnnfast.second_order"),
     ("rnnfast.declare",),
-    ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
+    ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference", "rnnfast.step_check"),
     ("rnnfast.changes", "rnnfast.layers", "rnnfast.torch_functions", "rnnfast.vmap"),
     ("rnnfast.context",),
     ("rnnfast.backends",),

@@ -67,6 +67,11 @@ class Cell:
         """Say whether the cell has the form of torch's: all gates recurrent, no parameters, no signals."""
         return self.recurrent == self.gates and self.gates > 0 and not (self.parameters or self.signals or self.output)
 
+    @property
+    def sets_numbers(self) -> bool:
+        """Say whether a new state is a number, for which kernels have no vector."""
+        return any(node.op == "number" for node in self.traced.new_state)
+
     @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Return the names in each of the step's arguments."""

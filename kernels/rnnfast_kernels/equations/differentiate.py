@@ -64,17 +64,24 @@ def residuals(wanted: Sequence[Node | None], forward: Sequence[Node], free: Iter
     named |= {node for node in wanted if node in inside}
     kept: list[Node] = []
     for node in forward:
-        if node in named and cost(node, there) > AFFORDABLE:
+        if node in named and budget_left(AFFORDABLE, node, there) < 0:
             kept.append(node)
             there.add(node)
     return sorted(kept, key=lambda node: (node.op == "leaf", node.order))
 
 
-def cost(node: Node, there: set[Node]) -> float:
-    """Return what it costs to compute a node from those that are there."""
+def budget_left(budget: float, node: Node, there: set[Node]) -> float:
+    """Return what is left of a budget after computing a node from those that are there; below 0, it is too small.
+
+    Whatever is used several times counts each time. The search ends with the budget, so that it stays short.
+    """
     if node in there or node.op == "number":
-        return 0
+        return budget
     if node.op == "leaf":
-        return math.inf
-    operands = node.operands[:1] if node.op == "surrogate" else node.operands
-    return OPERATIONS[node.op].cost + sum(cost(operand, there) for operand in operands)
+        return -math.inf
+    budget -= OPERATIONS[node.op].cost
+    for operand in node.operands[:1] if node.op == "surrogate" else node.operands:
+        if budget < 0:
+            break
+        budget = budget_left(budget, operand, there)
+    return budget

@@ -27,7 +27,7 @@ def text(cell: Cell, read: str, doc: str | None) -> str:
     known |= {node: forward.names.get(node, name) for node, name in new.items()}
     known |= {seed: f"d{name}_new" for seed, name in zip(cell.seeds, cell.states, strict=True)}
     backward = gradient(cell, known)
-    lines = [header(cell, read), *([f"    {first_line(doc)}"] if doc else []), "", "forward"]
+    lines = [header(cell, read), *([f"    {line}" for line in (doc or "").strip().splitlines()[:1]]), "", "forward"]
     lines += [f"    {line}" for line in (*forward.lines, *results)]
     lines += ["", "kept for backward, beside the states", f"    {', '.join(kept) if kept else 'nothing'}", ""]
     lines += ["backward", *(f"    {line}" for line in backward)]
@@ -45,10 +45,6 @@ def header(cell: Cell, read: str) -> str:
     parts += [f"output {output}"] * (cell.output != 0)
     parts += [f"product of {read}"] * (cell.recurrent > 0 and read != output)
     return f"{cell.name}: {'; '.join(parts)}"
-
-
-def first_line(doc: str) -> str:
-    return doc.strip().splitlines()[0]
 
 
 def named(node: Node, writer: Writer) -> str:

@@ -56,6 +56,8 @@ class Writer:
         if node in self.names:
             return self.names[node], ATOM
         if node.number is not None:
+            if math.isnan(node.number):
+                return "(1e999 - 1e999)", ATOM
             text = "1e999" if math.isinf(node.number) else repr(abs(node.number))
             return (text, ATOM) if math.copysign(1, node.number) > 0 else (f"-{text}", 3)
         if node.op == "neg":

@@ -5,12 +5,14 @@ so that torch is not imported here. What a step may not do is refused where it d
 and what to write instead.
 """
 
+import functools
 import inspect
 import linecache
 import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from rnnfast_kernels.equations.functions import FUNCTIONS, INSTEAD, Condition, Refusal, Value
@@ -25,12 +27,22 @@ class CellError(ValueError):
     """A step function that cannot become a cell: what it does, where, and what to write instead."""
 
 
+def is_ours(frame: FrameType) -> bool:
+    """Say whether a frame runs code of rnnfast or torch, not the user's."""
+    return frame.f_globals.get("__name__", "").split(".")[0] in OURS
+
+
 def refuse(what: str, instead: str = "") -> CellError:
     """Return the error for something that the user's code does right now."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in OURS:
+    while frame.f_back is not None and is_ours(frame):
         frame = frame.f_back
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    return placed(what, frame, frame.f_lineno, instead)
+
+
+def placed(what: str, frame: FrameType, line: int, instead: str) -> CellError:
+    """Return the error for something that the user's code does in a line of a frame."""
+    file = frame.f_code.co_filename
     code = linecache.getline(file, line, frame.f_globals).strip()
     where = f"\n  {file}:{line}: {code}" if code else f"\n  {file}:{line}"
     return CellError(f"{what}{where}" + (f"\n  {instead}" if instead else ""))
@@ -76,11 +88,12 @@ class Symbol:
 
     def refused(self, *args):
         raise refuse(
-            "float(), int(), len(), an index or a loop over a value: a step sees one unit at a time",
+            "float(), int(), round(), len(), an index or a loop over a value: a step sees one unit at a time",
             "write torch.exp and so on in place of math.exp; loop over gates by their names",
         )
 
-    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __contains__ = refused
+    __float__ = __int__ = __complex__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = refused
+    __contains__ = __round__ = __trunc__ = __floor__ = __ceil__ = refused
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
         # What NumPy's numbers do where they stand on the left of an operator.
@@ -173,6 +186,18 @@ def add_operators() -> None:
     def reflected(name):
         return lambda self, other: apply(name, other, self)
 
+    def in_place(name):
+        def method(self, other):
+            if isinstance(self.value, Node) and self.value.op in ("leaf", "detach"):
+                raise refuse(
+                    "a change in place of a value that the step was given",
+                    "write h = h + value, not h += value: the caller's tensor would change",
+                )
+            self.value = apply(name, self, other).value
+            return self
+
+        return method
+
     def refused(symbol, instead):
         def method(self, *others):
             raise refuse(f"the operator {symbol} in a step", instead)
@@ -183,6 +208,7 @@ def add_operators() -> None:
         setattr(Symbol, f"__{operator}__", forward(name))
         if operator in ("add", "sub", "mul", "truediv", "pow", "and", "or"):
             setattr(Symbol, f"__r{operator}__", reflected(name))
+            setattr(Symbol, f"__i{operator}__", in_place(name))
     for operator, name in {"neg": "neg", "pos": "pos", "invert": "invert", "abs": "abs"}.items():
         setattr(Symbol, f"__{operator}__", lambda self, name=name: apply(name, self))
     matrix = "the products are W_ih x, read as x.<gate>, and W_hh h, read as u.<gate>; a step itself is pointwise"
@@ -231,20 +257,37 @@ class Group:
         return len(self._values)
 
 
+def name_of(function: Callable) -> str:
+    """Return what a step function is called; an object that is called and a `functools.partial` have no name."""
+    function = function.func if isinstance(function, functools.partial) else function
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def call_step(function: Callable, groups: dict[str, Any]) -> Any:
     """Call a step function with those of its arguments that it takes."""
     return function(**{name: groups[name] for name in arguments_of(function)})
 
 
+def as_tuple(result: Any) -> tuple:
+    """Return what a step returned as a tuple."""
+    return tuple(result) if isinstance(result, tuple | list | Group) else (result,)
+
+
 def arguments_of(function: Callable) -> tuple[str, ...]:
     """Return the names of a step function's arguments."""
     found = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name in ARGUMENTS:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise CellError(f"{name_of(function)}: its arguments cannot be read; write a function in Python") from None
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise CellError(f"{name_of(function)}: the argument {name} is passed by name; write no / behind it")
+        if name in ARGUMENTS and parameter.kind is not parameter.VAR_POSITIONAL:
             found.append(name)
         elif parameter.default is parameter.empty:
             raise CellError(
-                f"{function.__name__}: the argument {name} is not known; a step takes some of x (input parts), "
+                f"{name_of(function)}: the argument {name} is not known; a step takes some of x (input parts), "
                 f"u (recurrent parts), state, p (parameters) and s (signals), by these names"
             )
     return tuple(found)
@@ -267,7 +310,6 @@ class Traced:
             group: Group(group, names[group], [Symbol(leaf) for leaf in leaves], hint if group == "u" else "")
             for group, leaves in self.leaves.items()
         }
-        groups["state"] = tuple(groups["state"])
 
         def keep_names(frame, event, argument):
             if event == "return" and frame.f_code is getattr(function, "__code__", None):
@@ -286,14 +328,15 @@ class Traced:
         finally:
             if watched:
                 sys.setprofile(None)
-        return self.states_of(function.__name__, result, names["state"])
+        return self.states_of(name_of(function), result, names["state"])
 
     def states_of(self, name: str, result: Any, states: tuple[str, ...]) -> tuple[Node, ...]:
         """Check what a step returned."""
-        given = tuple(result) if isinstance(result, tuple | list) else (result,)
+        given = as_tuple(result)
         if len(given) != len(states):
             raise CellError(
-                f"{name}: expected the {len(states)} new states ({', '.join(states)}), got {len(given)} values"
+                f"{name}: expected the {len(states)} new states ({', '.join(states)}), got {len(given)} values; "
+                "a step returns its new states in the order of states="
             )
         found = []
         for state, each in zip(states, given, strict=True):
@@ -303,5 +346,8 @@ class Traced:
                 value = each.value
                 found.append(value.number() if isinstance(value, Condition) else value)
             else:
-                raise CellError(f"{name}: expected a value for the new state {state}, got {type(each).__name__}")
+                raise CellError(
+                    f"{name}: expected a value for the new state {state}, got {type(each).__name__}; "
+                    "a step returns its new states in the order of states="
+                )
         return tuple(found)

@@ -8,6 +8,8 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 
+from rnnfast.spec import shown
+
 DTYPE_NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -23,7 +25,7 @@ MOST_GATES = 24
 def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why this backend cannot run the case, or None where it can."""
     if cell not in CELLS:
-        return f"the numba backend has no kernel for the cell {cell}"
+        return f"the numba backend has no kernel for the cell {shown(cell)}"
     if device.type != "cpu":
         return f"the numba backend runs on the CPU, not on {device.type}"
     if dtype not in DTYPE_NAMES:
@@ -35,6 +37,8 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "the numba backend has no kernels for cells without gates"
     if gates > MOST_GATES:
         return f"the numba backend has no kernels for cells of more than {MOST_GATES} gates, got {gates}"
+    if CELLS[cell].sets_numbers:
+        return "the numba backend has no kernels for cells with a state that is a number"
     return broken(cell, dtype)
 
 
@@ -107,7 +111,7 @@ def describe(cell: str, hidden: int, projection: int, device: torch.device, dtyp
     products = " with products of bfloat16" if chosen.terms == 2 else ""
     code = "" if has_numba() else ", kept machine code without numba"
     lanes = f"{chosen.lanes} lanes on {processor().name}"
-    return f"whole-layer {cell} kernel in {chosen.dtype}{products}, {lanes}, {team_name()}{code}"
+    return f"whole-layer {shown(cell)} kernel in {chosen.dtype}{products}, {lanes}, {team_name()}{code}"
 
 
 @functools.cache
