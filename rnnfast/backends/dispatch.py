@@ -50,7 +50,7 @@ def default_setting() -> str:
     return checked(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
 
 
-class use_backend:  # noqa: N801 (used like a function, as torch.set_grad_enabled)
+class use_backend:
     """Run layers on one backend: "auto", "triton", "numba", "reference" or "torch".
 
     In a `with` statement or as a decorator, those of the block or function; as a statement of its own, all that follow.
