@@ -11,7 +11,7 @@ from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, Model, is_parame
 from rnnfast.frozen import Frozen
 from rnnfast.frozen_cells import FrozenRecurrent
 from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE, weight_shapes
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.recurrent import Recurrent
 from rnnfast.spec import parameter_name
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -47,7 +47,7 @@ def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "floa
         expected = ", ".join(map(repr, FORMATS))
         raise ValueError(f"freeze: expected weights to be one of {expected}, got {weights!r}")
     found = recurrent_layers(model, "freeze")
-    found |= {name: each for name, each in model.named_modules() if isinstance(each, OfDeclaredCell)}
+    found |= {name: each for name, each in model.named_modules() if isinstance(each, Recurrent)}
     reasons = {name: reason_against(layer, weights) for name, layer in found.items()}
     for name, layer in found.items():
         if reasons[name] is None:
@@ -76,7 +76,7 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
         return "a scripted layer cannot change; freeze the model before torch.jit.script"
     if is_parametrized(layer):
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    known = (*COUNTERPARTS, *COUNTERPARTS.values(), OfDeclaredCell)
+    known = (*COUNTERPARTS, *COUNTERPARTS.values(), Recurrent)
     plain = layer.__dict__.get(ORIGINAL, type(layer))
     if plain not in known:
         return f"freezing would lose the methods of its class, {type(layer).__name__}"
@@ -119,7 +119,7 @@ def named_weights(layer: Any) -> dict[str, Any]:
 
 def shapes_of(layer: Any) -> list[dict[str, tuple[int, ...]]]:
     """Name the weights, and their shapes, of each layer and direction."""
-    if not isinstance(layer, OfDeclaredCell):
+    if not isinstance(layer, Recurrent):
         return weight_shapes(layer)
     return [
         {f"{name}_{suffix}": shape for name, shape in layer.shapes(inputs).items()} for suffix, inputs in layer.places()
@@ -145,7 +145,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def held_by(layer: Any, weights: str) -> dict[str, Any]:
     """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
     shorts = {long: short for short, long in FIELDS.items()}
-    own = layer.cell.parameters if isinstance(layer, OfDeclaredCell) else ()
+    own = layer.cell.parameters if isinstance(layer, Recurrent) else ()
     held = []
     for names in shapes_of(layer):
         named: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
 
 def frozen_class(layer: nn.Module) -> type[Frozen]:
     """Return the class of a layer once it is frozen."""
-    return FrozenRecurrent if isinstance(layer, OfDeclaredCell) else Frozen
+    return FrozenRecurrent if isinstance(layer, Recurrent) else Frozen
 
 
 def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rnnfast.frozen import Frozen
-from rnnfast.modules import GRU, LSTM, RNN, Recurrent
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.modules import GRU, LSTM, RNN, RNNBase
+from rnnfast.recurrent import Recurrent
 
 
 def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) -> None:
@@ -32,7 +32,7 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
     for each in modules:
         if not isinstance(each, nn.Module):
             raise TypeError(f"warmup: expected a torch.nn.Module, got {type(each).__name__}")
-    kinds = Recurrent, OfDeclaredCell
+    kinds = RNNBase, Recurrent
     layers = (layer for module in modules for layer in module.modules())
     found = [layer for layer in layers if isinstance(layer, kinds) and not isinstance(layer, Frozen)]
     with log_on_screen() if verbose else nullcontext():
@@ -54,18 +54,18 @@ def log_on_screen() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def standard_layers() -> list[Recurrent]:
+def standard_layers() -> list[RNNBase]:
     """Return a small layer of every cell."""
     with torch.random.fork_rng(devices=[]):
         return [RNN(16, 16), RNN(16, 16, nonlinearity="relu"), LSTM(16, 16), GRU(16, 16)]
 
 
-def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
+def run_once(layer: RNNBase | Recurrent, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
     mode, options = layer.training, dict[str, Any]()
-    if isinstance(layer, OfDeclaredCell):
+    if isinstance(layer, Recurrent):
         options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
     try:
         layer.training = False  # dropout would consume random numbers

@@ -65,9 +65,9 @@ def test_a_fault_of_declared_cells_is_found_and_made_small(monkeypatch):
 
 
 def test_stale_weights_are_found(monkeypatch):
-    read = rnnfast.modules.Recurrent.weights
+    read = rnnfast.modules.RNNBase.weights
     kept = WeakKeyDictionary()
-    monkeypatch.setattr(rnnfast.modules.Recurrent, "weights", lambda self: kept.setdefault(self, read(self)))
+    monkeypatch.setattr(rnnfast.modules.RNNBase, "weights", lambda self: kept.setdefault(self, read(self)))
     actions = [("call", 1), ("set_threads", 2), ("assign", 3), ("call", 4)]
     assert "result 0" in check("actions", (1, actions))
     found = smallest((1, actions), KINDS["actions"].simpler, lambda drawn: check("actions", drawn) is not None, 60)
