@@ -25,6 +25,7 @@ LAYERS = (
     ("rnnfast.frozen",),
     ("rnnfast.frozen_weights",),
     ("rnnfast.cell_modules", "rnnfast.cells", "rnnfast.modules", "rnnfast.recurrent"),
+    ("rnnfast.states_and_signals",),
     ("rnnfast.functional",),
     ("rnnfast.validate", "rnnfast.fast_path"),
     ("rnnfast.native",),
