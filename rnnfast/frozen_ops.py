@@ -15,7 +15,8 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast.changes import version_of
-from rnnfast.operators import check_memory, check_signals, expect, library
+from rnnfast.operator_checks import check_memory, check_signals, expect
+from rnnfast.operators import library
 from rnnfast.spec import parameter_name
 from rnnfast.vmap import each, fold, unfold
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx", "rnnfast.second_order"),
     ("rnnfast.declare",),
     ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
-    ("rnnfast.changes", "rnnfast.layers", "rnnfast.torch_functions", "rnnfast.vmap"),
+    ("rnnfast.changes", "rnnfast.layers", "rnnfast.operator_checks", "rnnfast.torch_functions", "rnnfast.vmap"),
     ("rnnfast.context",),
     ("rnnfast.backends",),
     ("rnnfast.spec",),
