@@ -30,6 +30,7 @@ LAYERS = (
     ("rnnfast.validate", "rnnfast.fast_path"),
     ("rnnfast.native",),
     ("rnnfast.autograd",),
+    ("rnnfast.gradients",),
     ("rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx", "rnnfast.second_order"),
     ("rnnfast.declare",),
     ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference"),
