@@ -1,7 +1,7 @@
 """Recurrent layers whose weights are frozen: packed once, for inference on the CPU. `rnnfast.freeze` makes them.
 
 A frozen layer holds its weights once, as panels for this machine's processor. `state_dict`, pickle and copies have
-them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G*H, I] and `weight_ih_l0_scale` [G*H].
+them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
 """
 
 import warnings

@@ -283,21 +283,3 @@ def layer_hvp(address):
             apply_resets(at, step, live, at.h_work, h_stride, aux_stride)
             apply_resets(job, step, live, job.h_work, h_stride, aux_stride)
     end_gradients(job, h_stride, aux_stride)
-
-
-HELPERS = (
-    padded_row,
-    gather_inputs,
-    jvp_inputs,
-    jvp_recurrent,
-    jvp_cell,
-    jvp_output,
-    layer_jvp,
-    cell_operands,
-    keep_gradients,
-    hvp_cell,
-    both_places,
-    hvp_projection,
-    hvp_recurrent,
-    layer_hvp,
-)
