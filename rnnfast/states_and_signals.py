@@ -125,5 +125,4 @@ def in_user_order(cell: Cell, output, finals, *states):
     """Put states into the order in which the user declared them."""
     if len(cell.states) == 1 or cell.order == tuple(range(len(cell.order))):
         return (output, finals, *states)
-    back = [cell.order.index(n) for n in range(len(cell.order))]
-    return (output, *(tuple(each[n] for n in back) for each in (finals, *states)))
+    return (output, *(tuple(each[n] for n in cell.places) for each in (finals, *states)))

@@ -51,7 +51,7 @@ class Stream:
         if isinstance(module, Recurrent):
             if module.cell.signals:
                 raise ValueError(f"Stream: expected a cell without signals, got {module.cell.__name__}")
-            self.places = tuple(module.cell.order.index(n) for n in range(len(module.cell.order)))
+            self.places = module.cell.places
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"Stream: expected batch to be a positive integer, got {batch!r}")
         self.module, self.batch = module, batch

@@ -62,7 +62,7 @@ class Target:
 
     io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
     a vector register. registers: how many of those there are. terms: of a sum that stand in one element of an operand;
-    if two, they are bfloat16 numbers. weights: format of panels that are packed beforehand, None for those packed in
+    if two, they are bfloat16 numbers. format: of panels that are packed beforehand, None for those packed in
     the call. dot: the instruction that multiplies integers (see `int8`).
     """
 
@@ -71,7 +71,7 @@ class Target:
     lanes: int
     registers: int
     terms: int = 1
-    weights: Format | None = None
+    format: Format | None = None
     dot: str = ""
 
     @property
@@ -82,12 +82,12 @@ class Target:
     @property
     def is_scaled(self) -> bool:
         """Whether weights, and the rows that are multiplied with them, are integers times a scale for each row."""
-        return self.weights is not None and self.weights.scaled
+        return self.format is not None and self.format.scaled
 
     @property
     def operand_elements(self) -> int:
         """Elements of the left operand beside one of a panel: rows stay float32 where shorter weights are widened."""
-        return 1 if self.weights is None or self.is_scaled else self.terms
+        return 1 if self.format is None or self.is_scaled else self.terms
 
     @property
     def adds_128(self) -> bool:

@@ -162,7 +162,7 @@ def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
 
 def kernel_of(form: Form) -> Kernel:
     """Load, or compile, the machine code of a form: over panels like those of a call, that of any layer."""
-    if form.target.weights is None:
+    if form.target.format is None:
         return kernel(form.cell, "float32", 1)
     return kernel(form.cell, "float32", 0, form.weights)
 

@@ -58,7 +58,7 @@ PRODUCTS: dict[str, Products] = {"bfloat16": widened, "int8": int8}
 
 def products_of(target: Target) -> Products:
     """The module of a target's format of weights."""
-    return PRODUCTS[target.weights.name]  # type: ignore[union-attr]
+    return PRODUCTS[target.format.name]  # type: ignore[union-attr]
 
 
 def define_tile(function: ir.Function, target: Target, rows: int, vectors: int) -> None:

@@ -14,7 +14,7 @@ from rnnfast_kernels.cpu.target import Target
 def library(target: Target, gates: set[int]) -> ir.Module:
     """Define them, for panels of these numbers of gates."""
     module = ir.Module("rnnfast")
-    if target.weights:
+    if target.format:
         held.products_of(target).define(module, target)
     else:
         transpose.transpose_function(module, target)

@@ -37,7 +37,7 @@ def external(module: ir.Module, name: str, arguments: int) -> ir.Function:
 
 def kind_of(target: Target) -> str:
     """The part of functions' names that tells targets apart."""
-    weights = target.weights.name if target.weights else ""
+    weights = target.format.name if target.format else ""
     return f"{target.io}_{target.dtype}x{target.lanes}x{target.terms}{weights}"
 
 
@@ -49,7 +49,7 @@ def tile_function(module: ir.Module, target: Target, rows: int, vectors: int) ->
     """The product for one tile of `rows` x `vectors` registers; `out_step` bytes lie between two rows of the result."""
     vec = Vec(target.dtype, target.lanes)
     function = external(module, tile_name(target, rows, vectors), 6)
-    if target.weights:
+    if target.format:
         held.define_tile(function, target, rows, vectors)
         return function
     row_pointers, step, panel, depth, out, out_step = function.args

@@ -23,7 +23,7 @@ from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS, Target
 
 def most_rows(target: Target) -> int:
     """Rows that the product takes at once; none where weights are packed beforehand."""
-    return 0 if target.weights else MOST_UNPACKED_ROWS
+    return 0 if target.format else MOST_UNPACKED_ROWS
 
 
 def unpacked_name(target: Target, rows: int) -> str:

@@ -76,7 +76,7 @@ def strips(chosen: Target, gates: int, units: int) -> list[tuple[int, int]]:
 
 def item_type(chosen: Target) -> str:
     """NumPy's name of the type of a weight's numbers."""
-    return chosen.weights.array if chosen.weights else chosen.dtype
+    return chosen.format.array if chosen.format else chosen.dtype
 
 
 def pack(

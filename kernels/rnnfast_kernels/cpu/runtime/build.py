@@ -125,7 +125,7 @@ def vectors(target: Target, salt: str) -> dict:
     numeric = (activations.decay, *activations.ACTIVATIONS, *activations.HVP, *elementary.PLAIN, *operands.LINES)
     inline(namespace, by_name(numeric), forceinline=True)
     rows = by_name(operands.ROWS)
-    if target.weights:
+    if target.format:
         of_format = held.products_of(target)
         namespace |= of_format.operations(target)
         rows = {"copies_start": operands.copies_start, "as_operands": of_format.as_operands}
