@@ -117,8 +117,6 @@ def can_stack(options: Options) -> bool:
 
 def stacked_weights(options: Options, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the weights of all layers as they are recorded."""
-    if not options.present.parameters:
-        return weights
     count = options.flat_count * options.directions
     parts = (flat_weights(options, weights[n : n + count]) for n in range(0, len(weights), count))
     return [each for part in parts for each in part]

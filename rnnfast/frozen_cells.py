@@ -9,6 +9,7 @@ from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast.frozen import Frozen, Shaped
+from rnnfast.functional import Call
 from rnnfast.recurrent import Recurrent
 from rnnfast.states_and_signals import in_loop_layout, in_user_order
 
@@ -68,7 +69,7 @@ class FrozenRecurrent(Frozen, Recurrent):
         options, shown = self.options()._replace(batch_first=False), CELLS[self.cell_name].output
 
         def run() -> None:
-            outcome = self.run_layers(options, x, tuple(states), None, None, shown > 0)
+            outcome = self.run_layers(Call(options, x, tuple(states), (), all_states=shown > 0))
             output.copy_(outcome.output[0])
             for own, final in zip(states, outcome.finals, strict=True):
                 own.copy_(final)

@@ -200,10 +200,7 @@ class Stream:
             if rows.shape != (self.batch,):
                 raise ValueError(f"Stream: expected rows of shape [{self.batch}], got {list(rows.shape)}")
         for own in self.states:
-            if rows is None:
-                own.zero_()
-            else:
-                own[:, rows] = 0
+            own[:, rows] = 0  # None stands for all
 
 
 def as_own(weight: Tensor) -> Tensor:
