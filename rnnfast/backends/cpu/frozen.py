@@ -24,7 +24,7 @@ from rnnfast_kernels.cpu.target import Target, target
 from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
-from rnnfast.backends.cpu.executable import STATES, room, shape_of
+from rnnfast.backends.cpu.executable import STATES, empty, shape_of
 from rnnfast.spec import Form as LayerForm
 from rnnfast.spec import Present, Signature, parameter_name
 
@@ -100,7 +100,7 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
 
     Of scaled formats also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters are under `parameter_name`.
     """
-    buffer = room(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
+    buffer = empty(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
     for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
@@ -231,7 +231,7 @@ class Prepared:
         try:
             spare = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
-            spare = self.room(x)
+            spare = self.new_spare(x)
         scratch, call, place = spare
         if self.alone:
             self.write(call, 8 * ADDRESSES, *addresses, self.place)
@@ -243,9 +243,9 @@ class Prepared:
         output, *finals = results
         return output.transpose(0, 1) if self.transposed else output, tuple(finals) if len(finals) > 1 else finals[0]
 
-    def room(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
+    def new_spare(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
         """Return scratch memory, the record of a call over it, and where that is."""
-        scratch, recipe = room(x, self.scratch), self.recipe
+        scratch, recipe = empty(x, self.scratch), self.recipe
         call = recipe.filled(scratch.data_ptr(), [0] * len(recipe.named), pool.NO_TEAM, recipe.whole)
         return scratch, call, call.buffer_info()[0]
 
@@ -292,14 +292,14 @@ def run_layer(
     steps = x.shape[0] if starts is None else len(starts)
     options = sizes is not None, resets is not None
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
-    output = room(x, *x.shape[:-1], directions, form.width)
+    output = empty(x, *x.shape[:-1], directions, form.width)
     first = [initial[0].contiguous(), *present(together(initial[1:], initial[1:]))]
     finals = [torch.empty_like(state) for state in first]
     aux: Tensor | None = None
     kept: tuple[str, ...] = ()
     if all_states and planned.aux:
         lead = (planned.aux,) if planned.aux > 1 else ()
-        aux, kept = room(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
+        aux, kept = empty(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
     tensors = {"x": x, "h": output, "aux": aux, "panels": panels, "sizes": sizes, "starts": starts}
     tensors["resets"] = None if resets is None else resets.contiguous()
     tensors |= zip((f"{state}_first" for state in STATES), first, strict=False)
@@ -311,7 +311,7 @@ def run_layer(
     for n, signal in enumerate(signals):
         for name, stride in zip(("step", "row", "unit"), strides_of(signal), strict=True):
             addresses[recipe.named.index(f"signal{n}_{name}")] = stride
-    scratch = room(x, recipe.scratch, dtype=torch.uint8)
+    scratch = empty(x, recipe.scratch, dtype=torch.uint8)
     recipe.call(kernel_of(form), scratch.data_ptr(), addresses)
     others = apart(finals[1] if planned.aux else None, planned.aux)
     return output, apart(aux, planned.aux, x), [finals[0], *others]

@@ -211,12 +211,12 @@ def operations(target: Target) -> dict:
     return {"quantise": quantise}
 
 
-def as_operands(rows, row_pointers, depth, room):
-    """Where the addresses of rows in the form of operands are: in `room`, with the quantised rows."""
+def as_operands(rows, row_pointers, depth, scratch):
+    """Where the addresses of rows in the form of operands are: in `scratch`, with the quantised rows."""
     stride = VECTOR + (lines(depth) + LANES - 1) // LANES * VECTOR
-    goal = copies_start(rows, room) + VECTOR
+    goal = copies_start(rows, scratch) + VECTOR
     for row in range(rows):
         quantise(load_int(row_pointers + 8 * row), depth, goal)
-        store_int(room + 8 * row, goal)
+        store_int(scratch + 8 * row, goal)
         goal += stride
-    return room
+    return scratch

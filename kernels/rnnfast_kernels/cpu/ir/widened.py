@@ -60,17 +60,17 @@ def results(
     return sums
 
 
-def as_operands(rows, row_pointers, depth, room):
-    """Where the addresses of rows of whole pairs are: `row_pointers`, or in `room` with copies that end with a zero."""
+def as_operands(rows, row_pointers, depth, scratch):
+    """Where the addresses of rows of whole pairs are: `row_pointers`, or in `scratch` with copies that end with a zero."""
     if depth % 2 == 0:
         return row_pointers
     stride = 2 * ((lines(depth) + LANES - 1) // LANES * VECTOR)
-    goal = copies_start(rows, room)
+    goal = copies_start(rows, scratch)
     for row in range(rows):
         source = load_int(row_pointers + 8 * row)
         for k in range(0, depth, LANES):
             store(goal + k * ACC_BYTES, load(source + k * ACC_BYTES, depth - k), LANES)
         store(goal + depth * ACC_BYTES, zeros(), 1)
-        store_int(room + 8 * row, goal)
+        store_int(scratch + 8 * row, goal)
         goal += stride
-    return room
+    return scratch
