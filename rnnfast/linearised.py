@@ -59,8 +59,8 @@ class Linear:
     order: the steps as they are taken. live, kept: bool [T, B, 1] or None; whether a row takes the step, and whether
     its state enters rather than being reset. x_gates, u_gates: the parts of the gates' pre-activations, [T, B, G*H].
     hidden: h before its projection, [T, B, H]. by_x [T, B, S, G, H] and by_recurrent [T, B, S, G+K, H]: derivative of
-    each new state by the gates' input parts, and by their recurrent parts and those K entering states that act directly,
-    from number `direct_from` on.
+    each new state by the gates' input parts, and by their recurrent parts and those K entering states that act
+    directly, from number `direct_from` on.
     """
 
     weights: Weights

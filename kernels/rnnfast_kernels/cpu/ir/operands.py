@@ -81,7 +81,7 @@ def copies_start(rows, scratch):
 
 
 def as_operands(rows, row_pointers, depth, scratch):
-    """Where the addresses of rows in the form of operands are: `row_pointers`, or in `scratch` with copies of its rows."""
+    """Where the addresses of rows in the form of operands are: `row_pointers`, or in `scratch` with copies of rows."""
     if TERMS == 1:
         return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR

@@ -61,7 +61,7 @@ def results(
 
 
 def as_operands(rows, row_pointers, depth, scratch):
-    """Where the addresses of rows of whole pairs are: `row_pointers`, or in `scratch` with copies that end with a zero."""
+    """Where the addresses of rows of whole pairs are: `row_pointers`, or `scratch` with copies that end with a zero."""
     if depth % 2 == 0:
         return row_pointers
     stride = 2 * ((lines(depth) + LANES - 1) // LANES * VECTOR)
