@@ -4,7 +4,7 @@ import itertools
 
 from rnnfast_kernels.cpu.loops import steps
 from rnnfast_kernels.cpu.loops.tasks import ENTRIES
-from rnnfast_kernels.cpu.runtime.build import LOOPS, by_name, inline, reached
+from rnnfast_kernels.cpu.runtime.build import LOOPS, by_name, compile_into, reached
 
 # ruff: noqa: F821
 
@@ -29,7 +29,7 @@ def test_functions_are_compiled_after_those_that_they_call():
     for order in itertools.permutations((outer, middle, inner, apart)):
         functions, namespace = by_name(order), {"SALT": "", "KNOWN": 1}
         assert reached(outer, functions) == {"middle", "inner", "KNOWN"}
-        inline(namespace, functions, ["outer"])
+        compile_into(namespace, functions, ["outer"])
         assert namespace.keys() == {"SALT", "KNOWN", "outer", "middle", "inner"}
         for caller, callee in (("outer", "middle"), ("outer", "inner"), ("middle", "inner")):
             assert namespace[caller].py_func.__globals__[callee] is namespace[callee]

@@ -74,15 +74,15 @@ def used_by(function: Callable) -> list[str]:
 
 def reached(function: Callable, functions: Functions) -> set[str]:
     """The names that a function takes from its globals, and those that functions so called take."""
-    found, waiting = set[str](), [function]
-    while waiting:
-        new = set(used_by(waiting.pop())) - found
+    found, pending = set[str](), [function]
+    while pending:
+        new = set(used_by(pending.pop())) - found
         found |= new
-        waiting += [functions[name] for name in new if name in functions]
+        pending += [functions[name] for name in new if name in functions]
     return found
 
 
-def inline(
+def compile_into(
     namespace: dict,
     functions: Functions,
     wanted: Iterable[str] | None = None,
@@ -98,7 +98,7 @@ def inline(
         if name not in namespace:
             function = functions[name]
             callees = (callee for callee in used_by(function) if callee in functions)
-            inline(namespace, functions, callees, result, **options)
+            compile_into(namespace, functions, callees, result, **options)
             # Numba would specialise a function for integers that are constants.
             signature = None if result is None else result(*[types.int64] * function.__code__.co_argcount)
             # The name carries the namespace's salt, since Numba links functions by their names.
@@ -123,16 +123,16 @@ def vectors(target: Target, salt: str) -> dict:
         "HEAD": target.head,
     }
     numeric = (activations.decay, *activations.ACTIVATIONS, *activations.HVP, *elementary.PLAIN, *operands.LINES)
-    inline(namespace, by_name(numeric), forceinline=True)
+    compile_into(namespace, by_name(numeric), forceinline=True)
     rows = by_name(operands.ROWS)
     if target.format:
         of_format = held.products_of(target)
         namespace |= of_format.operations(target)
         rows = {"copies_start": operands.copies_start, "as_operands": of_format.as_operands}
-    inline(namespace, rows, result=types.int64)
+    compile_into(namespace, rows, result=types.int64)
     # Layers of frozen weights are float32: the rows that they are given are as those that they compute.
     namespace.setdefault("io_operands", namespace["as_operands"])
-    inline(namespace, by_name(products.ROWS), result=types.void)
+    compile_into(namespace, by_name(products.ROWS), result=types.void)
     return namespace
 
 
@@ -147,8 +147,8 @@ def tiled(target: Target, gates: int, namespace: dict, wanted: Iterable[str]) ->
         "STRIP": target.strip(gates * widest_panel(gates)),
         "multiply": tile.multiplier(target, gates),
     }
-    inline(over, by_name(products.PLACES), forceinline=True)
-    inline(over, by_name(products.PRODUCTS), (name for name in wanted if name not in over), types.void)
+    compile_into(over, by_name(products.PLACES), forceinline=True)
+    compile_into(over, by_name(products.PRODUCTS), (name for name in wanted if name not in over), types.void)
     return over
 
 
@@ -193,7 +193,7 @@ def assemble(entry: Callable, functions: Functions, cell: Cell, target: Target, 
     for name, derive in equations.items():
         if name in names:
             namespace[name] = njit(bind(derive(), base, salt), forceinline=True, **OPTIONS)
-    inline(namespace, functions, (name for name in used_by(entry) if name in functions))
+    compile_into(namespace, functions, (name for name in used_by(entry) if name in functions))
     return namespace
 
 
