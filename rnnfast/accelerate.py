@@ -23,7 +23,7 @@ from torch import nn
 from rnnfast import _torch, cell_modules, modules
 from rnnfast.frozen import Frozen
 from rnnfast.modules import EXACT, ORIGINAL
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.recurrent import Recurrent
 
 Model = TypeVar("Model", bound=nn.Module)
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
@@ -158,7 +158,7 @@ def survey(model: nn.Module) -> list[Finding]:
     """
     found = []
     for name, layer in recurrent_layers(model, "survey", is_listed).items():
-        ours = isinstance(layer, modules.Recurrent | Frozen | cell_modules.Cell | OfDeclaredCell)
+        ours = isinstance(layer, modules.RNNBase | Frozen | cell_modules.RNNCellBase | Recurrent)
         reason = "" if ours else reason_against(layer) or "accelerate() was not called"
         frozen = layer.weights_format if isinstance(layer, Frozen) else ""
         kind = layer.type_name() if frozen else type(layer).__name__
@@ -177,7 +177,7 @@ def is_listed(module: nn.Module) -> bool:
     """Say whether `survey` lists a module: recurrent layers, those of declared cells, and modules of one step."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-    return is_recurrent(module) or isinstance(module, nn.RNNCellBase | OfDeclaredCell)
+    return is_recurrent(module) or isinstance(module, nn.RNNCellBase | Recurrent)
 
 
 def recurrent_layers(
@@ -193,7 +193,7 @@ def reason_against(layer: nn.Module) -> str | None:
     """Say why a layer must be left alone, or None where it may be accelerated."""
     if isinstance(layer, Frozen):
         return "it is frozen"
-    if isinstance(layer, modules.Recurrent):
+    if isinstance(layer, modules.RNNBase):
         return "it is rnnfast's already"
     if isinstance(layer, torch.jit.ScriptModule):
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rnnfast.signatures import same_as
 
 
-class Cell(nn.RNNCellBase):
+class RNNCellBase(nn.RNNCellBase):
     """What the three modules share: checks in torch's words, and the call."""
 
     # The number of state tensors, and what torch calls each of them.
@@ -95,7 +95,7 @@ class Cell(nn.RNNCellBase):
             raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {weights[0].dtype}")
 
 
-class RNNCell(Cell, nn.RNNCell):
+class RNNCell(RNNCellBase, nn.RNNCell):
     """One step of an Elman network, h' = tanh(W_ih x + b_ih + W_hh h + b_hh); takes the arguments of nn.RNNCell.
 
     Args:
@@ -149,7 +149,7 @@ class RNNCell(Cell, nn.RNNCell):
         def __call__(self) -> None: ...
 
 
-class LSTMCell(Cell, nn.LSTMCell):
+class LSTMCell(RNNCellBase, nn.LSTMCell):
     """One step of a long short-term memory, see `rnnfast.LSTM`; takes the arguments of nn.LSTMCell.
 
     Args:
@@ -201,7 +201,7 @@ class LSTMCell(Cell, nn.LSTMCell):
         def __call__(self) -> None: ...
 
 
-class GRUCell(Cell, nn.GRUCell):
+class GRUCell(RNNCellBase, nn.GRUCell):
     """One step of a gated recurrent unit, see `rnnfast.GRU`; takes the arguments of nn.GRUCell.
 
     Args:

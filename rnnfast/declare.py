@@ -45,6 +45,8 @@ class Cell:
         self.output, self.read = declared.states[declared.output], read
         # Loops take the state that the product reads first.
         self.order = tuple(sorted(range(len(self.states)), key=lambda n: self.states[n] != read))
+        # Where loops have the states in the order of the declaration.
+        self.places = tuple(map(self.order.index, range(len(self.order))))
         self.kernel = self.reordered()
         # Cells whose states the user orders differently may be the same to the loops.
         digest = hashlib.sha256(f"{self.kernel.digest} {self.order}".encode()).hexdigest()[:12]
@@ -69,7 +71,7 @@ class Cell:
 
     def in_loop_order(self, x, u, state, p, s) -> tuple:
         """Call the step with its states in the order of loops."""
-        ordered = [state[self.order.index(n)] for n in range(len(self.order))]
+        ordered = [state[n] for n in self.places]
         groups = {"x": x, "u": u, "state": trace.Group("state", self.states, ordered), "p": p, "s": s}
         new = trace.as_tuple(trace.call_step(self.function, groups))
         return tuple(new[n] for n in self.order)

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends.dispatch import BACKENDS, load, setting, unsupported
-from rnnfast.cell_modules import Cell
+from rnnfast.cell_modules import RNNCellBase
 from rnnfast.explanations import Explanation, ModelExplanation, explain_layer, explain_model, is_ours, with_limit
 from rnnfast.frozen import Frozen
-from rnnfast.modules import Recurrent
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.modules import RNNBase
+from rnnfast.recurrent import Recurrent
 
 
 @overload
 def explain(
-    module: Recurrent | Cell | OfDeclaredCell | Frozen, input: Tensor | PackedSequence, *,
+    module: RNNBase | RNNCellBase | Recurrent | Frozen, input: Tensor | PackedSequence, *,
     resets: Tensor | None = None, all_states: bool = False, measure: bool = False,
 ) -> Explanation: ...  # fmt: skip
 @overload

@@ -16,14 +16,14 @@ from rnnfast import limits
 from rnnfast.accelerate import Finding, survey
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import Choice, choose, choose_step, load
-from rnnfast.cell_modules import Cell
+from rnnfast.cell_modules import RNNCellBase
 from rnnfast.frozen import Frozen
 from rnnfast.functional import Call
-from rnnfast.modules import Recurrent
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.modules import RNNBase
+from rnnfast.recurrent import Recurrent
 from rnnfast.spec import shown
 
-OURS = (Recurrent, Cell, OfDeclaredCell, Frozen)
+OURS = (RNNBase, RNNCellBase, Recurrent, Frozen)
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class ModelExplanation(tuple[LayerExplanation, ...]):
 def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None, all_states=False) -> Explanation:
     """Explain one call of a layer of rnnfast."""
     data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, Cell):
+    if isinstance(module, RNNCellBase):
         cell, projection = module.equations, 0
         choice = choose_step(cell, data.device, data.dtype)
     elif isinstance(module, Frozen):
         return explain_frozen(module, data, resets is not None or all_states)
-    elif isinstance(module, OfDeclaredCell):
+    elif isinstance(module, Recurrent):
         cell, projection = module.cell.identity, 0
         choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
-    elif isinstance(module, Recurrent):
+    elif isinstance(module, RNNBase):
         cell, projection = module.options().cell, module.proj_size
         needs_ours = resets is not None or all_states
         sizes = None if needs_ours or data is not input else sizes_of(module, input)
@@ -92,7 +92,7 @@ def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None
     return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
 
 
-def sizes_of(module: Recurrent, input: Tensor) -> measured.Sizes | None:
+def sizes_of(module: RNNBase, input: Tensor) -> measured.Sizes | None:
     """Return the sizes of a call without initial states."""
     x = input if input.dim() == 3 else input[:, None]
     if module.batch_first and input.dim() == 3:
@@ -212,7 +212,7 @@ def weights_of(module: Any) -> Iterable[Any]:
     """Return what a layer multiplies with, and its biases."""
     if isinstance(module, Frozen):
         return module.like_weights()
-    return module.weights() if isinstance(module, Recurrent | OfDeclaredCell) else module.parameters()
+    return module.weights() if isinstance(module, RNNBase | Recurrent) else module.parameters()
 
 
 @contextmanager

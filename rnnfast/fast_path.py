@@ -4,7 +4,7 @@ For small layers Python costs more than the kernel. A call on plain CPU tensors 
 found by a key of its options and sizes. The first call of a key has its arguments checked, which depends on nothing
 else, and records what runs it and all later ones: outside of autograd one program for all layers, under autograd a
 Function for each layer. What else may be asked of the graph afterwards (derivatives of derivatives, maps over incoming
-gradients, tracing) goes to `autograd.gradients_of`, like that of any other layer.
+gradients, tracing) goes to `rnnfast.gradients.gradients_of`, like that of any other layer.
 
 Calls under transforms, hooks on saved tensors, checkpoints, dispatch modes, autocast or a profiler take the ordinary
 path, `rnnfast.functional.run`.
@@ -23,6 +23,7 @@ from rnnfast import _torch, autograd, context, native
 from rnnfast.backends import CompiledLayer, NoMemoryError, measured
 from rnnfast.backends.dispatch import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
+from rnnfast.gradients import Spec, gradients_of
 from rnnfast.layers import through_layers
 from rnnfast.spec import Form, Options, Signature, group
 from rnnfast.vmap import takes_batched_gradients
@@ -116,8 +117,6 @@ def can_stack(options: Options) -> bool:
 
 def stacked_weights(options: Options, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the weights of all layers as they are recorded."""
-    if not options.present.parameters:
-        return weights
     count = options.flat_count * options.directions
     parts = (flat_weights(options, weights[n : n + count]) for n in range(0, len(weights), count))
     return [each for part in parts for each in part]
@@ -240,8 +239,8 @@ def repair(layer: CompiledLayer, need_x: bool, count: int, saved: list, changed:
     """
     signature = layer.signature
     if changed[-1] < count:
-        offset = signature.form.states if signature.zero else 0  # `positions` counts initial states
-        unused = autograd.positions(signature.form, ("b_ih", "b_hh") if need_x else ("b_ih", "b_hh", "w_ih"))
+        offset = signature.form.states if signature.zero else 0  # `unread_weights` counts initial states
+        unused = autograd.unread_weights(signature.form, need_x)
         return saved if not context.create_graph() and unused.issuperset(n + offset for n in changed) else None
     if changed[0] < count or not layer.fits(saved):
         return None
@@ -264,6 +263,6 @@ def by_operators(
     h, dh = (each if each is None else each.unflatten(-1, (len(form.reverse), -1)) for each in (output, grads[0]))
     asked = (wanted[0], *(False,) * absent, *wanted[1:])
     args = (x, *hx, *tensors, h, *kept, dh, *grads[1 + states :], *grads[1 : 1 + states])
-    results = autograd.gradients_of(autograd.Spec(backend, form, False), args[: form.total], args[form.total :], asked)
+    results = gradients_of(Spec(backend, form, False), args[: form.total], args[form.total :], asked)
     found = (results[0], *results[1 + absent :])
     return [grad if want else None for grad, want in zip(found, wanted, strict=True)]

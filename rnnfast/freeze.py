@@ -4,6 +4,7 @@ import warnings
 from typing import Any, Literal
 
 import torch
+from rnnfast_kernels.cpu.formats import FORMATS, Format
 from torch import Tensor, nn
 
 from rnnfast import modules
@@ -11,13 +12,8 @@ from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, Model, is_parame
 from rnnfast.frozen import Frozen
 from rnnfast.frozen_cells import FrozenRecurrent
 from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE, weight_shapes
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.recurrent import Recurrent
 from rnnfast.spec import parameter_name
-
-FORMATS = ("float32", "bfloat16", "int8")
-# Terms of a sum that int32 holds at most.
-MOST_TERMS = 1 << 16
-LARGEST_SCALE = torch.finfo(torch.float32).max / 127 * (1 - 2.0**-20)
 
 
 @torch.no_grad()
@@ -44,11 +40,11 @@ def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "floa
         TypeError: `model` is no torch.nn.Module.
         ValueError: `weights` is none of these, or a weight has NaN or infinity, and is named. Nothing is changed then.
     """
-    if weights not in FORMATS:
+    if weights not in tuple(FORMATS):
         expected = ", ".join(map(repr, FORMATS))
         raise ValueError(f"freeze: expected weights to be one of {expected}, got {weights!r}")
     found = recurrent_layers(model, "freeze")
-    found |= {name: each for name, each in model.named_modules() if isinstance(each, OfDeclaredCell)}
+    found |= {name: each for name, each in model.named_modules() if isinstance(each, Recurrent)}
     reasons = {name: reason_against(layer, weights) for name, layer in found.items()}
     for name, layer in found.items():
         if reasons[name] is None:
@@ -77,7 +73,7 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
         return "a scripted layer cannot change; freeze the model before torch.jit.script"
     if is_parametrized(layer):
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    known = (*COUNTERPARTS, *COUNTERPARTS.values(), OfDeclaredCell)
+    known = (*COUNTERPARTS, *COUNTERPARTS.values(), Recurrent)
     plain = layer.__dict__.get(ORIGINAL, type(layer))
     if plain not in known:
         return f"freezing would lose the methods of its class, {type(layer).__name__}"
@@ -97,8 +93,9 @@ def reason_against(layer: nn.Module, weights: str) -> str | None:
             return f"{name} is on {tensor.device}; frozen weights are for the CPU"
         if tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}; layers of torch.float32 can be frozen"
-        if tensor.dim() == 2 and weights == "int8" and tensor.shape[1] > MOST_TERMS:
-            return f"{name} has rows of {tensor.shape[1]} numbers; sums of int8 products hold {MOST_TERMS}"
+        most = FORMATS[weights].most_terms
+        if tensor.dim() == 2 and 0 < most < tensor.shape[1]:
+            return f"{name} has rows of {tensor.shape[1]} numbers; sums of {weights} products hold {most}"
     if any(tensor.numel() == 0 for tensor in tensors.values()):
         return "a weight is empty"
     return wrong_shape(layer, tensors)
@@ -120,7 +117,7 @@ def named_weights(layer: Any) -> dict[str, Any]:
 
 def shapes_of(layer: Any) -> list[dict[str, tuple[int, ...]]]:
     """Name the weights, and their shapes, of each layer and direction."""
-    if not isinstance(layer, OfDeclaredCell):
+    if not isinstance(layer, Recurrent):
         return weight_shapes(layer)
     return [
         {f"{name}_{suffix}": shape for name, shape in layer.shapes(inputs).items()} for suffix, inputs in layer.places()
@@ -129,25 +126,33 @@ def shapes_of(layer: Any) -> list[dict[str, tuple[int, ...]]]:
 
 def check_finite(place: str, layer: nn.Module, weights: str) -> None:
     """Raise ValueError where a weight has NaN or infinity, or would have in its format."""
+    chosen = FORMATS[weights]
     for name, tensor in named_weights(layer).items():
         full = f"{place}.{name}" if place else name
         if not tensor.isfinite().all():
             raise ValueError(f"freeze: expected finite weights, got NaN or infinity in {full}")
-        if weights == "bfloat16" and not tensor.to(torch.bfloat16).isfinite().all():
-            raise ValueError(f"freeze: expected weights that bfloat16 holds, got {tensor.abs().max():.4g} in {full}")
+        if not chosen.scaled and not tensor.to(dtype_of(chosen)).isfinite().all():
+            raise ValueError(f"freeze: expected weights that {weights} holds, got {tensor.abs().max():.4g} in {full}")
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of a weight to -127 .. 127 times a scale of its own: integers and scales."""
-    # 127 times a scale is finite.
-    scale = (weight.abs().amax(1).clamp(min=2.0**-100) / 127).clamp(max=LARGEST_SCALE)
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+def dtype_of(chosen: Format) -> torch.dtype:
+    """Return the dtype of a format's numbers."""
+    return getattr(torch, chosen.dtype)
+
+
+def quantised(weight: Tensor, chosen: Format) -> tuple[Tensor, Tensor]:
+    """Round each row of a weight to integers times a scale of its own, and return both."""
+    most = chosen.largest
+    # The largest integer times a scale is finite.
+    largest_scale = torch.finfo(torch.float32).max / most * (1 - 2.0**-20)
+    scale = (weight.abs().amax(1).clamp(min=2.0**-100) / most).clamp(max=largest_scale)
+    return (weight / scale[:, None]).round().clamp(-most, most).to(dtype_of(chosen)), scale
 
 
 def held_by(layer: Any, weights: str) -> dict[str, Any]:
     """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
-    shorts = {long: short for short, long in FIELDS.items()}
-    own = layer.cell.parameters if isinstance(layer, OfDeclaredCell) else ()
+    shorts, chosen = {long: short for short, long in FIELDS.items()}, FORMATS[weights]
+    own = layer.cell.parameters if isinstance(layer, Recurrent) else ()
     held = []
     for names in shapes_of(layer):
         named: dict[str, Tensor] = {}
@@ -157,10 +162,10 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
             tensor = getattr(layer, name).detach().resolve_neg()
             if tensor.dim() == 1:
                 named[short] = tensor.clone()
-            elif weights == "int8":
-                named[short], named[f"{short}_scale"] = quantised(tensor)
+            elif chosen.scaled:
+                named[short], named[f"{short}_scale"] = quantised(tensor, chosen)
             else:
-                named[short] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
+                named[short] = tensor.to(dtype_of(chosen))
         held.append(named)
     kind = frozen_class(layer)
     trial = kind.__new__(kind)
@@ -171,7 +176,7 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
 
 def frozen_class(layer: nn.Module) -> type[Frozen]:
     """Return the class of a layer once it is frozen."""
-    return FrozenRecurrent if isinstance(layer, OfDeclaredCell) else Frozen
+    return FrozenRecurrent if isinstance(layer, Recurrent) else Frozen
 
 
 def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:

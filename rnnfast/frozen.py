@@ -1,7 +1,7 @@
 """Recurrent layers whose weights are frozen: packed once, for inference on the CPU. `rnnfast.freeze` makes them.
 
 A frozen layer holds its weights once, as panels for this machine's processor. `state_dict`, pickle and copies have
-them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G*H, I] and `weight_ih_l0_scale` [G*H].
+them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
 """
 
 import warnings
@@ -160,9 +160,17 @@ class Frozen(FrozenWeights):
             return self.run_plain(options, input, hx, lengths, resets, all_states, signals)
         if _torch.is_any_autocast_enabled():
             validate.one_kind(functional.Call(options, data, tuple(others), self.like_weights(), resets=resets))
+        weights = self.like_weights()
         if packed:
-            return self.run_packed(options, input, hx, lengths, resets, all_states, signals)
-        return self.run_dense(options, input, hx, lengths, resets, all_states, signals)
+            return functional.run_packed(
+                options, input, weights, hx, lengths, resets, all_states, signals, self.run_layers
+            )
+        call, batched = functional.checked(options, input, weights, hx, resets, all_states, signals)
+        outcome = functional.run_rows(call, lengths, batched, self.run_layers)
+        plain = lengths is None and resets is None and not all_states
+        if plain and not torch.compiler.is_compiling() and self.form().stacks:
+            self.remember(input, (() if hx is None else self.states_of(hx)) or ())
+        return functional.present(options, outcome, batched, all_states)
 
     def refuse_gradient(self, tensors) -> None:
         """Raise RuntimeError where a gradient would be taken through the layer."""
@@ -228,54 +236,9 @@ class Frozen(FrozenWeights):
                 options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states, signals=signals
             )
 
-    def run_dense(self, options, input, hx, lengths, resets, all_states, signals=()):
-        batched = validate.input_is_batched(options, input)
-        x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
-        given = hx
-        hx = validate.hidden(options, hx, batched)
-        x = x.transpose(0, 1) if options.batch_first else x
-        steps, batch = x.shape[:2]
-        validate.sizes(options, x, batch, hx, self.like_weights())
-        resets = validate.resets(options, resets, steps, batch, batched)
-        initial = functional.initial_states(options, hx, x, batch, self.like_weights())
-        plain = lengths is None and resets is None and not all_states
-        order = inverse = batch_sizes = None
-        if lengths is not None:
-            validate.lengths(lengths, batch, batched)
-            batch_sizes, order, inverse = operators.sort_rows(lengths, steps)
-            x, initial = x.index_select(1, order), functional.permuted(initial, order)
-            resets, signals = permuted_options(resets, signals, order)
-        outcome = self.run_layers(options, x, initial, batch_sizes, resets, all_states, signals)
-        if inverse is not None:
-            outcome = functional.Outcome(
-                outcome.output.index_select(1, inverse),
-                functional.permuted(outcome.finals, inverse),
-                functional.permuted(outcome.states, inverse),
-            )
-        if plain and not torch.compiler.is_compiling() and self.form().stacks:
-            self.remember(input, (() if given is None else self.states_of(given)) or ())
-        return functional.present(options, outcome, batched, all_states)
-
-    def run_packed(self, options, packed, hx, lengths, resets, all_states, signals=()):
-        validate.packed(packed, lengths)
-        data, batch_sizes, order, inverse = packed
-        batch = int(batch_sizes[0])
-        hx = validate.hidden(options, hx, None)
-        validate.sizes(options, data, batch, hx, self.like_weights())
-        resets = validate.resets(options, resets, len(batch_sizes), batch)
-        initial = functional.initial_states(options, hx, data, batch, self.like_weights())
-        initial = functional.permuted(initial, order)
-        resets, signals = permuted_options(resets, signals, order)
-        outcome = self.run_layers(options, data, initial, batch_sizes, resets, all_states, signals)
-        finals = functional.single(functional.permuted(outcome.finals, inverse))
-        output = PackedSequence(outcome.output, batch_sizes, order, inverse)
-        if all_states:
-            states = tuple(PackedSequence(each, batch_sizes, order, inverse) for each in outcome.states)
-            return output, finals, states
-        return output, finals
-
-    def run_layers(self, options, x, initial, batch_sizes, resets, all_states, signals=()) -> functional.Outcome:
+    def run_layers(self, call: functional.Call) -> functional.Outcome:
         """Call the operator for each layer."""
+        options, all_states, signals = call.options, call.all_states, list(call.signals)
         forms, (held, processor), shown = self._forms, self.held(), CELLS[options.cell].output
 
         def run(n, x, hx, _):
@@ -295,14 +258,14 @@ class Frozen(FrozenWeights):
                 x,
                 list(hx),
                 held[n],
-                batch_sizes,
-                resets,
-                list(signals),
+                call.batch_sizes,
+                call.resets,
+                signals,
             )
             states, finals = results[: len(hx)], results[len(hx) :]
             return states[shown].flatten(-2), finals, states
 
-        output, finals, states = through_layers(options, x, initial, (), run)
+        output, finals, states = through_layers(options, call.x, call.hx, (), run)
         if not all_states:
             return functional.Outcome(output, finals, ())
         flat = (output.clone() if n == shown else each.flatten(-2) for n, each in enumerate(states))
@@ -320,11 +283,3 @@ class Frozen(FrozenWeights):
 def in_float32(tensor: Tensor) -> Tensor:
     """Make a tensor of half precision float32: what autocast gives."""
     return tensor.float() if tensor.dtype in HALVES else tensor
-
-
-def permuted_options(resets: Tensor | None, signals: Sequence[Tensor], order: Tensor | None):
-    """Reorder the rows of resets and signals."""
-    if order is None:
-        return resets, signals
-    resets = None if resets is None else resets.index_select(1, order)
-    return resets, tuple(each if each.shape[1] == 1 else each.index_select(1, order) for each in signals)

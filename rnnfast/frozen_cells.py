@@ -8,9 +8,10 @@ import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
-from rnnfast import recurrent
 from rnnfast.frozen import Frozen, Shaped
+from rnnfast.functional import Call
 from rnnfast.recurrent import Recurrent
+from rnnfast.states_and_signals import in_loop_layout, in_user_order
 
 
 class FrozenRecurrent(Frozen, Recurrent):
@@ -29,13 +30,13 @@ class FrozenRecurrent(Frozen, Recurrent):
         laid_out: tuple[Tensor, ...] = ()
         if hx is not None or signals or cell.signals or torch.compiler.is_compiling():
             like = self.like_weights()
-            hx, laid_out = recurrent.in_loop_layout(cell, self.options(), input, like, hx, signals)
+            hx, laid_out = in_loop_layout(cell, self.options(), input, like, hx, signals)
         result = None
         if lengths is None and resets is None and not all_states and not cell.signals:
             result = self.run_prepared(input, hx)
         if result is None:
             result = self.run(input, hx, lengths, resets, all_states, laid_out)
-        return recurrent.in_user_order(cell, *result)
+        return in_user_order(cell, *result)
 
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         return (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -68,7 +69,7 @@ class FrozenRecurrent(Frozen, Recurrent):
         options, shown = self.options()._replace(batch_first=False), CELLS[self.cell_name].output
 
         def run() -> None:
-            outcome = self.run_layers(options, x, tuple(states), None, None, shown > 0)
+            outcome = self.run_layers(Call(options, x, tuple(states), (), all_states=shown > 0))
             output.copy_(outcome.output[0])
             for own, final in zip(states, outcome.finals, strict=True):
                 own.copy_(final)

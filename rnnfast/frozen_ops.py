@@ -12,10 +12,12 @@ from types import ModuleType
 
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor
 
 from rnnfast.changes import version_of
-from rnnfast.operators import check_memory, check_signals, expect, library
+from rnnfast.operator_checks import check_memory, check_signals, expect
+from rnnfast.operators import library
 from rnnfast.spec import parameter_name
 from rnnfast.vmap import each, fold, unfold
 
@@ -40,7 +42,7 @@ def meaning_names(cell: str, weights: str, projected: bool, biased: bool) -> tup
     """Name a direction's tensors in order: matrices, their scales, biases, parameters of the cell."""
     row = CELLS[cell]
     matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2 if row.recurrent else 1]
-    scales = tuple(f"{name}_scale" for name in matrices) if weights == "int8" else ()
+    scales = tuple(f"{name}_scale" for name in matrices) if FORMATS[weights].scaled else ()
     biases = ("b_ih", "b_hh")[: 2 if row.recurrent else 1] if biased else ()
     return (*matrices, *scales, *biases, *map(parameter_name, row.parameters))
 

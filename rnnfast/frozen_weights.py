@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor, nn
 
 from rnnfast import _torch
@@ -148,8 +149,8 @@ class FrozenWeights(nn.Module):
             destination[prefix + full] = self.stored(name, meaning[place][name]).clone()
 
     def stored(self, name: str, weight: Tensor) -> Tensor:
-        """Return a weight as `state_dict` has it: int8 integers as [G, H, I], so that layers of floats refuse them."""
-        if weight.dtype != torch.int8:
+        """Return a weight as `state_dict` has it: integers as [G, H, I], so that layers of floats refuse them."""
+        if weight.is_floating_point():
             return weight
         cell = CELLS[self.cell_name]
         return weight.unflatten(0, ({"w_ih": cell.gates, "w_hh": cell.recurrent}.get(name, 1), -1))
@@ -158,13 +159,13 @@ class FrozenWeights(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         weights = [dict(named) for named in self.meaning()]
-        known, errors, halves = set(), len(error_msgs), []
+        known, errors, halves, largest = set(), len(error_msgs), [], FORMATS[self.weights_format].largest
         for place, name, full in self.names():
             known.add(prefix + full)
             given, own = state_dict.get(prefix + full), self.stored(name, weights[place][name])
             if given is None:
                 missing_keys.append(prefix + full)
-                other = f"{full}_scale" if own.dtype == torch.int8 else full.removesuffix("_scale")
+                other = f"{full}_scale" if not own.is_floating_point() else full.removesuffix("_scale")
                 if other != full and prefix + other in state_dict:
                     halves.append(f"{prefix}{full}: expected it beside {prefix}{other}, got that alone")
             elif given.shape != own.shape or given.dtype != own.dtype:
@@ -174,8 +175,10 @@ class FrozenWeights(nn.Module):
                 )
             elif given.is_floating_point() and not given.isfinite().all():
                 error_msgs.append(f"{prefix}{full}: expected finite numbers, got NaN or infinity")
-            elif given.dtype == torch.int8 and (given == -128).any():
-                error_msgs.append(f"{prefix}{full}: expected integers from -127 to 127, got -128")
+            elif not given.is_floating_point() and (given < -largest).any():
+                error_msgs.append(
+                    f"{prefix}{full}: expected integers from -{largest} to {largest}, got {given.min().item()}"
+                )
             else:
                 weights[place][name] = given.detach().cpu().reshape(weights[place][name].shape)
         for name, buffer in self.named_buffers(recurse=False):

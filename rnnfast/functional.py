@@ -87,7 +87,7 @@ def recurrent(
     if isinstance(input, PackedSequence):
         if is_traced():
             return traced(options, input, weights, hx, lengths, resets, all_states)
-        return run_packed(options, input, weights, hx, lengths, resets, all_states, signals)
+        return run_packed(options, input, weights, hx, lengths, resets, all_states, signals, run)
     key, states = None, None
     plain = lengths is None and resets is None and not all_states and len(signals) == 0
     if plain and not torch.compiler.is_dynamo_compiling():
@@ -100,14 +100,7 @@ def recurrent(
                 return results
     if is_traced():
         return traced(options, input, weights, hx, lengths, resets, all_states)
-    batched = validate.input_is_batched(options, input)
-    hx = validate.hidden(options, hx, batched)
-    x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
-    x = x.transpose(0, 1) if options.batch_first else x
-    validate.sizes(options, x, x.shape[1], hx, weights)
-    resets = validate.resets(options, resets, x.shape[0], x.shape[1], batched)
-    hx = initial_states(options, hx, x, x.shape[1], weights)
-    call = Call(options, x, hx, weights, None, resets, all_states, signals)
+    call, batched = checked(options, input, weights, hx, resets, all_states, signals)
     if key is not None and states is not None:
         validate.one_kind(call)
         sizes = measured.sizes_of_call(call)
@@ -115,12 +108,28 @@ def recurrent(
         results = None if recorded is None else recorded(input, states, weights)
         if results is not None:
             return results
-    if lengths is not None:
-        validate.lengths(lengths, x.shape[1], batched)
-        outcome = run_ragged(call, lengths)
-    else:
-        outcome = run(call)
-    return present(options, outcome, batched, all_states)
+    return present(options, run_rows(call, lengths, batched, run), batched, all_states)
+
+
+def checked(
+    options: Options,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hx,
+    resets: Tensor | None,
+    all_states: bool,
+    signals: States,
+) -> tuple[Call, bool]:
+    """Check a call over a dense input, and return it with whether the input has a batch dimension."""
+    batched = validate.input_is_batched(options, input)
+    hx = validate.hidden(options, hx, batched)
+    x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
+    x = x.transpose(0, 1) if options.batch_first else x
+    steps, batch = x.shape[:2]
+    validate.sizes(options, x, batch, hx, weights)
+    resets = validate.resets(options, resets, steps, batch, batched)
+    hx = initial_states(options, hx, x, batch, weights)
+    return Call(options, x, hx, weights, None, resets, all_states, signals), batched
 
 
 def is_traced() -> bool:
@@ -153,8 +162,8 @@ def traced(options, input, weights, hx, lengths, resets, all_states):
     return present(options, outcome, batched, False)
 
 
-def run_packed(options, packed, weights, hx, lengths, resets, all_states, signals=()):
-    """Run a PackedSequence; its rows are already in the order of falling length."""
+def run_packed(options, packed, weights, hx, lengths, resets, all_states, signals, run):
+    """Run a PackedSequence; its rows are already in the order of falling length. run: runs a call, as `run` does."""
     validate.packed(packed, lengths)
     data, batch_sizes, order, inverse = packed
     batch = int(batch_sizes[0])
@@ -172,8 +181,14 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states, signal
     return repack(outcome.output), finals
 
 
-def run_ragged(call: Call, lengths: Tensor) -> Outcome:
-    """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back."""
+def run_rows(call: Call, lengths: Tensor | None, batched: bool, run: Callable[[Call], Outcome]) -> Outcome:
+    """Run rows of different lengths, in any order: sort them, run the padded layout, and put them back.
+
+    run: runs a call, as `run` does.
+    """
+    if lengths is None:
+        return run(call)
+    validate.lengths(lengths, call.x.shape[1], batched)
     batch_sizes, order, inverse = operators.sort_rows(lengths.to(call.x.device), call.x.shape[0])
     if in_place(order):
         return run(call.over(call.x, batch_sizes, None))

@@ -1,6 +1,6 @@
 """A layer linearised around its states: the tangent recurrence and its transpose, the adjoint one.
 
-A layer is s_t = F(x_t, s_{t-1}, w). What a change (dx, ds_0, dw) does to its states is a recurrence of its own,
+A layer is s_t = F(x_t, s_{t-1}, w). The tangents of its states along (dx, ds_0, dw) are a recurrence of their own,
 
     tangent     ds_t = F_x dx_t + F_s ds_{t-1} + F_w dw
 
@@ -31,9 +31,9 @@ BACKWARD = {name: bind(cell.backward, torch_functions.BACKWARD) for name, cell i
 
 
 class Tangent(NamedTuple):
-    """How a direction changes: its states after every step, its final states, and at every step the parts of the gates.
+    """Tangents of a direction: of its states after every step, its final states, and the parts of the gates.
 
-    states: one [T, B, P or H] each; finals [B, P or H]; x_gates [T, B, G*H] or None for no change; u_gates [T, B, G*H];
+    states: one [T, B, P or H] each; finals [B, P or H]; x_gates [T, B, G*H] or None for zero; u_gates [T, B, G*H];
     hidden: h before its projection, [T, B, H], where there is one.
     """
 
@@ -58,9 +58,9 @@ class Linear:
     x: the input, and entering: the states that enter each step, both [T, B, *] and 0 where no step is taken.
     order: the steps as they are taken. live, kept: bool [T, B, 1] or None; whether a row takes the step, and whether
     its state enters rather than being reset. x_gates, u_gates: the parts of the gates' pre-activations, [T, B, G*H].
-    hidden: h before its projection, [T, B, H]. by_x [T, B, S, G, H] and
-    by_recurrent [T, B, S, G+K, H]: derivative of each new state by the gates' input parts, and by their recurrent parts
-    and those K entering states that act directly, from number `direct_from` on.
+    hidden: h before its projection, [T, B, H]. by_x [T, B, S, G, H] and by_recurrent [T, B, S, G+K, H]: derivative of
+    each new state by the gates' input parts, and by their recurrent parts and those K entering states that act
+    directly, from number `direct_from` on.
     """
 
     weights: Weights
@@ -154,7 +154,7 @@ def unshifted(entering: Tensor, reverse: bool, live: Tensor | None) -> tuple[Ten
 
 
 def tangent(at: Linear, dx: Tensor | None, initial: States, dweights: Weights) -> Tangent:
-    """Run the tangent recurrence along a change of the input, [T, B, I], the initial states and the weights."""
+    """Run the tangent recurrence along tangents of the input, [T, B, I], the initial states and the weights."""
     x_gates = total(
         None if dx is None else linear(masked(dx, at.live), at.weights.w_ih),
         None if dweights.w_ih is None else linear(at.x, dweights.w_ih),

@@ -77,7 +77,7 @@ def leaf(module: nn.Module, args: tuple, lengths=None, resets=None, all_states=F
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
-class Recurrent(nn.RNNBase):
+class RNNBase(nn.RNNBase):
     """What the three modules share: the call, and weights that are read when they are used.
 
     recompute: set it to True to have backward run each layer again rather than keep its gates and states. That keeps
@@ -214,15 +214,15 @@ class Recurrent(nn.RNNBase):
 if TYPE_CHECKING:
     from rnnfast.signatures import Layers
 
-    class OneState(Layers[Tensor, tuple[Tensor], tuple[PackedSequence]], Recurrent):  # type: ignore[misc]
+    class OneState(Layers[Tensor, tuple[Tensor], tuple[PackedSequence]], RNNBase):  # type: ignore[misc]
         """What type checkers see of RNN and GRU."""
 
     class TwoStates(  # type: ignore[misc]
-        Layers[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[PackedSequence, PackedSequence]], Recurrent
+        Layers[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[PackedSequence, PackedSequence]], RNNBase
     ):
         """What type checkers see of LSTM."""
 else:
-    OneState = TwoStates = Recurrent
+    OneState = TwoStates = RNNBase
 
 
 class RNN(OneState):

@@ -11,8 +11,8 @@ from rnnfast import fast_path, validate
 from rnnfast.backends.dispatch import backend_of, load, records
 from rnnfast.frozen import Frozen
 from rnnfast.functional import Call, initial_states, recurrent, single
-from rnnfast.modules import Recurrent
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.modules import RNNBase
+from rnnfast.recurrent import Recurrent
 
 
 class Stream:
@@ -43,15 +43,15 @@ class Stream:
         ValueError: it is bidirectional, or its cell has signals; or `batch` is no positive integer.
     """
 
-    def __init__(self, module: Recurrent | Frozen | OfDeclaredCell, batch: int = 1) -> None:
-        if not isinstance(module, Recurrent | Frozen | OfDeclaredCell):
+    def __init__(self, module: RNNBase | Frozen | Recurrent, batch: int = 1) -> None:
+        if not isinstance(module, RNNBase | Frozen | Recurrent):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
         # Places of the states in the order of the cell's declaration.
         self.places: tuple[int, ...] | None = None
-        if isinstance(module, OfDeclaredCell):
+        if isinstance(module, Recurrent):
             if module.cell.signals:
                 raise ValueError(f"Stream: expected a cell without signals, got {module.cell.__name__}")
-            self.places = tuple(module.cell.order.index(n) for n in range(len(module.cell.order)))
+            self.places = module.cell.places
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"Stream: expected batch to be a positive integer, got {batch!r}")
         self.module, self.batch = module, batch
@@ -200,10 +200,7 @@ class Stream:
             if rows.shape != (self.batch,):
                 raise ValueError(f"Stream: expected rows of shape [{self.batch}], got {list(rows.shape)}")
         for own in self.states:
-            if rows is None:
-                own.zero_()
-            else:
-                own[:, rows] = 0
+            own[:, rows] = 0  # None stands for all
 
 
 def as_own(weight: Tensor) -> Tensor:

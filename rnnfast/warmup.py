@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from rnnfast.frozen import Frozen
-from rnnfast.modules import GRU, LSTM, RNN, Recurrent
-from rnnfast.recurrent import Recurrent as OfDeclaredCell
+from rnnfast.modules import GRU, LSTM, RNN, RNNBase
+from rnnfast.recurrent import Recurrent
 
 
 def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) -> None:
@@ -33,7 +33,7 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
     for each in modules:
         if not isinstance(each, nn.Module):
             raise TypeError(f"warmup: expected a torch.nn.Module, got {type(each).__name__}")
-    kinds = Recurrent, OfDeclaredCell
+    kinds = RNNBase, Recurrent
     layers = (layer for module in modules for layer in module.modules())
     found = [layer for layer in layers if isinstance(layer, kinds) and not isinstance(layer, Frozen)]
     # In inference mode there would be no gradients.
@@ -56,7 +56,7 @@ def log_on_screen() -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def standard_layers() -> list[Recurrent]:
+def standard_layers() -> list[RNNBase]:
     """Return a small float32 layer of every cell on the CPU."""
     with torch.random.fork_rng(devices=[]):
         made: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
@@ -68,18 +68,18 @@ def standard_layers() -> list[Recurrent]:
         ]
 
 
-def run_once(layer: Recurrent | OfDeclaredCell, training: bool) -> None:
+def run_once(layer: RNNBase | Recurrent, training: bool) -> None:
     """Run a layer's first call, without gradients and, for training, with them."""
     weight = layer.weights()[0]
     x = torch.zeros(2, 2, layer.input_size, dtype=weight.dtype, device=weight.device)
     mode, options = layer.training, dict[str, Any]()
     # A class derived from ours may take other arguments.
     run: Callable[..., Any]
-    if isinstance(layer, OfDeclaredCell):
-        run = partial(OfDeclaredCell.forward, layer)
+    if isinstance(layer, Recurrent):
+        run = partial(Recurrent.forward, layer)
         options = {"signals": {name: torch.zeros(1, device=x.device) for name in layer.cell.signals}}
     else:
-        run = partial(Recurrent.forward, layer)
+        run = partial(RNNBase.forward, layer)
     try:
         layer.training = False  # dropout would consume random numbers
         with torch.no_grad():

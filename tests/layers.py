@@ -21,7 +21,7 @@ CELLS = {
 }
 
 
-def pair(cell: str, *args, **kwargs) -> tuple[nn.RNNBase, rnnfast.modules.Recurrent]:
+def pair(cell: str, *args, **kwargs) -> tuple[nn.RNNBase, rnnfast.modules.RNNBase]:
     """Return torch's layer and ours, with the same weights."""
     name, extra = CELLS[cell]
     theirs = getattr(nn, name)(*args, **extra, **kwargs)

@@ -8,7 +8,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
-from rnnfast import _torch, autograd
+from rnnfast import _torch, gradients
 from rnnfast.backends.dispatch import load
 from rnnfast.functional import gru
 
@@ -184,7 +184,7 @@ def test_second_derivatives_by_torchs_operators_are_those_of_kernels(layout, by,
     x, found = x.requires_grad_(by == "x"), []
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(autograd, "differentiates_twice", lambda *args: False)
+            monkeypatch.setattr(gradients, "differentiates_twice", lambda *args: False)
         given = pack_padded_sequence(x, lengths) if layout == "packed" else x
         output, h = gru(given, w, lengths=lengths if layout == "lengths" else None)
         loss = (output.data if layout == "packed" else output).sin().sum() + h.square().sum()

@@ -8,7 +8,7 @@ from recurrent_layers import two_speeds
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
-from rnnfast import fast_path, operators, validate
+from rnnfast import fast_path, operator_checks, validate
 from rnnfast.backends.cpu import pool
 from rnnfast.functional import gru
 from rnnfast.spec import Layer, Options, Weights
@@ -40,9 +40,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("changes", "words"), WRONG.values(), ids=WRONG)
 def test_layers_that_do_not_fit_together(changes, words):
-    operators.check_layer(gru_layer())
+    operator_checks.check_layer(gru_layer())
     with pytest.raises(RuntimeError, match=words):
-        operators.check_layer(gru_layer(**changes))
+        operator_checks.check_layer(gru_layer(**changes))
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (1, 1, 1, 1)], ids=str)
@@ -50,20 +50,20 @@ def test_signals_that_do_not_fit(shape):
     x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     weights = Weights(torch.randn(12, 3), torch.randn(12, 4), torch.randn(12), torch.randn(12), None)
     layer = Layer(rnnfast.cells.augru.identity, x, (h,), (weights,), (False,), signals=(torch.randn(5, 1, 4),))
-    operators.check_layer(layer)
+    operator_checks.check_layer(layer)
     layer = Layer(layer.cell, x, (h,), (weights,), (False,), signals=(torch.randn(shape),))
     with pytest.raises(RuntimeError, match="signal attention to be broadcastable"):
-        operators.check_layer(layer)
+        operator_checks.check_layer(layer)
 
 
 @pytest.mark.parametrize(("states", "gradients"), [(0, 2), (1, 1), (1, 3), (2, 2)])
 def test_the_number_of_states_and_gradients(states, gradients):
     layer = gru_layer()
     state, final = torch.randn(5, 2, 1, 4), torch.randn(1, 2, 4)
-    saved = [torch.empty(shape, dtype=dtype) for shape, dtype in operators.load("numba").saved_like(layer)]
-    operators.check_backward(layer, "numba", [state], saved, [state, final])
+    saved = [torch.empty(shape, dtype=dtype) for shape, dtype in operator_checks.load("numba").saved_like(layer)]
+    operator_checks.check_backward(layer, "numba", [state], saved, [state, final])
     with pytest.raises(RuntimeError, match="expected 1 states and 2 gradients"):
-        operators.check_backward(layer, "numba", [state] * states, saved, [state, final, final][:gradients])
+        operator_checks.check_backward(layer, "numba", [state] * states, saved, [state, final, final][:gradients])
 
 
 # The fast path.

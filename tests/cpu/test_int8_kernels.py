@@ -6,13 +6,15 @@ from functools import cache
 import numpy as np
 import pytest
 from llvmlite import binding
+from rnnfast_kernels.cpu.formats import FORMATS
 from rnnfast_kernels.cpu.ir import int8, tile
+from rnnfast_kernels.cpu.ir.library import library
 from rnnfast_kernels.cpu.plan import panels
-from rnnfast_kernels.cpu.target import X86, Target, may_use_amx, processor
+from rnnfast_kernels.cpu.target import X86, Target, may_use_amx, processor, target
 
 
 def int8_target(lanes: int, registers: int, dot: str) -> Target:
-    return Target("float32", "float32", lanes, registers, 4, "int8", dot)
+    return Target("float32", "float32", lanes, registers, 4, FORMATS["int8"], dot)
 
 
 AVX512 = "+avx512f,+avx512bw,+avx512vl,+avx2,+avx,+fma"
@@ -61,7 +63,7 @@ def machine(name: str) -> binding.TargetMachine:
 
 @cache
 def engine(name: str) -> binding.ExecutionEngine:
-    module = binding.parse_assembly(str(tile.library(PROCESSORS[name][3], {1, GATES})))
+    module = binding.parse_assembly(str(library(PROCESSORS[name][3], {1, GATES})))
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine(name))
     engine.add_object_file(binding.ObjectFileRef.from_data(machine(name).emit_object(module)))
     engine.finalize_object()
@@ -167,30 +169,30 @@ def test_rows_that_are_no_ordinary_numbers(name):
 @pytest.mark.parametrize("name", INSTRUCTION)
 def test_each_processor_gets_its_instruction(name):
     chosen = PROCESSORS[name][3]
-    module = tile.library(chosen, {1, GATES})
+    module = library(chosen, {1, GATES})
     code = machine(name).emit_assembly(binding.parse_assembly(str(module)))
     assert INSTRUCTION[name] in code
 
 
 @pytest.mark.parametrize("gates", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("units", [1, 15, 16, 70, 200])
 def test_panels_give_back_what_they_hold(gates, weights, units):
     random = np.random.default_rng(units)
-    other = int8_target(8, 16, "vpmaddubsw") if weights == "int8" else Target("float32", "float32", 8, 16)
-    for chosen in (panels.held_target(weights), other):
+    held = weights if weights.terms > 1 else None
+    other = Target("float32", "float32", 8, 16, weights.terms, held, "vpmaddubsw" if weights.scaled else "")
+    for chosen in (target("float32", weights.name), other):
         matrix = panels.Matrix("w_hh", 0, gates, units, 11, 0)
         buffer = np.zeros(panels.matrix_bytes(chosen, gates, units, 11), np.uint8)
-        weight = random.standard_normal((gates * units, 11)).astype(np.float32)
-        if weights == "int8":
-            weight = random.integers(-127, 128, weight.shape, dtype=np.int8)
+        weight = random.integers(-127, 128, (gates * units, 11)).astype(weights.array)
         bias, scale = random.random((2, gates * units), dtype=np.float32)
-        panels.pack(chosen, matrix, buffer, weight, bias, scale if weights == "int8" else None)
+        panels.pack(chosen, matrix, buffer, weight, bias, scale if weights.scaled else None)
         found = panels.unpack(chosen, matrix, buffer)
-        assert (found[0].view(weight.dtype) == weight).all()
+        assert found[0].dtype == weight.dtype
+        assert (found[0] == weight).all()
         assert (found[1] == bias).all()
-        assert weights != "int8" or (found[2] == scale).all()
+        assert not weights.scaled or (found[2] == scale).all()
 
 
 def test_this_machine_is_one_of_those_tested():
-    assert panels.held_target("int8") in [row[3] for row in PROCESSORS.values()]
+    assert target("float32", "int8") in [row[3] for row in PROCESSORS.values()]

@@ -1,10 +1,13 @@
 """Frozen layers against the layers they were: every way to call them, and what they refuse."""
 
 import copy
+import inspect
 import pickle
+from typing import get_args
 
 import pytest
 import torch
+from rnnfast_kernels.cpu import formats
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
@@ -162,6 +165,11 @@ def test_no_change_of_weights():
         frozen.weight_hh_l0 = torch.zeros(24, 8)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="inference tensor"):
         frozen.bias_ih_l0.zero_()
+
+
+def test_every_format_is_named_in_the_signature():
+    annotation = inspect.signature(rnnfast.freeze).parameters["weights"].annotation
+    assert get_args(annotation) == tuple(formats.FORMATS) == tuple(BOUNDS)
 
 
 def test_unknown_format():

@@ -39,7 +39,7 @@ def check(case: Case) -> str | None:
     return None
 
 
-def make_module(case: Case) -> rnnfast.modules.Recurrent:
+def make_module(case: Case) -> rnnfast.modules.RNNBase:
     """Make our module of a case."""
     kind = {"lstm": rnnfast.LSTM, "gru": rnnfast.GRU}.get(case.cell, rnnfast.RNN)
     extra: dict = {"nonlinearity": case.cell[4:]} if kind is rnnfast.RNN else {}

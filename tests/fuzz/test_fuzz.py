@@ -8,7 +8,7 @@ import torch
 from conftest import INTERPRETED, backends_under_test
 
 import rnnfast
-from rnnfast import operators
+from rnnfast import operators, states_and_signals
 from tests.fuzz import declared
 from tests.fuzz.cases import Case
 from tests.fuzz.search import KINDS, check, check_alone, draw, script, smallest
@@ -52,9 +52,9 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
 @ON_THE_CPU
 def test_a_fault_of_declared_cells_is_found_and_made_small(monkeypatch):
     """One state read for another where states are given by name."""
-    given = rnnfast.recurrent.named_states
+    given = states_and_signals.named_states
     monkeypatch.setattr(
-        rnnfast.recurrent,
+        states_and_signals,
         "named_states",
         lambda cell, hx: given(cell, tuple(reversed(hx)) if type(hx) is tuple else hx),
     )
@@ -65,9 +65,9 @@ def test_a_fault_of_declared_cells_is_found_and_made_small(monkeypatch):
 
 
 def test_stale_weights_are_found(monkeypatch):
-    read = rnnfast.modules.Recurrent.weights
+    read = rnnfast.modules.RNNBase.weights
     kept = WeakKeyDictionary()
-    monkeypatch.setattr(rnnfast.modules.Recurrent, "weights", lambda self: kept.setdefault(self, read(self)))
+    monkeypatch.setattr(rnnfast.modules.RNNBase, "weights", lambda self: kept.setdefault(self, read(self)))
     actions = [("call", 1), ("set_threads", 2), ("assign", 3), ("call", 4)]
     assert "result 0" in check("actions", (1, actions))
     found = smallest((1, actions), KINDS["actions"].simpler, lambda drawn: check("actions", drawn) is not None, 60)

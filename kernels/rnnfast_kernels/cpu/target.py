@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from llvmlite import binding
 
+from rnnfast_kernels.cpu.formats import FORMATS, Format
+
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 # Rows that a product with a weight as it is takes at once. More are worth packing the weight for.
@@ -60,8 +62,8 @@ class Target:
 
     io: dtype of a layer's tensors. dtype: of registers, and of what kernels keep for themselves. lanes: elements of
     a vector register. registers: how many of those there are. terms: of a sum that stand in one element of an operand;
-    if two, they are bfloat16 numbers. weights: format of panels that are packed beforehand, empty for those packed in
-    the call. dot: how int8 numbers are multiplied (see `int8`).
+    if two, they are bfloat16 numbers. format: of panels that are packed beforehand, None for those packed in
+    the call. dot: the instruction that multiplies integers (see `int8`).
     """
 
     io: str
@@ -69,28 +71,33 @@ class Target:
     lanes: int
     registers: int
     terms: int = 1
-    weights: str = ""
+    format: Format | None = None
     dot: str = ""
 
     @property
     def head(self) -> int:
-        """Lines of a panel before its terms: initial values; for int8 those of the integers, scales and biases."""
-        return 3 if self.weights == "int8" else 1
+        """Lines of a panel before its terms: initial values; of scaled weights those of the sums, scales and biases."""
+        return 3 if self.is_scaled else 1
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether weights, and the rows that are multiplied with them, are integers times a scale for each row."""
+        return self.format is not None and self.format.scaled
 
     @property
     def operand_elements(self) -> int:
-        """Elements of the left operand beside one of a panel: rows stay float32 where bfloat16 weights are widened."""
-        return 2 if self.weights == "bfloat16" else 1
+        """Elements of the left operand beside one of a panel: rows stay float32 where shorter weights are widened."""
+        return 1 if self.format is None or self.is_scaled else self.terms
 
     @property
     def adds_128(self) -> bool:
-        """Whether int8 rows are stored with 128 added to their numbers, which the instruction takes as unsigned."""
+        """Whether rows of int8 are stored with 128 added to their numbers, which the instruction takes as unsigned."""
         return self.dot in ("vpdpbusd", "amx")
 
     @property
     def operand_head(self) -> int:
-        """Bytes before each row of the left operand, whose last four hold the scale of an int8 row."""
-        return self.vector if self.weights == "int8" else 0
+        """Bytes before each row of the left operand, whose last four hold the scale of a row of integers."""
+        return self.vector if self.is_scaled else 0
 
     @property
     def acc_bytes(self) -> int:
@@ -130,11 +137,11 @@ class Target:
     def rows(self, gates: int) -> int:
         """Rows of the tallest register tile, for panels of so many gates: three quarters of the registers are sums.
 
-        Fewer are where each vector of a panel becomes two, of bfloat16 weights that are widened. AMX takes 16 rows.
+        Fewer are where each vector of a panel becomes several, of weights that are widened. AMX takes 16 rows.
         """
         if self.dot == "amx":
             return 16
-        sums = self.registers * 5 // 8 if self.weights == "bfloat16" else self.registers * 3 // 4
+        sums = self.registers * 5 // 8 if self.operand_elements > 1 else self.registers * 3 // 4
         return max(1, sums // self.strip(gates * widest_panel(gates)))
 
     def widths(self, gates: int) -> tuple[int, ...]:
@@ -216,14 +223,17 @@ def may_use_amx() -> bool:
 def target(given: str, weights: str = "") -> Target:
     """Describe how the processor computes layers of a dtype: half precision in float32.
 
-    weights: the format of weights that are packed beforehand.
+    weights: the format of weights that are packed beforehand. (Where that is the layer's dtype, panels are the same as
+    those packed in the call.)
     """
     host = processor()
     features = set(host.features.split(","))
     dtype = given if given == "float64" else "float32"
     size, registers = vector_bytes_and_registers(host.triple, features)
     lanes = max(1, size // ITEM_BYTES[dtype])
-    if weights == "int8":
-        return Target(given, dtype, lanes, registers, 4, weights, int8_products(host.triple, features, lanes))
-    pairs = weights == "bfloat16" or (given == "bfloat16" and has_bfloat16_products())
-    return Target(given, dtype, lanes, registers, 2 if pairs else 1, weights)
+    if weights not in ("", given):
+        held = FORMATS[weights]
+        dot = int8_products(host.triple, features, lanes) if held.scaled else ""
+        return Target(given, dtype, lanes, registers, held.terms, held, dot)
+    pairs = given == "bfloat16" and has_bfloat16_products()
+    return Target(given, dtype, lanes, registers, 2 if pairs else 1)

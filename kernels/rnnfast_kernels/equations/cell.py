@@ -202,26 +202,26 @@ class Cell:
     def jvp(self) -> Callable:
         """Differentiate forward: jvp(x_dot, u_dot, state_dot, saved, state, new_state) -> new_state_dot, saved_dot."""
         graph, leaves = self.traced.graph, self.traced.leaves
-        names, changes = self.known_names, {}
+        names, tangents = self.known_names, {}
         for group in ("x", "u", "state"):
-            for n, (leaf, change) in enumerate(
+            for n, (leaf, dot) in enumerate(
                 zip(leaves[group], graph.leaves(f"{group}_dot", len(leaves[group])), strict=True)
             ):
-                names[change], changes[leaf] = f"{group}_dot[{n}]", change
+                names[dot], tangents[leaf] = f"{group}_dot[{n}]", dot
         new, kept = self.traced.new_state, self.kept_nodes
-        found = tangent((*new, *kept), changes)
+        found = tangent((*new, *kept), tangents)
         arguments = ("x_dot", "u_dot", "state_dot", "saved", "state", "new_state")
         return self.emitted("jvp", arguments, names, (found[: len(new)], found[len(new) :]), "zeros_like(state[0])")
 
     @cached_property
     def hvp(self) -> Callable:
-        """Differentiate backward: what it returns, and how that changes with its arguments.
+        """Differentiate backward: what it returns, and its tangents.
 
         hvp(dstate, saved, state, new_state, dstate_dot, saved_dot, state_dot, new_state_dot)
             -> (dx, du, dstate_direct), (dx_dot, du_dot, dstate_direct_dot)
         """
         graph = self.traced.graph
-        names, changes = self.backward_names, {}
+        names, tangents = self.backward_names, {}
         groups = {
             "dstate": self.seeds,
             "saved": self.kept_nodes,
@@ -230,12 +230,12 @@ class Cell:
         }
         for group in ("state", "saved", "new_state", "dstate"):
             nodes = groups[group]
-            for n, (node, change) in enumerate(zip(nodes, graph.leaves(f"{group}_dot", len(nodes)), strict=True)):
-                names[change] = f"{group}_dot[{n}]"
-                changes.setdefault(node, change)
+            for n, (node, dot) in enumerate(zip(nodes, graph.leaves(f"{group}_dot", len(nodes)), strict=True)):
+                names[dot] = f"{group}_dot[{n}]"
+                tangents.setdefault(node, dot)
         results = self.gradients[:3]
         wanted = [each for group in results for each in group if each is not None]
-        along = dict(zip(wanted, tangent(wanted, changes), strict=True))
+        along = dict(zip(wanted, tangent(wanted, tangents), strict=True))
         dots = tuple(tuple(None if each is None else along[each] for each in group) for group in results)
         arguments = (*groups, *(f"{group}_dot" for group in groups))
         return self.emitted("hvp", arguments, names, (results, dots), "zeros_like(dstate[0])")

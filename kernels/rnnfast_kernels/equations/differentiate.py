@@ -32,19 +32,16 @@ def gradient(results: Sequence[Node], seeds: Sequence[Node], leaves: Iterable[No
     return {leaf: found[leaf] for leaf in leaves if leaf in found}
 
 
-def tangent(results: Sequence[Node], changes: Mapping[Node, Node], known: Iterable[Node] = ()) -> list[Node | None]:
-    """Return the change of each result where leaves change as given, None for no change.
-
-    known: nodes whose changes are given, or that do not change.
-    """
-    found: dict[Node, Node | None] = dict(changes)
+def tangent(results: Sequence[Node], tangents: Mapping[Node, Node]) -> list[Node | None]:
+    """Return the tangent of each result, None for 0. tangents: of leaves, and of other nodes where they are given."""
+    found: dict[Node, Node | None] = dict(tangents)
     for node in ordered(results, known=found):
         total = None
         for place, operand in enumerate(node.operands):
-            change = found.get(operand)
-            if change is None:
+            along = found.get(operand)
+            if along is None:
                 continue
-            term = partial(node, place, change)
+            term = partial(node, place, along)
             if term is not None:
                 total = term if total is None else total + term
         found[node] = total

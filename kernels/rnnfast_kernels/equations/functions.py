@@ -26,7 +26,7 @@ class Condition:
 Value = Node | Condition
 
 
-def value(given: Any) -> Node:
+def node_of(given: Any) -> Node:
     """Return a node; a condition counts as 0 or 1."""
     if isinstance(given, Condition):
         return given.number()
@@ -45,7 +45,7 @@ def compare(relation: str, turned: bool = False, negated: bool = False) -> Calla
     """Return the comparison of two values. turned: with its operands exchanged. negated: the opposite of `relation`."""
 
     def function(input, other) -> Condition:
-        a, b = value(input), value(other)
+        a, b = node_of(input), node_of(other)
         a, b = (b, a) if turned else (a, b)
 
         def choose(yes, no):
@@ -77,34 +77,34 @@ def where_(input, *args) -> Value:
     if len(args) != 2:
         raise Refusal("torch.where without values", "write torch.where(condition, a, b)")
     if isinstance(args[0], Condition) and not isinstance(input, Condition):
-        return args[0].choose(value(input), value(args[1]))
-    return condition(input).choose(value(args[0]), value(args[1]))
+        return args[0].choose(node_of(input), node_of(args[1]))
+    return condition(input).choose(node_of(args[0]), node_of(args[1]))
 
 
 def unary(name: str) -> Callable:
-    return lambda input: call(name, value(input))
+    return lambda input: call(name, node_of(input))
 
 
 def binary(name: str) -> Callable:
-    return lambda input, other: call(name, value(input), value(other))
+    return lambda input, other: call(name, node_of(input), node_of(other))
 
 
 def add(input, other, *, alpha=None) -> Node:
-    return value(input) + (value(other) if alpha is None else value(other) * alpha)
+    return node_of(input) + (node_of(other) if alpha is None else node_of(other) * alpha)
 
 
 def subtract(input, other, *, alpha=None) -> Node:
-    return value(input) - (value(other) if alpha is None else value(other) * alpha)
+    return node_of(input) - (node_of(other) if alpha is None else node_of(other) * alpha)
 
 
 def divide(input, other, *, rounding_mode=None) -> Node:
     if rounding_mode is not None:
         raise Refusal("torch.div with rounding_mode")
-    return value(input) / value(other)
+    return node_of(input) / node_of(other)
 
 
 def power(input, exponent) -> Node:
-    base, number = value(input), value(exponent).number
+    base, number = node_of(input), node_of(exponent).number
     if number in (0.5, -0.5):
         return call("sqrt" if number > 0 else "rsqrt", base)
     if number is None or number != int(number) or abs(number) > 8:
@@ -121,14 +121,14 @@ def power(input, exponent) -> Node:
 def bound(given: Any) -> float | None:
     if given is None:
         return None
-    number = value(given).number
+    number = node_of(given).number
     if number is None:
         raise Refusal("clamp with a bound that is not a number", "write torch.maximum and torch.minimum")
     return number
 
 
 def clamp(input, min=None, max=None) -> Node:
-    node, low, high = value(input), bound(min), bound(max)
+    node, low, high = node_of(input), bound(min), bound(max)
     if low is None and high is None:
         raise Refusal("clamp without bounds")
     node = node if low is None or low == -math.inf else call("clamp_low", node, low)
@@ -141,7 +141,7 @@ def extremum(name: str) -> Callable:
     def function(input, other=None) -> Node:
         if other is None:
             raise Refusal(f"torch.{name[:3]} of one value is a reduction: a step sees one unit at a time")
-        return call(name, value(input), value(other))
+        return call(name, node_of(input), node_of(other))
 
     return function
 
@@ -150,11 +150,11 @@ def softplus(input, beta=1, threshold=20) -> Node:
     scale = 1.0 if beta == 1 else bound(beta)
     if threshold != 20 and bound(threshold) != 20:
         raise Refusal("softplus with another threshold than 20")
-    return call("softplus", value(input) * scale) / scale
+    return call("softplus", node_of(input) * scale) / scale
 
 
 def elu(input, alpha=1.0, inplace=False) -> Node:
-    node = value(input)
+    node = node_of(input)
     negative = call("expm1", where(node, "greater", node, 0.0, 0.0, node))
     return where(node, "greater", node, 0.0, node, negative * bound_or(alpha))
 
@@ -164,7 +164,7 @@ def bound_or(given: Any) -> float:
 
 
 def gelu(input, *, approximate="none") -> Node:
-    x = value(input)
+    x = node_of(input)
     if approximate == "tanh":
         inner = call("tanh", (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi))
     elif approximate == "none":
@@ -175,42 +175,42 @@ def gelu(input, *, approximate="none") -> Node:
 
 
 def silu(input, inplace=False) -> Node:
-    return value(input) * call("sigmoid", value(input))
+    return node_of(input) * call("sigmoid", node_of(input))
 
 
 def leaky_relu(input, negative_slope=0.01, inplace=False) -> Node:
-    x = value(input)
+    x = node_of(input)
     return where(x, "greater", x, 0.0, x, x * bound_or(negative_slope))
 
 
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False) -> Node:
-    return call("bounded", value(input), bound_or(min_val), bound_or(max_val))
+    return call("bounded", node_of(input), bound_or(min_val), bound_or(max_val))
 
 
 def hardsigmoid(input, inplace=False) -> Node:
-    return call("bounded", value(input) + 3.0, 0.0, 6.0) / 6.0
+    return call("bounded", node_of(input) + 3.0, 0.0, 6.0) / 6.0
 
 
 def activation(name: str) -> Callable:
-    return lambda input, inplace=False: call(name, value(input))
+    return lambda input, inplace=False: call(name, node_of(input))
 
 
 def like(number: float) -> Callable:
-    return lambda input, **options: value(input).graph.number(number)
+    return lambda input, **options: node_of(input).graph.number(number)
 
 
 def same(input, *args, **options) -> Node:
     """A conversion of dtype: a step computes in one."""
-    return value(input)
+    return node_of(input)
 
 
 def lerp(input, end, weight) -> Node:
-    return value(input) + value(weight) * (value(end) - value(input))
+    return node_of(input) + node_of(weight) * (node_of(end) - node_of(input))
 
 
 def addcmul(input, tensor1, tensor2, *, value=None) -> Node:
-    product = globals()["value"](tensor1) * globals()["value"](tensor2)
-    return globals()["value"](input) + (product if value is None else product * value)
+    product = node_of(tensor1) * node_of(tensor2)
+    return node_of(input) + (product if value is None else product * value)
 
 
 FUNCTIONS: dict[str, Callable] = {
@@ -219,10 +219,10 @@ FUNCTIONS: dict[str, Callable] = {
     **dict.fromkeys(("mul", "multiply"), binary("*")),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide"), divide),
     **dict.fromkeys(("neg", "negative"), unary("neg")),
-    "pos": lambda input: value(input),
+    "pos": lambda input: node_of(input),
     "pow": power,
-    "square": lambda input: value(input) * value(input),
-    "reciprocal": lambda input: value(input).graph.number(1.0) / value(input),
+    "square": lambda input: node_of(input) * node_of(input),
+    "reciprocal": lambda input: node_of(input).graph.number(1.0) / node_of(input),
     **dict.fromkeys(("gt", "greater"), compare("greater")),
     **dict.fromkeys(("lt", "less"), compare("greater", turned=True)),
     **dict.fromkeys(("le", "less_equal"), compare("at_most")),

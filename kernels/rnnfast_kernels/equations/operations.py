@@ -2,7 +2,7 @@
 
 A step is pointwise, so one rule serves both modes: `partials(d, y, *operands)` returns, for each operand, d times the
 derivative of the result y by it, or None where that is 0. The gradient multiplies by the gradient of y, the tangent by
-the change of the operand. The rules use operations of this table only, so they can be differentiated again.
+that of the operand. The rules use operations of this table only, so they can be differentiated again.
 
 Where torch chooses at a tie or for NaN, the rules choose the same.
 """

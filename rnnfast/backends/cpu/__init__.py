@@ -92,7 +92,7 @@ def backward(
     given = {name: each.contiguous() for name, each in incoming.items() if each is not None}
     tensors |= {"h": states[0].contiguous()} | given
     tensors |= zip(("aux",), present(together(states[1:], states[1:])), strict=False)
-    tensors |= zip(executable.residual_rooms(signature), (each.contiguous() for each in saved), strict=True)
+    tensors |= zip(executable.residual_buffers(signature), (each.contiguous() for each in saved), strict=True)
     found = executable.backward(signature, tuple(given), needs, groups).run_named(layer.x, tensors)
     found = {name: narrowed(each, layer.x.dtype) for name, each in found.items()}
     hx = (found.get("dh_first"), *apart(found.get("daux_first"), form.states - 1))

@@ -27,7 +27,7 @@ from rnnfast.spec import Needs, Signature, Weights
 STATES = ("h", "aux")
 
 
-class Room(NamedTuple):
+class Buffer(NamedTuple):
     """A result to allocate. dtype: where it is not the layer's. zeroed: where kernels leave parts as they are."""
 
     shape: tuple[int, ...]
@@ -55,26 +55,26 @@ class Executable:
         dtype: torch.dtype,
         record: Callable[..., Recipe],
         tensors: Sequence[str],
-        results: Mapping[str, Room],
+        results: Mapping[str, Buffer],
         fixed: Mapping[str, int],
     ):
         """record: takes the names of tensors and results. fixed: addresses, and strides, that are always the same."""
         self.kernel, self.dtype, self.tensors = code, dtype, tuple(tensors)
-        self.results, self.rooms = tuple(results), tuple(results.values())
-        self.shapes = [each.shape for each in self.rooms]
-        self.plain = all(each.dtype is None and not each.zeroed for each in self.rooms)
+        self.results, self.buffers = tuple(results), tuple(results.values())
+        self.shapes = [each.shape for each in self.buffers]
+        self.plain = all(each.dtype is None and not each.zeroed for each in self.buffers)
         self.recipe = record(names=(*self.tensors, *self.results))
         self.fixed = [fixed.get(name, 0) for name in self.recipe.named[len(self.tensors) + len(self.results) :]]
         self.scratch = -(-self.recipe.scratch // dtype.itemsize)
-        self.large = max([self.recipe.scratch, *(each.bytes(dtype) for each in self.rooms)]) >= WORTH_IT
+        self.large = max([self.recipe.scratch, *(each.bytes(dtype) for each in self.buffers)]) >= WORTH_IT
 
     def run(self, x: Tensor, addresses: list[int]) -> list[Tensor]:
         """Allocate results like x, and run. addresses: of the tensors, in their order."""
-        new = partial(room, x) if self.large else x.new_empty
+        new = partial(empty, x) if self.large else x.new_empty
         if self.plain:
             results = [new(*shape) for shape in self.shapes]
         else:
-            results = [each.allocate(x, new) for each in self.rooms]
+            results = [each.allocate(x, new) for each in self.buffers]
         scratch = new(self.scratch)
         self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, *map(Tensor.data_ptr, results), *self.fixed])
         return results
@@ -85,7 +85,7 @@ class Executable:
         return dict(zip(self.results, results, strict=True))
 
 
-def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return an uninitialised tensor, where it is large in large pages."""
     tensor = like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
     if tensor.nbytes >= WORTH_IT:
@@ -167,14 +167,14 @@ def fixed_values(signature: Signature) -> dict[str, int]:
     return fixed
 
 
-def state_rooms(signature: Signature, form: str, lead: tuple[int, ...]) -> dict[str, Room]:
+def state_buffers(signature: Signature, form: str, lead: tuple[int, ...]) -> dict[str, Buffer]:
     """Describe h, [*lead, P], and the other states together, [*lead, H], with S-1 in front if there are several."""
     others = signature.form.states - 1
     shapes = (*lead, signature.width), ((others,) if others > 1 else ()) + (*lead, signature.hidden)
-    return {name: Room(shape) for name, shape in zip(state_names(signature, form), shapes, strict=False)}
+    return {name: Buffer(shape) for name, shape in zip(state_names(signature, form), shapes, strict=False)}
 
 
-def residual_rooms(signature: Signature) -> dict[str, Room]:
+def residual_buffers(signature: Signature) -> dict[str, Buffer]:
     """Describe what backward wants beside the states.
 
     gates [*L, D, kept * H]: what the cell wants back, gate by gate, in float32 at least. unprojected [*L, D, H].
@@ -183,9 +183,9 @@ def residual_rooms(signature: Signature) -> dict[str, Room]:
     found = {}
     if cell.saved:
         wide = WIDER.get(signature.dtype)
-        found["gates"] = Room((*signature.lead, cell.kept * hidden), wide, zeroed)
+        found["gates"] = Buffer((*signature.lead, cell.kept * hidden), wide, zeroed)
     if signature.form.present.w_hr:
-        found["unprojected"] = Room((*signature.lead, hidden), None, zeroed)
+        found["unprojected"] = Buffer((*signature.lead, hidden), None, zeroed)
     return found
 
 
@@ -195,14 +195,14 @@ def forward(signature: Signature, save: bool, all_states: bool, flat: bool = Fal
 
     flat: whether h is [T, B, D*P] rather than [*L, D, P].
     """
-    results = state_rooms(signature, "{}", signature.lead)
+    results = state_buffers(signature, "{}", signature.lead)
     if flat:
-        results["h"] = Room((*signature.x_shape[:-1], len(signature.form.reverse) * signature.width))
+        results["h"] = Buffer((*signature.x_shape[:-1], len(signature.form.reverse) * signature.width))
     if not (save or all_states):
         results = {"h": results["h"]}
-    results |= residual_rooms(signature) if save else {}
+    results |= residual_buffers(signature) if save else {}
     kept = tuple(results)[1:]
-    results |= state_rooms(signature, "{}_final", (len(signature.form.reverse), signature.batch))
+    results |= state_buffers(signature, "{}_final", (len(signature.form.reverse), signature.batch))
     record = partial(plan_forward.forward, shape_of(signature), signature.form.present.b_ih, kept)
     tensors, fixed = tensor_names(signature), fixed_values(signature)
     return Executable(code_of(signature), signature.dtype, record, tensors, results, fixed)
@@ -216,18 +216,18 @@ def backward(signature: Signature, given: tuple[str, ...], needs: Needs, groups:
     """
     wide, lead = WIDER.get(signature.dtype), (groups,) if groups > 1 else ()
     others = ("aux",) if signature.form.states > 1 else ()
-    kept = (*others, *residual_rooms(signature))
-    results: dict[str, Room] = {}
+    kept = (*others, *residual_buffers(signature))
+    results: dict[str, Buffer] = {}
     if needs.x:
-        results["dx"] = Room(signature.x_shape, wide)
+        results["dx"] = Buffer(signature.x_shape, wide)
     if needs.hx:
-        results |= state_rooms(signature, "d{}_first", (len(signature.form.reverse), signature.batch))
+        results |= state_buffers(signature, "d{}_first", (len(signature.form.reverse), signature.batch))
     if needs.signals:
-        results["dsignals"] = Room((*signature.lead, signature.form.signals * signature.hidden), wide, True)
+        results["dsignals"] = Buffer((*signature.lead, signature.form.signals * signature.hidden), wide, True)
     if needs.weights:
         shapes = [shape for shape in signature.weights if shape is not None] * len(signature.form.reverse)
-        rooms = (Room((*lead, *shape), wide) for shape in shapes)
-        results |= zip(weight_names(signature, "d"), rooms, strict=True)
+        buffers = (Buffer((*lead, *shape), wide) for shape in shapes)
+        results |= zip(weight_names(signature, "d"), buffers, strict=True)
     incoming = (*given, "dsignals") if needs.signals else given
     flags = (needs.x, needs.hx, needs.weights)
     biased = signature.form.present.b_ih
@@ -245,9 +245,9 @@ def stack(signatures: tuple[Signature, ...], batched: bool = True) -> Executable
     first, last = signatures[0], signatures[-1]
     directions = len(first.form.reverse)
     lead = first.x_shape[:2] if batched else first.x_shape[:1]
-    results = {"h": Room((*lead, directions * last.width))}
+    results = {"h": Buffer((*lead, directions * last.width))}
     rows = (len(signatures) * directions, first.batch)[: 1 + batched]
-    results |= state_rooms(first, "{}_final", rows)
+    results |= state_buffers(first, "{}_final", rows)
     weights = chain.from_iterable(
         (plan_forward.layer_name(name, n) for name in weight_names(each)) for n, each in enumerate(signatures)
     )

@@ -20,16 +20,16 @@ from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import ADDRESSES, Recipe
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
+from rnnfast_kernels.cpu.target import Target, target
 from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
-from rnnfast.backends.cpu.executable import STATES, room, shape_of
+from rnnfast.backends.cpu.executable import STATES, empty, shape_of
 from rnnfast.spec import Form as LayerForm
 from rnnfast.spec import Present, Signature, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
-ITEMS = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 
 class Form(NamedTuple):
@@ -53,6 +53,11 @@ class Form(NamedTuple):
             inputs = self.directions * self.width
 
     @property
+    def target(self) -> Target:
+        """Return how the processor computes it."""
+        return target("float32", self.weights)
+
+    @property
     def state_sizes(self) -> tuple[int, ...]:
         """Return the width of each state."""
         return (self.width, *[self.hidden] * (len(CELLS[self.cell].states) - 1))
@@ -67,8 +72,7 @@ class Form(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def layout(form: Form) -> panels.Layout:
     """Where the panels of one layer are."""
-    chosen = panels.held_target(form.weights)
-    return panels.layout(chosen, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
+    return panels.layout(form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,16 +98,15 @@ def widened(array: np.ndarray) -> np.ndarray:
 def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     """Pack all layers. weights: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, what of them there is.
 
-    With int8 also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters stand under `parameter_name`.
+    Of scaled formats also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters are under `parameter_name`.
     """
-    chosen = panels.held_target(form.weights)
-    buffer = room(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
+    buffer = empty(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
     for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
             bias, scale = named.get(matrix.name.replace("w_", "b_")), named.get(f"{matrix.name}_scale")
             panels.pack(
-                chosen,
+                form.target,
                 matrix,
                 buffer[place:].numpy(),
                 as_array(named[matrix.name]),
@@ -138,14 +141,13 @@ def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
 
 def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Return the same as arrays, bfloat16 as int16."""
-    chosen = panels.held_target(form.weights)
     found = []
     for one, place in zip(form.each(), offsets(form), strict=False):
         named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
         for matrix in layout(one).matrices:
-            weight, bias, scale = panels.unpack(chosen, matrix, buffer[place:])
+            weight, bias, scale = panels.unpack(form.target, matrix, buffer[place:])
             own = named[matrix.direction]
-            own[matrix.name] = weight.view(ITEMS[form.weights])
+            own[matrix.name] = weight
             if scale is not None:
                 own[f"{matrix.name}_scale"] = scale
             if form.biased and matrix.name != "w_hr":
@@ -159,10 +161,10 @@ def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
 
 
 def kernel_of(form: Form) -> Kernel:
-    """Load, or compile, the machine code of a form."""
-    return (
-        kernel(form.cell, "float32", 1) if form.weights == "float32" else kernel(form.cell, "float32", 0, form.weights)
-    )
+    """Load, or compile, the machine code of a form: over panels like those of a call, that of any layer."""
+    if form.target.format is None:
+        return kernel(form.cell, "float32", 1)
+    return kernel(form.cell, "float32", 0, form.weights)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -229,7 +231,7 @@ class Prepared:
         try:
             spare = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
-            spare = self.room(x)
+            spare = self.new_spare(x)
         scratch, call, place = spare
         if self.alone:
             self.write(call, 8 * ADDRESSES, *addresses, self.place)
@@ -241,9 +243,9 @@ class Prepared:
         output, *finals = results
         return output.transpose(0, 1) if self.transposed else output, tuple(finals) if len(finals) > 1 else finals[0]
 
-    def room(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
+    def new_spare(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
         """Return scratch memory, the record of a call over it, and where that is."""
-        scratch, recipe = room(x, self.scratch), self.recipe
+        scratch, recipe = empty(x, self.scratch), self.recipe
         call = recipe.filled(scratch.data_ptr(), [0] * len(recipe.named), pool.NO_TEAM, recipe.whole)
         return scratch, call, call.buffer_info()[0]
 
@@ -290,14 +292,14 @@ def run_layer(
     steps = x.shape[0] if starts is None else len(starts)
     options = sizes is not None, resets is not None
     planned = shape(form, tuple(x.shape), x.stride(), steps, batch, threads, options, cuts)
-    output = room(x, *x.shape[:-1], directions, form.width)
+    output = empty(x, *x.shape[:-1], directions, form.width)
     first = [initial[0].contiguous(), *present(together(initial[1:], initial[1:]))]
     finals = [torch.empty_like(state) for state in first]
     aux: Tensor | None = None
     kept: tuple[str, ...] = ()
     if all_states and planned.aux:
         lead = (planned.aux,) if planned.aux > 1 else ()
-        aux, kept = room(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
+        aux, kept = empty(x, *lead, *x.shape[:-1], directions, form.hidden), ("aux",)
     tensors = {"x": x, "h": output, "aux": aux, "panels": panels, "sizes": sizes, "starts": starts}
     tensors["resets"] = None if resets is None else resets.contiguous()
     tensors |= zip((f"{state}_first" for state in STATES), first, strict=False)
@@ -309,7 +311,7 @@ def run_layer(
     for n, signal in enumerate(signals):
         for name, stride in zip(("step", "row", "unit"), strides_of(signal), strict=True):
             addresses[recipe.named.index(f"signal{n}_{name}")] = stride
-    scratch = room(x, recipe.scratch, dtype=torch.uint8)
+    scratch = empty(x, recipe.scratch, dtype=torch.uint8)
     recipe.call(kernel_of(form), scratch.data_ptr(), addresses)
     others = apart(finals[1] if planned.aux else None, planned.aux)
     return output, apart(aux, planned.aux, x), [finals[0], *others]
@@ -318,5 +320,5 @@ def run_layer(
 @functools.cache
 def processor_of(form: Form) -> str:
     """Name all that the layout of panels depends on beside the form."""
-    chosen = panels.held_target(form.weights)
+    chosen = form.target
     return f"{chosen.lanes} lanes, {chosen.registers} registers, {chosen.terms} terms, {chosen.dot or 'fma'}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnfast.backends.cpu import executable
 from rnnfast.backends.cpu.arguments import described
 from rnnfast.backends.cpu.available import WIDER
-from rnnfast.backends.cpu.executable import Executable, Room
+from rnnfast.backends.cpu.executable import Buffer, Executable
 from rnnfast.spec import Gradients, Layer, Needs, OutputTangents, States, Tangents, Weights
 
 
@@ -42,7 +42,7 @@ class Linearised:
     def __init__(self, layer: Layer, states: States, saved: States, tangents: Tangents):
         self.signature, self.tensors = described(layer)
         self.x = self.tensors["x"]
-        residuals = executable.residual_rooms(self.signature)
+        residuals = executable.residual_buffers(self.signature)
         left = dict(zip(executable.STATES, states, strict=False)) | dict(zip(residuals, saved, strict=True))
         self.tensors |= {name: tensor.contiguous() for name, tensor in left.items()}
         self.kept = tuple(left)[1:]
@@ -64,10 +64,10 @@ class Linearised:
         zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
         self.tensors[f"{name}_dot"] = zeros(self.tensors[name]) if tangent is None else tangent.contiguous()
 
-    def run(self, record, results: dict[str, Room]) -> tuple[dict[str, Tensor], OutputTangents]:
+    def run(self, record, results: dict[str, Buffer]) -> tuple[dict[str, Tensor], OutputTangents]:
         """Run a plan, and return its results and the tangents of the states."""
-        left = {name: Room(tuple(self.tensors[name].shape)) for name in ("h", *self.kept)}
-        finals = executable.state_rooms(
+        left = {name: Buffer(tuple(self.tensors[name].shape)) for name in ("h", *self.kept)}
+        finals = executable.state_buffers(
             self.signature, "{}_final", (len(self.signature.form.reverse), self.signature.batch)
         )
         results = results | {f"{name}_dot": each for name, each in (left | finals).items()}
@@ -111,11 +111,11 @@ def hvp(
     pairs = chain(zip(names[0], dstates, strict=True), zip(names[1], dfinals, strict=True))
     given = {name: gradient.contiguous() for name, gradient in pairs if gradient is not None}
     at.tensors |= given
-    results = {"dx": Room(signature.x_shape)} if needs.x else {}
-    results |= executable.state_rooms(signature, "d{}_first", (len(layer.reverse), signature.batch))
+    results = {"dx": Buffer(signature.x_shape)} if needs.x else {}
+    results |= executable.state_buffers(signature, "d{}_first", (len(layer.reverse), signature.batch))
     if needs.weights:
         weights = executable.weight_names(signature)
-        results |= {f"d{name}": Room(tuple(at.tensors[name].shape)) for name in weights}
+        results |= {f"d{name}": Buffer(tuple(at.tensors[name].shape)) for name in weights}
     record = partial(
         plan_tangents.hvp, executable.shape_of(signature), at.kept, tuple(given), at.moves_x, at.moves_weights,
         needs.x, needs.weights, signature.form.present.b_ih,

@@ -86,12 +86,12 @@ def relu_backward(dy, y):
 
 
 def sigmoid_hvp(dot, dy, y):
-    """Change of `sigmoid_backward(dy, y)` where y changes by dot."""
+    """Derivative of `sigmoid_backward(dy, y)` by y, times dot."""
     return dot * dy * (ONE - (y + y))
 
 
 def tanh_hvp(dot, dy, y):
-    """Change of `tanh_backward(dy, y)` where y changes by dot."""
+    """Derivative of `tanh_backward(dy, y)` by y, times dot."""
     return -(dot * dy) * (y + y)
 
 

@@ -1,19 +1,64 @@
 """The register-tiled product over weights that are packed beforehand in fewer bits, as LLVM IR (see `tile`).
 
-With AMX, tiles of many rows take 64 terms at a time (see `amx`); what is left of the sums follows line by line.
+What a format does in its own way is in a module of its own, named in `PRODUCTS`. With AMX, tiles of many rows take 64
+terms at a time (see `amx`); what is left of the sums follows line by line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from llvmlite import ir
 
 from rnnfast_kernels.cpu.ir import amx, int8, widened
 from rnnfast_kernels.cpu.ir.memory import CACHE_LINE, PREFETCHING_ROWS, load_all, pointer, prefetch, store_all
-from rnnfast_kernels.cpu.ir.vector import ELEMENT, INT32, INT64, Vec, splat
+from rnnfast_kernels.cpu.ir.vector import INT64, Vec
 from rnnfast_kernels.cpu.target import Target
 
 # Sums in flight that hide the latency of a product.
 IN_FLIGHT = 10
+
+Values = list[ir.Value]
+
+
+class Products(Protocol):
+    """How the numbers of a format are multiplied: a module with these.
+
+    EXACT: whether sums have no rounding, so that they may be cut into several, which are added at the end.
+    as_operands: the function of a kernel in place of that in `operands`.
+    """
+
+    EXACT: bool
+    as_operands: Callable
+
+    def operations(self, target: Target) -> dict:
+        """The intrinsics that `as_operands` calls, beside those of `operands`."""
+
+    def define(self, module: ir.Module, target: Target) -> None:
+        """Define what these call as functions of a module."""
+
+    def sum_type(self, target: Target) -> ir.VectorType:
+        """The type of a vector of sums."""
+
+    def as_factors(self, builder: ir.IRBuilder, columns: Values) -> list:
+        """The vectors of a panel's line in the form that products take."""
+
+    def add_products(
+        self, builder: ir.IRBuilder, target: Target, place: ir.Value, factors: list, sums: Values
+    ) -> Values:
+        """Add to each sum the products of a row's terms, at `place`, with a factor; return the sums."""
+
+    def results(
+        self, builder: ir.IRBuilder, target: Target, row: ir.Value, sums: Values, lines: list[Values]
+    ) -> Values:
+        """A row's sums in float32. row: its address. lines: those before the panel's terms, but for initial values."""
+
+
+PRODUCTS: dict[str, Products] = {"bfloat16": widened, "int8": int8}
+
+
+def products_of(target: Target) -> Products:
+    """The module of a target's format of weights."""
+    return PRODUCTS[target.format.name]  # type: ignore[union-attr]
 
 
 def define_tile(function: ir.Function, target: Target, rows: int, vectors: int) -> None:
@@ -40,9 +85,9 @@ class Tile:
     def __init__(self, builder: ir.IRBuilder, target: Target, rows: int, vectors: int, args: Sequence[ir.Value]):
         row_pointers, _, self.panel, self.depth, self.ahead, self.out, self.out_step = args
         self.builder, self.target, self.rows, self.vectors = builder, target, rows, vectors
-        self.narrow = target.weights == "int8"
+        self.products = products_of(target)
         self.vec = Vec("float32", target.lanes)
-        self.kind = int8.integers(target.lanes) if self.narrow else self.vec.llvm
+        self.kind = self.products.sum_type(target)
         self.most_sums = target.registers * 3 // 4
         spots = [builder.add(row_pointers, INT64(8 * row)) for row in range(rows)]
         self.left = [builder.load(pointer(builder, spot, INT64)) for spot in spots]
@@ -51,7 +96,7 @@ class Tile:
         self.strips = [builder.add(self.panel, builder.mul(step, INT64(n))) for n in range(-(-vectors // strip))]
         self.widths = [min(strip, vectors - strip * n) for n in range(len(self.strips))]
 
-    def load_line(self, line: ir.Value) -> list[ir.Value]:
+    def load_line(self, line: ir.Value) -> Values:
         """The panel's vectors of one line."""
         builder, vector, strip = self.builder, self.target.vector, self.target.strip(self.vectors)
         pairs = zip(self.strips, self.widths, strict=True)
@@ -64,31 +109,23 @@ class Tile:
         start = self.builder.add(self.out, self.builder.mul(self.out_step, INT64(row)))
         return self.builder.add(start, INT64(self.target.vector * n))
 
-    def add_line(self, rows: range, k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+    def add_line(self, rows: range, k: ir.Value, sums: Values) -> Values:
         """Add the terms of one line to the sums of some rows."""
-        builder, lanes = self.builder, self.target.lanes
-        columns = self.load_line(builder.add(k, INT64(self.target.head)))
-        # Products of int8 numbers leave no time for it.
-        if self.rows >= PREFETCHING_ROWS and not self.narrow:
+        builder, target = self.builder, self.target
+        columns = self.load_line(builder.add(k, INT64(target.head)))
+        # Products of integers leave no time for it.
+        if self.rows >= PREFETCHING_ROWS and not self.products.EXACT:
             prefetch(builder, builder.add(self.ahead, builder.mul(k, INT64(CACHE_LINE))))
-        offset = builder.shl(k, INT64(2 if self.narrow else 3))
-        both = [] if self.narrow else [widened.both(builder, column) for column in columns]
+        element = target.operand_elements * target.acc_bytes
+        offset = builder.shl(k, INT64(element.bit_length() - 1))
+        factors = self.products.as_factors(builder, columns)
         added = []
         for n, row in enumerate(rows):
             here = sums[n * self.vectors : (n + 1) * self.vectors]
-            place = builder.add(self.left[row], offset)
-            if not self.narrow:
-                added += widened.add_products(builder, self.vec, place, both, here)
-                continue
-            quad = splat(builder, builder.load(pointer(builder, place, INT32), align=1), lanes)
-            for column, total in zip(columns, here, strict=True):
-                numbers = builder.bitcast(column, self.kind)
-                added.append(int8.add_products(builder, self.target, quad, numbers, total))
+            added += self.products.add_products(builder, target, builder.add(self.left[row], offset), factors, here)
         return added
 
-    def add_lines(
-        self, rows: range, k: ir.Value, groups: list[list[ir.Value]], count: int
-    ) -> tuple[ir.Value, list[list[ir.Value]]]:
+    def add_lines(self, rows: range, k: ir.Value, groups: list[Values], count: int) -> tuple[ir.Value, list[Values]]:
         """Add lines from k on, `count` in a round; they take turns if there are several groups of sums."""
         builder, before = self.builder, self.builder.block
         head, body, rest = (builder.append_basic_block(label) for label in ("head", "body", "rest"))
@@ -117,10 +154,9 @@ class Tile:
         initial = [self.builder.bitcast(each, self.kind) for each in self.load_line(INT64(0))]
         self.go_on(rows, INT64(0), initial * len(rows))
 
-    def go_on(self, rows: range, k: ir.Value, sums: list[ir.Value]) -> None:
+    def go_on(self, rows: range, k: ir.Value, sums: Values) -> None:
         """The terms from k on, and the results."""
-        # Sums of integers may be cut into several, added at the end: results are the same.
-        apart = max(1, min(4, -(-IN_FLIGHT // len(sums)))) if self.narrow else 1
+        apart = max(1, min(4, -(-IN_FLIGHT // len(sums)))) if self.products.EXACT else 1
         at_once = max(self.target.unroll, apart)
         groups = [sums, *([ir.Constant(self.kind, None)] * len(sums) for _ in range(apart - 1))]
         if at_once > 1:
@@ -130,18 +166,13 @@ class Tile:
         _, (sums,) = self.add_lines(rows, k, groups[:1], 1)
         self.store(rows, sums)
 
-    def store(self, rows: range, sums: list[ir.Value]) -> None:
+    def store(self, rows: range, sums: Values) -> None:
         """The results, from sums."""
         builder, vectors = self.builder, self.vectors
-        scales, biases = (self.load_line(INT64(1)), self.load_line(INT64(2))) if self.narrow else ([], [])
+        lines = [self.load_line(INT64(line)) for line in range(1, self.target.head)]
         for n, row in enumerate(rows):
-            values = sums[n * vectors : (n + 1) * vectors]
-            if self.narrow:
-                spot = builder.sub(self.left[row], INT64(4))
-                scale = builder.load(pointer(builder, spot, ELEMENT["float32"]), align=1)
-                wide = splat(builder, scale, self.target.lanes)
-                rest = zip(values, scales, biases, strict=True)
-                values = [int8.finish(builder, self.vec, total, wide, column, bias) for total, column, bias in rest]
+            own = sums[n * vectors : (n + 1) * vectors]
+            values = self.products.results(builder, self.target, self.left[row], own, lines)
             for column, value in enumerate(values):
                 store_all(builder, self.vec, self.goal(row, column), value)
 

@@ -18,7 +18,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from rnnfast_kernels.cpu.ir.memory import load_first, pointer
-from rnnfast_kernels.cpu.ir.operands import copies_start
 from rnnfast_kernels.cpu.ir.vector import INT32, INT64, Vec, declared, splat
 from rnnfast_kernels.cpu.target import Target
 
@@ -29,6 +28,8 @@ ROUND = 12582912.0
 # What a row's largest magnitude is at least taken to be. Its inverse is finite.
 SMALLEST = 127 * 2.0**-126
 INFINITY_BITS = 0x7F800000
+# Sums have no rounding.
+EXACT = True
 
 
 def integers(lanes: int) -> ir.VectorType:
@@ -40,16 +41,28 @@ def repeated(number: int, lanes: int, bits: int = 32) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(bits), lanes), [number] * lanes)
 
 
-def add_products(builder: ir.IRBuilder, target: Target, a: ir.Value, w: ir.Value, total: ir.Value) -> ir.Value:
-    """Add to each int32 lane the products of its four numbers of `a` and `w`."""
-    return {
+def sum_type(target: Target) -> ir.VectorType:
+    return integers(target.lanes)
+
+
+def as_factors(builder: ir.IRBuilder, columns: list[ir.Value]) -> list[ir.Value]:
+    return [builder.bitcast(column, integers(column.type.count)) for column in columns]
+
+
+def add_products(
+    builder: ir.IRBuilder, target: Target, place: ir.Value, factors: list[ir.Value], sums: list[ir.Value]
+) -> list[ir.Value]:
+    """Add to each int32 lane the products of the four numbers at `place` with its own four."""
+    add = {
         "vpdpbusd": add_vpdpbusd,
         "amx": add_vpdpbusd,
         "vpmaddubsw": add_vpmaddubsw,
         "vpmaddwd": add_vpmaddwd,
         "sdot": add_sdot,
         "plain": add_plain,
-    }[target.dot](builder, a, w, total)
+    }[target.dot]
+    quad = splat(builder, builder.load(pointer(builder, place, INT32), align=1), target.lanes)
+    return [add(builder, quad, factor, total) for factor, total in zip(factors, sums, strict=True)]
 
 
 def add_vpdpbusd(builder, a, w, total):
@@ -103,20 +116,24 @@ def add_plain(builder, a, w, total):
     return total
 
 
-def finish(
-    builder: ir.IRBuilder, vec: Vec, total: ir.Value, scale: ir.Value, column: ir.Value, bias: ir.Value
-) -> ir.Value:
-    """The float32 result of a sum: scale is the row's, column that of the weight's rows."""
-    numbers = builder.sitofp(total, vec.llvm)
-    return builder.fadd(builder.fmul(numbers, builder.fmul(scale, column)), bias)
+def results(
+    builder: ir.IRBuilder, target: Target, row: ir.Value, sums: list[ir.Value], lines: list[list[ir.Value]]
+) -> list[ir.Value]:
+    """Each sum times the scales of the row and of the weight's rows, plus the bias. lines: scales and biases."""
+    scale = builder.load(pointer(builder, builder.sub(row, INT64(4)), FLOAT), align=1)
+    wide, vec = splat(builder, scale, target.lanes), Vec("float32", target.lanes)
+    return [
+        builder.fadd(builder.fmul(builder.sitofp(total, vec.llvm), builder.fmul(wide, column)), bias)
+        for total, column, bias in zip(sums, *lines, strict=True)
+    ]
 
 
 def quantise_name(target: Target) -> str:
     return f"rnnfast_quantise_{target.lanes}_{target.dot}"
 
 
-def quantise_function(module: ir.Module, target: Target) -> ir.Function:
-    """quantise(source, depth, goal): a row of float32 as quads at `goal`, and its scale before them.
+def define(module: ir.Module, target: Target) -> None:
+    """Define quantise(source, depth, goal): a row of float32 as quads at `goal`, and its scale before them.
 
     A row with NaN or infinity has NaN for a scale. One of less than 2**-126 is zero.
     """
@@ -178,7 +195,6 @@ def quantise_function(module: ir.Module, target: Target) -> ir.Function:
     builder.store(numbers, pointer(builder, builder.add(goal, k), numbers.type), align=1)
     close()
     builder.ret_void()
-    return function
 
 
 def operations(target: Target) -> dict:
@@ -187,8 +203,7 @@ def operations(target: Target) -> dict:
     @intrinsic
     def quantise(typing, source, depth, goal):
         def lower(context, builder, sig, args):
-            kind = ir.FunctionType(ir.VoidType(), [INT64] * 3)
-            builder.call(named(builder.module, quantise_name(target), kind), args)
+            builder.call(declared(builder, quantise_name(target), ir.VoidType(), *[INT64] * 3), args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), lower
@@ -196,24 +211,12 @@ def operations(target: Target) -> dict:
     return {"quantise": quantise}
 
 
-def named(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
-    return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
-
-
-def as_operands(rows, row_pointers, depth, room):
-    """Where the addresses of rows in the form of operands are: in `room`, with the quantised rows."""
+def as_operands(rows, row_pointers, depth, scratch):
+    """Where the addresses of rows in the form of operands are: in `scratch`, with the quantised rows."""
     stride = VECTOR + (lines(depth) + LANES - 1) // LANES * VECTOR
-    goal = copies_start(rows, room) + VECTOR
+    goal = copies_start(rows, scratch) + VECTOR
     for row in range(rows):
         quantise(load_int(row_pointers + 8 * row), depth, goal)
-        store_int(room + 8 * row, goal)
+        store_int(scratch + 8 * row, goal)
         goal += stride
-    return room
-
-
-def io_operands(rows, row_pointers, depth, room):
-    """The same for rows of given tensors."""
-    return as_operands(rows, row_pointers, depth, room)
-
-
-ROWS = (copies_start, as_operands, io_operands)
+    return scratch

@@ -75,17 +75,17 @@ def lines(depth):
     return (depth + TERMS - 1) // TERMS
 
 
-def copies_start(rows, room):
+def copies_start(rows, scratch):
     """Where copies begin in memory that begins with their addresses."""
-    return room + (8 * rows + VECTOR - 1) // VECTOR * VECTOR
+    return scratch + (8 * rows + VECTOR - 1) // VECTOR * VECTOR
 
 
-def as_operands(rows, row_pointers, depth, room):
-    """Where the addresses of rows in the form of operands are: `row_pointers`, or in `room` with copies of its rows."""
+def as_operands(rows, row_pointers, depth, scratch):
+    """Where the addresses of rows in the form of operands are: `row_pointers`, or in `scratch` with copies of rows."""
     if TERMS == 1:
         return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR
-    copies = copies_start(rows, room)
+    copies = copies_start(rows, scratch)
     for row in range(rows):
         source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
@@ -93,25 +93,25 @@ def as_operands(rows, row_pointers, depth, room):
             first = load(source + k * ACC_BYTES, depth - k)
             second = load(source + (k + LANES) * ACC_BYTES, depth - k - LANES)
             store(goal + k // 2 * ACC_BYTES, round_neighbours(first, second), LANES)
-        store_int(room + 8 * row, goal)
-    return room
+        store_int(scratch + 8 * row, goal)
+    return scratch
 
 
-def io_operands(rows, row_pointers, depth, room):
+def io_operands(rows, row_pointers, depth, scratch):
     """The same for rows of given tensors."""
     if IO_BYTES == ACC_BYTES:
-        return as_operands(rows, row_pointers, depth, room)
+        return as_operands(rows, row_pointers, depth, scratch)
     if IO_BYTES * TERMS == ACC_BYTES and depth % TERMS == 0:
         return row_pointers
     stride = (lines(depth) + LANES - 1) // LANES * VECTOR
-    copies = copies_start(rows, room)
+    copies = copies_start(rows, scratch)
     for row in range(rows):
         source = load_int(row_pointers + 8 * row)
         goal = copies + row * stride
         for k in range(0, depth, TERMS * LANES):
             store(goal + k // TERMS * ACC_BYTES, load_io_terms(source + k * IO_BYTES, depth - k), LANES)
-        store_int(room + 8 * row, goal)
-    return room
+        store_int(scratch + 8 * row, goal)
+    return scratch
 
 
 def load_line(row_pointers, k, depth, unit, count):

@@ -61,7 +61,7 @@ def constant(vec: Vec, number: float) -> ir.Constant:
 
 
 def declared(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Type) -> ir.Function:
-    """Name a function of LLVM's own that works on vectors."""
+    """Declare a function that LLVM has, or that another module defines."""
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 

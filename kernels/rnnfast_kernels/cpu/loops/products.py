@@ -202,7 +202,26 @@ def pack(address):
 
 PLACES = (panel_blocks, tile_rows, panel_address, strip_address, strip_line)
 ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
-# What kernels call for panels of one matrix, and for those of a cell's gates; callees first.
-PACKING = (pack_columns, pack_rows)
-PLAIN = (pack_columns, pack_rows, project_blocks, project)
-GATED = (pack_columns, project_blocks, start_tile, multiply_block, project_unpacked)
+# Functions over panels of so many gates; and the names by which loops call them, and those of `PLACES`: over panels of
+# a cell's gates, of the gates with a recurrent part, and of a matrix.
+PRODUCTS = (pack_columns, pack_rows, project, project_blocks, start_tile, multiply_block, project_unpacked)
+OF_GATES = {
+    "pack_gate_columns": "pack_columns",
+    "project_gate_blocks": "project_blocks",
+    "project_unpacked": "project_unpacked",
+}
+OF_RECURRENT = {
+    "pack_recurrent_columns": "pack_columns",
+    "multiply": "multiply",
+    "multiply_block": "multiply_block",
+    "start_tile": "start_tile",
+    "recurrent_blocks": "panel_blocks",
+    "recurrent_rows": "tile_rows",
+    "recurrent_panel": "panel_address",
+}
+OF_MATRIX = {
+    "pack_plain_columns": "pack_columns",
+    "pack_rows": "pack_rows",
+    "project_plain": "project",
+    "project_plain_blocks": "project_blocks",
+}

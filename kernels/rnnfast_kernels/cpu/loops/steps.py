@@ -33,7 +33,7 @@ LAYER = Record(
     # count of the turns of this part that a thread has taken, `finished` that of the turns of all parts that are done
     # (see `run_turns`). `sched_yield` is that function.
     "first_block", "last_block", "workers", "parts", "claimed", "finished", "sched_yield",
-    # Where this record is of a layer's changes (see `tangents`): the record of the layer itself, and scratch for the
+    # Where this record is of tangents (see `tangents`): the record of the layer itself, and scratch for the
     # recurrent part of a step's gates, [rows, G, hidden].
     "around", "u_work", "u_row",
     # Parameters [P, hidden]; the records of signals (see `signals`); and gradients by both, [rows, P or N, hidden].

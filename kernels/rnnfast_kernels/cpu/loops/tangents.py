@@ -1,14 +1,14 @@
-"""The time loops of the second derivative: how a layer changes, and how its gradients do; generic over the cell.
+"""The time loops of the second derivative: tangents of a layer, and of its gradients; generic over the cell.
 
-A layer's tensors change by given amounts. `layer_jvp` runs from the first step to the last and finds the changes of
+The tensors of a layer have given tangents. `layer_jvp` runs from the first step to the last and finds the tangents of
 the states and of what the forward loop saved; it is the derivative of `forward.layer_forward`. `layer_hvp` runs back
-through time with the gradients and with their changes, side by side; it is the derivative of `backward.layer_backward`
+through time with the gradients and their tangents, side by side; it is the derivative of `backward.layer_backward`
 (Pearlmutter, 1994, "Fast exact multiplication by the Hessian"). The cells' part of both is derived (see `equations`).
 
-Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the changes of the same tensors, whose field
-`around` is the first. The change of a product has two terms, `at`'s panels by the changes and `job`'s by the values;
-what does not change is absent from `job`. Panels of `at` have no bias, those of `job` the bias' change. All tensors are
-of the dtype computed in.
+Each takes two `LAYER` records: `at`, of the layer itself, and `job`, of the tangents of the same tensors, whose field
+`around` is the first. The tangent of a product has two terms, `at`'s panels by the tangents and `job`'s by the values;
+a tangent that is zero is absent from `job`. Panels of `at` have no bias, those of `job` the bias' tangent. All tensors
+are of the dtype computed in.
 """
 
 # ruff: noqa: F821
@@ -27,7 +27,7 @@ def gather_inputs(job, source, first, last):
 
 
 def jvp_inputs(job, at, first, last):
-    """Change of the input part of the gates."""
+    """Tangent of the input part of the gates."""
     blocks = (job.hidden + LANES - 1) // LANES
     if job.x:
         count = gather_inputs(job, job, first, last)
@@ -44,45 +44,25 @@ def jvp_inputs(job, at, first, last):
 
 
 def jvp_recurrent(job, at, order, step, live, h_now, h_stride):
-    """Change of the recurrent part of the gates of one step."""
+    """Tangent of the recurrent part of the gates of one step."""
     blocks = (job.hidden + LANES - 1) // LANES
     fill_pointers(job.row_pointers, h_now, h_stride, live)
     fill_pointers(job.out_pointers, job.u_work, job.u_row, live)
     project_gate_blocks(
-        live,
-        job.row_pointers,
-        ACC_BYTES,
-        at.w_hh,
-        job.width,
-        job.hidden,
-        0,
-        blocks,
-        job.out_pointers,
-        job.gate_step,
-        job.tile,
-        False,
-    )
+        live, job.row_pointers, ACC_BYTES, at.w_hh, job.width, job.hidden, 0, blocks,
+        job.out_pointers, job.gate_step, job.tile, False,
+    )  # fmt: skip
     if job.w_hh:
         for row in range(live):
             store_int(job.row_pointers + 8 * row, entering_states(at, order, step, row)[0])
         project_gate_blocks(
-            live,
-            job.row_pointers,
-            ACC_BYTES,
-            job.w_hh,
-            job.width,
-            job.hidden,
-            0,
-            blocks,
-            job.out_pointers,
-            job.gate_step,
-            job.tile,
-            True,
-        )
+            live, job.row_pointers, ACC_BYTES, job.w_hh, job.width, job.hidden, 0, blocks,
+            job.out_pointers, job.gate_step, job.tile, True,
+        )  # fmt: skip
 
 
 def jvp_cell(job, at, order, step, row, h_now, h_goal):
-    """Change of a row's states, in place but for h, and of what the cell saved."""
+    """Tangents of a row's states, in place but for h, and of what the cell saved."""
     index = first_index(job, step) + row
     h_before, aux_before, before_step = entering_states(at, order, step, row)
     h_after, aux_after = at.h + index * at.h_row, at.aux + index * at.aux_row
@@ -111,7 +91,7 @@ def jvp_cell(job, at, order, step, row, h_now, h_goal):
 
 
 def jvp_output(job, at, step, live, h_next, h_stride):
-    """Change of h, from that of what the cell put out where a projection follows."""
+    """Tangent of h, from that of what the cell put out where a projection follows."""
     h = job.h + first_index(job, step) * job.h_row
     if at.w_hr:
         fill_pointers(job.out_pointers, h_next, h_stride, live)
@@ -167,7 +147,7 @@ def layer_jvp(address):
 
 
 def cell_operands(job, projected, order, step, row, unit):
-    """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their changes."""
+    """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their tangents."""
     index = first_index(job, step) + row
     place, lanes = unit * ACC_BYTES, job.hidden - unit
     h_before, aux_before, before_step = entering_states(job, order, step, row)
@@ -188,7 +168,7 @@ def cell_operands(job, projected, order, step, row, unit):
 
 
 def keep_gradients(job, projected, step, row, unit, dx, du, direct):
-    """Keep the gradient by the gates and, in place, by the states that entered the step; or its change."""
+    """Keep the gradient by the gates and, in place, by the states that entered the step; or its tangent."""
     place, lanes = unit * ACC_BYTES, job.hidden - unit
     dgates = (first_index(job, step) + row) * job.dgates_row + place
     store_tuple(job.dx_gates + dgates, job.hidden * ACC_BYTES, dx, lanes)
@@ -201,7 +181,7 @@ def keep_gradients(job, projected, step, row, unit, dx, du, direct):
 
 
 def hvp_cell(job, at, order, step, row):
-    """Gradient by a row's gates and by the states that entered the step, and the change of both."""
+    """Gradient by a row's gates and by the states that entered the step, and the tangents of both."""
     projected = at.w_hr != 0
     for unit in range(0, job.hidden, LANES):
         dstate, saved, state, new_state = cell_operands(at, projected, order, step, row, unit)
@@ -212,13 +192,13 @@ def hvp_cell(job, at, order, step, row):
 
 
 def both_places(row_pointers, start, step, start_dot, step_dot, count):
-    """Write the addresses of `count` rows, then those of their changes."""
+    """Write the addresses of `count` rows, then those of their tangents."""
     fill_pointers(row_pointers, start, step, count)
     fill_pointers(row_pointers + 8 * count, start_dot, step_dot, count)
 
 
 def hvp_projection(job, at, step, live):
-    """Gradient by what the cell put out, from that by the projected h; and its change."""
+    """Gradient by what the cell put out, from that by the projected h; and its tangent."""
     index, h_stride, stride = first_index(job, step), padded_row(job.width), padded_row(job.hidden)
     both_places(job.row_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
     both_places(job.out_pointers, at.unprojected_work, stride, job.unprojected_work, stride, live)
@@ -237,7 +217,7 @@ def hvp_projection(job, at, step, live):
 
 
 def hvp_recurrent(job, at, step, live):
-    """Send the gradient by the gates back to the h that entered the step, and its change."""
+    """Send the gradient by the gates back to the h that entered the step, and its tangent."""
     start, row, h_stride = first_index(job, step) * job.dgates_row, job.dgates_row, padded_row(job.width)
     both_places(job.row_pointers, at.du_gates + start, row, job.du_gates + start, row, live)
     both_places(job.out_pointers, at.h_work, h_stride, job.h_work, h_stride, live)
@@ -246,18 +226,8 @@ def hvp_recurrent(job, at, step, live):
         2 * live, job.row_pointers, ACC_BYTES, at.w_hh, depth, job.width, job.out_pointers, 0, job.tile, direct
     )
     if job.w_hh:
-        project_plain(
-            live,
-            job.row_pointers,
-            ACC_BYTES,
-            job.w_hh,
-            depth,
-            job.width,
-            job.out_pointers + 8 * live,
-            0,
-            job.tile,
-            True,
-        )
+        out_pointers = job.out_pointers + 8 * live
+        project_plain(live, job.row_pointers, ACC_BYTES, job.w_hh, depth, job.width, out_pointers, 0, job.tile, True)
 
 
 def layer_hvp(address):
@@ -283,21 +253,3 @@ def layer_hvp(address):
             apply_resets(at, step, live, at.h_work, h_stride, aux_stride)
             apply_resets(job, step, live, job.h_work, h_stride, aux_stride)
     end_gradients(job, h_stride, aux_stride)
-
-
-HELPERS = (
-    padded_row,
-    gather_inputs,
-    jvp_inputs,
-    jvp_recurrent,
-    jvp_cell,
-    jvp_output,
-    layer_jvp,
-    cell_operands,
-    keep_gradients,
-    hvp_cell,
-    both_places,
-    hvp_projection,
-    hvp_recurrent,
-    layer_hvp,
-)

@@ -1,10 +1,7 @@
 """Weights packed into panels before any call, and back: what the panels hold, byte by byte.
 
-The layout of panels is that of `tile` and `products`. Formats of weights:
-
-    float32    as they are
-    bfloat16   pairs of terms, in place of one float32
-    int8       quads of terms, and a float32 scale for each row of the weight (see `int8`)
+The layout of panels is that of `tile` and `products`: in place of one float32, a number of terms that the format says,
+and for scaled formats a float32 scale for each row of the weight (see `int8`).
 
 A weight is [G*units, depth], its bias and scales are [G*units]. All of a layer's panels stand in one buffer, and behind
 them the parameters of its cell, [P, H] for each direction, in float32.
@@ -16,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.cpu.target import Target, target, widest_panel
+from rnnfast_kernels.cpu.target import Target, widest_panel
 
 # Bytes that each matrix is aligned to, and those of a parameter.
 LINE, PARAMETER_BYTES = 64, 4
@@ -39,11 +36,6 @@ class Layout(NamedTuple):
     matrices: tuple[Matrix, ...]
     parameters: tuple[int, ...]
     size: int
-
-
-def held_target(weights: str) -> Target:
-    """How a float32 layer with weights of a format is computed."""
-    return target("float32", "" if weights == "float32" else weights)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,9 +74,9 @@ def strips(chosen: Target, gates: int, units: int) -> list[tuple[int, int]]:
     return found
 
 
-def item_type(chosen: Target) -> type:
-    """The type of a term in memory."""
-    return {1: np.uint32, 2: np.uint16, 4: np.int8}[chosen.terms]
+def item_type(chosen: Target) -> str:
+    """NumPy's name of the type of a weight's numbers."""
+    return chosen.format.array if chosen.format else chosen.dtype
 
 
 def pack(
@@ -100,13 +92,13 @@ def pack(
     blocks, lanes, terms = -(-units // chosen.lanes), chosen.lanes, chosen.terms
     lines = chosen.lines(depth)
     padded = np.zeros((gates, blocks * lanes, lines * terms), item_type(chosen))
-    padded[:, :units, :depth] = weight.reshape(gates, units, depth).view(item_type(chosen))
+    padded[:, :units, :depth] = weight.reshape(gates, units, depth)
     terms_of = padded.reshape(gates, blocks, lanes, lines, terms).transpose(1, 0, 3, 2, 4)
     vectors = np.zeros((blocks * gates, chosen.head + lines, chosen.vector), np.uint8)
     body = np.ascontiguousarray(terms_of).view(np.uint8)
     vectors[:, chosen.head :] = body.reshape(blocks * gates, lines, chosen.vector)
     rows = [None if bias is None else bias.view(np.uint32)]
-    if chosen.head == 3:
+    if chosen.is_scaled:
         first = -128 * weight.reshape(gates * units, depth).sum(1, dtype=np.int32) if chosen.adds_128 else None
         rows = [None if first is None else first.view(np.uint32), scale.view(np.uint32), *rows]
     for line, row in enumerate(rows):
@@ -141,4 +133,4 @@ def unpack(chosen: Target, matrix: Matrix, buffer: np.ndarray) -> tuple[np.ndarr
     terms_of = body.reshape(blocks, gates, lines, lanes, terms).transpose(1, 0, 3, 2, 4)
     weight = terms_of.reshape(gates, blocks * lanes, lines * terms)[:, :units, :depth]
     weight = np.ascontiguousarray(weight).reshape(gates * units, depth)
-    return weight, row(chosen.head - 1), row(1) if chosen.head == 3 else None
+    return weight, row(chosen.head - 1), row(1) if chosen.is_scaled else None

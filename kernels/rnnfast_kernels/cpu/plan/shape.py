@@ -60,7 +60,7 @@ class Shape:
 
     @functools.cached_property
     def target(self) -> Target:
-        return target(self.dtype, "" if self.weights == self.dtype else self.weights)
+        return target(self.dtype, self.weights)
 
     @property
     def acc_bytes(self) -> int:

@@ -1,7 +1,7 @@
-"""How a layer and its gradients change, as recipes: those of `loops.tangents`, then the products of the backward pass.
+"""Tangents of a layer and of its gradients, as recipes: `loops.tangents`, then the products of the backward pass.
 
-Every base `name` of the other recipes that a layer is given has a second one here, `name_dot`, which holds its change.
-Records and panels of changes are written as those of the layer itself, with the bases renamed.
+Every base `name` of the other recipes that a layer is given has a second one here, `name_dot`, which holds its tangent.
+Records and panels of tangents are written as those of the layer itself, with the bases renamed.
 """
 
 from dataclasses import replace
@@ -30,13 +30,13 @@ from rnnfast_kernels.cpu.plan.shape import (
     zeros,
 )
 
-CHANGING = ("x", "h", "aux", "gates", "unprojected", "h_first", "aux_first", "h_final", "aux_final")
+WITH_TANGENTS = ("x", "h", "aux", "gates", "unprojected", "h_first", "aux_first", "h_final", "aux_final")
 
 
 def jvp(
     shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool, names: tuple[str, ...] = ()
 ) -> Recipe:
-    """The changes of the states. moves_x, moves_weights: whether x changes, and whether the weights do."""
+    """Tangents of the states. moves_x, moves_weights: whether x has a tangent, and whether the weights have."""
     recipe = Recipe(shape.threads, names)
     write_jvp(recipe, replace(shape, workers=1), kept, moves_x, moves_weights, biased)
     return recipe.finish()
@@ -53,11 +53,11 @@ def hvp(
     biased: bool,
     names: tuple[str, ...] = (),
 ) -> Recipe:
-    """Also the changes of the gradients. `given` names the incoming gradients that are not zero; they do not change."""
+    """Also tangents of the gradients. `given` names the incoming gradients that are not zero; they have no tangents."""
     recipe = Recipe(shape.threads, names)
     shape = replace(shape, workers=1)
     write_jvp(recipe, shape, kept, moves_x, moves_weights, biased)
-    moved = changed(shape)
+    moved = tangent_names(shape)
     panels = pack_backward(recipe, shape)
     with recipe.renamed(moved):
         dot_panels = pack_backward(recipe, shape) if moves_weights else [{}] * shape.directions
@@ -94,10 +94,10 @@ def hvp(
     return recipe.finish()
 
 
-def changed(shape: Shape) -> dict[str, Ref]:
-    """For the name of every base that changes, that of its change."""
+def tangent_names(shape: Shape) -> dict[str, Ref]:
+    """For the name of every base that may have a tangent, that of the tangent."""
     weights = (f"{name}{d}" for name in WEIGHTS for d in range(shape.directions))
-    return {name: Ref(f"{name}_dot") for name in (*CHANGING, *weights)}
+    return {name: Ref(f"{name}_dot") for name in (*WITH_TANGENTS, *weights)}
 
 
 def blocks(shape: Shape) -> int:
@@ -106,7 +106,7 @@ def blocks(shape: Shape) -> int:
 
 
 def input_fields(shape: Shape, direction: int, moves_x: bool) -> dict[str, int | Ref]:
-    """Fields for the change of x, which is contiguous, or absent."""
+    """Fields for the tangent of x, which is contiguous, or absent."""
     row = shape.directions // shape.sharing * shape.inputs * shape.acc_bytes
     offset = direction // shape.sharing * shape.inputs * shape.acc_bytes
     return {"x": Ref("x", offset) if moves_x else 0, "x_row": row, "x_step": shape.batch * row}
@@ -115,8 +115,8 @@ def input_fields(shape: Shape, direction: int, moves_x: bool) -> dict[str, int |
 def write_jvp(
     recipe: Recipe, shape: Shape, kept: tuple[str, ...], moves_x: bool, moves_weights: bool, biased: bool
 ) -> None:
-    """Add the recurrence of the changes."""
-    names = changed(shape)
+    """Add the recurrence of the tangents."""
+    names = tangent_names(shape)
     panels = pack_forward(recipe, shape, False)
     with recipe.renamed(names):
         dot_panels = pack_forward(recipe, shape, biased) if moves_weights else [{}] * shape.directions

@@ -1,60 +1,39 @@
 """Compile everything for a cell and a dtype: from equations to LLVM IR.
 
-Every function is bound (see `bind`) over the cell, the target and the functions before it.
+A job's entry point calls functions by name, and these call others. What is reached so is compiled, and nothing else:
+each function is bound (see `bind`) over the cell, the target and the functions that it calls.
 """
 
-from collections.abc import Callable, Iterable
+import dis
+from collections.abc import Callable, Iterable, Mapping
+from inspect import isfunction
 
 from numba import _dynfunc, cfunc, njit, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
-from numba.core.typing.templates import Signature
 
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cpu.ir import activations, elementary, int8, memory, operands, tile, waiting, widened
+from rnnfast_kernels.cpu.ir import activations, elementary, held, memory, operands, tile, transpose, unpacked, waiting
+from rnnfast_kernels.cpu.ir.library import library
 from rnnfast_kernels.cpu.loops import backward, forward, gradients, products, steps, tangents, tasks
 from rnnfast_kernels.cpu.runtime import schedule
 from rnnfast_kernels.cpu.target import Target, widest_panel
 from rnnfast_kernels.equations.cell import Cell
 
-HELPERS = (
-    steps.live_rows,
-    steps.first_index,
-    steps.x_address,
-    steps.is_reset,
-    steps.step_at,
-    steps.gates_address,
-    forward.project_inputs,
-    forward.start_states,
-    forward.apply_resets,
-    forward.clear_padding,
-    forward.advance,
-    forward.project_output,
-    forward.write_aux_finals,
-    forward.forward_turn,
-    backward.start_gradients,
-    backward.end_gradients,
-    backward.last_unit,
-    backward.last_width_block,
-    backward.add_gradients,
-    backward.entering_states,
-    backward.differentiate_cell,
-    backward.clear_gradients,
-    backward.through_cell,
-    backward.through_recurrent,
-    backward.backward_turn,
-    steps.run_turn,
-    steps.run_turns,
-    gradients.right_address,
-    gradients.pack_strip,
-    gradients.add_block,
-    products.pack,
-    forward.layer_forward,
-    backward.layer_backward,
-    gradients.rows_product,
-    gradients.outer_product,
-    *tangents.HELPERS,
-)
+Functions = Mapping[str, Callable]
+
+
+def by_name(functions: Iterable[Callable]) -> dict[str, Callable]:
+    return {function.__name__: function for function in functions}
+
+
+# What entry points may call, directly or not, beside the functions of `products` and the cell's.
+LOOPS = by_name(
+    function
+    for module in (steps, forward, backward, gradients, tangents)
+    for function in vars(module).values()
+    if isfunction(function)
+) | {"pack": products.pack}
 
 
 class IntermediateLibrary(JITCodeLibrary):
@@ -88,27 +67,42 @@ OPTIONS = {
 }
 
 
-def inline(function: Callable, namespace: dict, signature: Signature | None = None, **options) -> None:
-    """Compile `function` over `namespace` and add it there; without a signature, for every set of arguments it gets.
+def used_by(function: Callable) -> list[str]:
+    """The names that a function takes from its globals."""
+    return [each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"]
 
-    Its name carries the namespace's salt, since Numba links functions by their names.
+
+def reached(function: Callable, functions: Functions) -> set[str]:
+    """The names that a function takes from its globals, and those that functions so called take."""
+    found, pending = set[str](), [function]
+    while pending:
+        new = set(used_by(pending.pop())) - found
+        found |= new
+        pending += [functions[name] for name in new if name in functions]
+    return found
+
+
+def compile_into(
+    namespace: dict,
+    functions: Functions,
+    wanted: Iterable[str] | None = None,
+    result: types.Type | None = None,
+    **options,
+) -> None:
+    """Compile functions into a namespace, each after those of them that it calls.
+
+    wanted: names of those to compile, without which it is all. result: their result's type; they are compiled for
+    integers alone then, else for every set of arguments that they get.
     """
-    bound = bind(function, namespace, namespace["SALT"])
-    namespace[function.__name__] = njit(signature, **OPTIONS, **options)(bound)
-
-
-def integers(function: Callable, result: types.Type = types.void) -> Signature:
-    """The signature of a function of integers. (Numba would specialise it for constants.)"""
-    return result(*[types.int64] * function.__code__.co_argcount)
-
-
-# The functions of `HELPERS` that a forward pass over packed weights calls.
-INFERENCE = (
-    *HELPERS[: HELPERS.index(backward.start_gradients)],
-    steps.run_forward_turn,
-    steps.run_turns,
-    forward.layer_forward,
-)
+    for name in functions if wanted is None else wanted:
+        if name not in namespace:
+            function = functions[name]
+            callees = (callee for callee in used_by(function) if callee in functions)
+            compile_into(namespace, functions, callees, result, **options)
+            # Numba would specialise a function for integers that are constants.
+            signature = None if result is None else result(*[types.int64] * function.__code__.co_argcount)
+            # The name carries the namespace's salt, since Numba links functions by their names.
+            namespace[name] = njit(signature, **OPTIONS, **options)(bind(function, namespace, namespace["SALT"]))
 
 
 def vectors(target: Target, salt: str) -> dict:
@@ -120,37 +114,29 @@ def vectors(target: Target, salt: str) -> dict:
         **waiting.OPERATIONS,
         **activations.constants(target.dtype),
         **elementary.operations(target.dtype),
-        "transpose_square": tile.transposer(target),
-        "multiply_unpacked": tile.unpacked_multiplier(target),
+        "transpose_square": transpose.transposer(target),
+        "multiply_unpacked": unpacked.multiplier(target),
         "ACC_BYTES": target.acc_bytes,
         "IO_BYTES": target.io_bytes,
         "LANES": target.lanes,
         "VECTOR": target.vector,
         "HEAD": target.head,
     }
-    rows = operands.ROWS
-    if target.weights:
-        namespace |= widened.operations()
-        rows = widened.ROWS
-    if target.weights == "int8":
-        namespace |= int8.operations(target)
-        rows = int8.ROWS
-    for function in (
-        activations.decay,
-        *activations.ACTIVATIONS,
-        *activations.HVP,
-        *elementary.PLAIN,
-        *operands.LINES,
-    ):
-        inline(function, namespace, forceinline=True)
-    for function in rows:
-        inline(function, namespace, integers(function, types.int64))
-    for function in products.ROWS:
-        inline(function, namespace, integers(function))
+    numeric = (activations.decay, *activations.ACTIVATIONS, *activations.HVP, *elementary.PLAIN, *operands.LINES)
+    compile_into(namespace, by_name(numeric), forceinline=True)
+    rows = by_name(operands.ROWS)
+    if target.format:
+        of_format = held.products_of(target)
+        namespace |= of_format.operations(target)
+        rows = {"copies_start": operands.copies_start, "as_operands": of_format.as_operands}
+    compile_into(namespace, rows, result=types.int64)
+    # Layers of frozen weights are float32: the rows that they are given are as those that they compute.
+    namespace.setdefault("io_operands", namespace["as_operands"])
+    compile_into(namespace, by_name(products.ROWS), result=types.void)
     return namespace
 
 
-def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Callable]) -> dict:
+def tiled(target: Target, gates: int, namespace: dict, wanted: Iterable[str]) -> dict:
     """Functions of `products`, for panels of so many gates."""
     over = {
         **namespace,
@@ -161,23 +147,14 @@ def tiled(target: Target, gates: int, namespace: dict, functions: Iterable[Calla
         "STRIP": target.strip(gates * widest_panel(gates)),
         "multiply": tile.multiplier(target, gates),
     }
-    for function in products.PLACES:
-        inline(function, over, forceinline=True)
-    for function in functions:
-        inline(function, over, integers(function))
+    compile_into(over, by_name(products.PLACES), forceinline=True)
+    compile_into(over, by_name(products.PRODUCTS), (name for name in wanted if name not in over), types.void)
     return over
 
 
-def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
-    """Everything that an entry point may call. Without derivatives, weights are packed beforehand."""
-    base = vectors(target, salt)
-    parts = {1: tuple(each for each in products.PLAIN if derivatives or each not in products.PACKING)}
-    for gates in (cell.gates, cell.recurrent):
-        gated = (each for each in products.GATED if derivatives or each not in products.PACKING)
-        parts[gates] = (*parts.get(gates, ()), *gated)
-    made = {gates: tiled(target, gates, base, dict.fromkeys(wanted)) for gates, wanted in parts.items() if gates}
-    plain, gated, recurrent = made[1], made[cell.gates], made[cell.recurrent or cell.gates]
-    aux = len(cell.states) - 1
+def assemble(entry: Callable, functions: Functions, cell: Cell, target: Target, salt: str) -> dict:
+    """Everything that an entry point calls, directly or not. functions: those of `loops` by name."""
+    base, names, aux = vectors(target, salt), reached(entry, functions), len(cell.states) - 1
     namespace = {
         **base,
         "GATES": cell.gates,
@@ -185,16 +162,6 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "RECURRENT": cell.recurrent,
         "PARAMETERS": len(cell.parameters),
         "SIGNALS": len(cell.signals),
-        "multiply": recurrent["multiply"],
-        "multiply_block": recurrent["multiply_block"],
-        "start_tile": recurrent["start_tile"],
-        "project_unpacked": gated["project_unpacked"],
-        "recurrent_blocks": recurrent["panel_blocks"],
-        "recurrent_rows": recurrent["tile_rows"],
-        "recurrent_panel": recurrent["panel_address"],
-        "project_gate_blocks": gated["project_blocks"],
-        "project_plain": plain["project"],
-        "project_plain_blocks": plain["project_blocks"],
         "load_gates": base["tuple_loader"](cell.gates),
         "load_recurrent": base["tuple_loader"](cell.recurrent),
         "load_kept": base["tuple_loader"](cell.saved),
@@ -207,33 +174,35 @@ def assemble(cell: Cell, target: Target, salt: str, derivatives: int) -> dict:
         "outer_at": gradients.OUTER.reader(),
         "pack_at": products.PACK.reader(),
     }
-    if derivatives:
-        namespace |= {
-            "pack_gate_columns": gated["pack_columns"],
-            "pack_recurrent_columns": recurrent["pack_columns"],
-            "pack_plain_columns": plain["pack_columns"],
-            "pack_rows": plain["pack_rows"],
-        }
     for module in (products, gradients, steps, tasks):
         namespace |= {name: number for name, number in vars(module).items() if isinstance(number, int)}
-    for name, equations in (
-        ("cell_forward", cell.make_forward(("p", "s"))),
-        ("cell_backward", cell.make_backward(("p", "s"))),
-        *((("cell_jvp", cell.jvp), ("cell_hvp", cell.hvp)) if cell.standard else ()),
-    ):
-        namespace[name] = njit(bind(equations, base, salt), forceinline=True, **OPTIONS)
-    helpers = HELPERS if cell.standard else tuple(each for each in HELPERS if each not in tangents.HELPERS)
-    for function in helpers if derivatives else INFERENCE:
-        inline(function, namespace)
-        if function is steps.run_forward_turn:
-            namespace["run_turn"] = namespace["run_forward_turn"]
+    recurrent = cell.recurrent or cell.gates
+    tables = ((cell.gates, products.OF_GATES), (recurrent, products.OF_RECURRENT), (1, products.OF_MATRIX))
+    wanted: dict[int, set[str]] = {}
+    for gates, table in tables:
+        wanted.setdefault(gates, set()).update(own for name, own in table.items() if name in names)
+    made = {gates: tiled(target, gates, base, sorted(own)) for gates, own in wanted.items()}
+    for gates, table in tables:
+        namespace |= {name: made[gates][own] for name, own in table.items() if name in names}
+    equations = {
+        "cell_forward": lambda: cell.make_forward(("p", "s")),
+        "cell_backward": lambda: cell.make_backward(("p", "s")),
+        "cell_jvp": lambda: cell.jvp,
+        "cell_hvp": lambda: cell.hvp,
+    }
+    for name, derive in equations.items():
+        if name in names:
+            namespace[name] = njit(bind(derive(), base, salt), forceinline=True, **OPTIONS)
+    compile_into(namespace, functions, (name for name in used_by(entry) if name in functions))
     return namespace
 
 
 def llvm_ir(cell: Cell, target: Target, derivatives: int) -> tuple[list[str], str]:
     """Compile a job: LLVM modules, to be linked, and the name of the job's function in the first of them."""
     salt = f"{cell.name} {target} {derivatives}"
-    library = tile.library(target, {1, cell.gates, cell.recurrent} - {0})
-    entry = bind(tasks.ENTRIES[derivatives], assemble(cell, target, salt, derivatives), salt)
-    compiled = cfunc("void(int64, int64)", error_model="numpy", pipeline_class=IntermediateCompiler)(entry)
-    return [compiled.inspect_llvm(), str(library), str(schedule.module())], compiled.native_name
+    functions = LOOPS if derivatives else LOOPS | {"run_turn": steps.run_forward_turn}
+    entry = tasks.ENTRIES[derivatives]
+    bound = bind(entry, assemble(entry, functions, cell, target, salt), salt)
+    compiled = cfunc("void(int64, int64)", error_model="numpy", pipeline_class=IntermediateCompiler)(bound)
+    tiles = library(target, {1, cell.gates, cell.recurrent} - {0})
+    return [compiled.inspect_llvm(), str(tiles), str(schedule.module())], compiled.native_name
