@@ -146,7 +146,12 @@ class Stream:
             raise TypeError(f"Stream: expected an input of type Tensor, got {type(x).__name__}")
         if x.shape != self.input.shape[1:] and (x.shape != self.input.shape[2:] or len(self.output) != 1):
             raise ValueError(f"Stream: expected input of shape {list(self.input.shape[1:])}, got {list(x.shape)}")
-        self.input.copy_(x)
+        try:
+            self.input.copy_(x)
+        except RuntimeError:
+            if x.layout is torch.strided:
+                raise
+            self.input.copy_(x.to_dense())
         self.step()
         return self.output
 

@@ -1,7 +1,7 @@
 """Every check of a user's arguments, in torch's words where torch makes the same check."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -132,7 +132,7 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
 
 def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[bool, bool]:
     """Say whether a flat list of weights has biases, and a projection. places: layers times directions."""
-    if not hasattr(weights, "__len__"):
+    if not hasattr(weights, "__len__") or isinstance(weights, Mapping):
         raise TypeError(f"weights: expected a list of tensors, got {type(weights).__name__}")
     if not isinstance(places, int):
         raise TypeError("num_layers should be of type int")
