@@ -78,19 +78,19 @@ class RNNCellBase(nn.RNNCellBase):
 
     def check_sizes(self, x: Tensor, hx: tuple[Tensor, ...], weights: list[Tensor]) -> None:
         """Refuse, as torch does, sizes and dtypes that do not fit together: sizes first."""
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        for n, state in enumerate(hx):
-            if state.shape[0] != x.shape[0]:
-                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{n} batch size {state.shape[0]}")
-            if state.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{n} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
-                )
         for n, weight in enumerate(weights):
             if not isinstance(weight, Tensor):
                 what, got = f"'{('w_ih', 'w_hh')[n]}' (position {3 + n})", type(weight).__name__
                 raise TypeError(f"{self.equations}_cell(): argument {what} must be Tensor, not {got}")
+        inputs, hidden = weights[0].shape[-1], weights[1].shape[-1]
+        if x.shape[1] != inputs:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {inputs}")
+        shapes = [(*state.shape,) for state in hx] or [(x.shape[0], self.hidden_size)]
+        for n, shape in enumerate(shapes):
+            if shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{n} batch size {shape[0]}")
+            if shape[1] != hidden:
+                raise RuntimeError(f"hidden{n} has inconsistent hidden_size: got {shape[1]}, expected {hidden}")
         if x.dtype != weights[0].dtype and not _torch.is_any_autocast_enabled():
             raise RuntimeError(f"input and weights must have the same dtype, got {x.dtype} and {weights[0].dtype}")
 

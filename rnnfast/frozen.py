@@ -88,7 +88,7 @@ class Frozen(FrozenWeights):
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
         if self.mode == "LSTM":
-            return tuple(hx) if isinstance(hx, tuple | list) else None
+            return tuple(hx) if isinstance(hx, tuple | list) and hx else None
         return (hx,)
 
     def run_prepared(self, x, hx):

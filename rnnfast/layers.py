@@ -23,6 +23,6 @@ def through_layers(
         initial = tuple(state[n * directions : (n + 1) * directions] for state in hx)
         x, finals, states = run(n, x, initial, weights[n * count : (n + 1) * count])
         found.append(finals)
-        if options.dropout > 0 and options.training and n < layers - 1:
-            x = torch.nn.functional.dropout(x, options.dropout)
+        if options.dropout and options.training and n < layers - 1:
+            x = torch.dropout(x, options.dropout, True)  # which refuses what is no probability
     return x, tuple(torch.cat(parts) for parts in zip(*found, strict=True)), states

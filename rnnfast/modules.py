@@ -85,7 +85,11 @@ class RNNBase(nn.RNNBase):
     """
 
     recompute: bool = False
-    __jit_unused_properties__: ClassVar[list[str]] = ["all_weights", "_flat_weights"]  # type: ignore[misc]
+
+    # The name of the cell in the table of equations.
+    equations: str
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["all_weights", "_flat_weights", "equations"]  # type: ignore[misc]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -131,7 +135,7 @@ class RNNBase(nn.RNNBase):
     def options(self) -> Options:
         """Return the constants of a call."""
         values = (
-            CELL_OF_MODE[self.mode],
+            self.equations,
             self.num_layers,
             self.bidirectional,
             self.batch_first,
@@ -140,6 +144,7 @@ class RNNBase(nn.RNNBase):
             self.recompute,
             self.bias,
             self.proj_size > 0,
+            (self.input_size, self.hidden_size, self.proj_size or self.hidden_size),
         )
         # What Options(*values) does, in half the time; Dynamo knows only the latter.
         return Options(*values) if torch.compiler.is_dynamo_compiling() else tuple.__new__(Options, values)
@@ -173,7 +178,13 @@ class RNNBase(nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, weights) -> None:
-        """Run on `weights` until a weight of the module becomes another tensor, as torch's layers do."""
+        """Run on `weights` until a weight of the module becomes another tensor, as torch's layers do.
+
+        Raises:
+            TypeError: something else than a list.
+        """
+        if weights is not None and not isinstance(weights, list | tuple):
+            raise TypeError(f"_flat_weights: expected a list of tensors, got {type(weights).__name__}")
         object.__setattr__(self, "_kept_weights", None)
         object.__setattr__(self, "_kept_weights", (weights, self.weights()))
 
@@ -272,6 +283,13 @@ class RNN(OneState):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
+    @property
+    def equations(self) -> str:  # type: ignore[override]
+        """Return the name that goes with the mode, which torch asks in every call."""
+        if self.mode not in ("RNN_TANH", "RNN_RELU"):
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
+        return CELL_OF_MODE[self.mode]
+
 
 class LSTM(TwoStates):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997); takes the arguments of `torch.nn.LSTM`.
@@ -313,6 +331,7 @@ class LSTM(TwoStates):
             dtype,
         )  # fmt: skip
 
+    equations = "lstm"
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -359,3 +378,5 @@ class GRU(OneState):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
+
+    equations = "gru"

@@ -199,12 +199,12 @@ def sort_lengths(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises ValueError where a length is outside 0..steps; on a GPU, so as not to wait for it, a device assertion.
     """
+    lengths = lengths.long()  # in a narrow dtype the number of steps would overflow
     valid = ((lengths >= 0) & (lengths <= steps)).all()
     if lengths.is_cuda:
         _torch.assert_async(valid, f"lengths must lie between 0 and the number of steps, {steps}")
     elif not valid:
         raise ValueError(f"lengths must lie between 0 and the number of steps, {steps}, got {lengths.tolist()}")
-    lengths = lengths.long()
     order = torch.sort(lengths, descending=True, stable=True).indices
     *members, batch = lengths.shape
     rows, at_step = torch.arange(batch, device=order.device), torch.arange(steps, device=order.device)

@@ -148,6 +148,7 @@ class Recurrent(nn.Module):
             self.training,
             self.recompute,
             self.bias,
+            sizes=(self.input_size, self.hidden_size, self.hidden_size),
         )
 
     @overload

@@ -52,7 +52,8 @@ class Present(NamedTuple):
 class Options(NamedTuple):
     """The constants of a stack of layers; the meanings are those of torch.nn.LSTM's arguments.
 
-    bias, projected: whether there are biases, and a projection of the output.
+    bias, projected: whether there are biases, and a projection of the output. sizes: I, H and P, which the weights must
+    have; None where the weights decide.
     """
 
     cell: str
@@ -64,6 +65,7 @@ class Options(NamedTuple):
     recompute: bool = False
     bias: bool = True
     projected: bool = False
+    sizes: tuple[int, int, int] | None = None
 
     @property
     def directions(self) -> int:

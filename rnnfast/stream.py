@@ -140,11 +140,18 @@ class Stream:
             The output of the last layer, [B, P], which the next call overwrites.
 
         Raises:
-            ValueError: x has another shape.
+            TypeError: x is no tensor. ValueError: it has another shape.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Stream: expected an input of type Tensor, got {type(x).__name__}")
         if x.shape != self.input.shape[1:] and (x.shape != self.input.shape[2:] or len(self.output) != 1):
             raise ValueError(f"Stream: expected input of shape {list(self.input.shape[1:])}, got {list(x.shape)}")
-        self.input.copy_(x)
+        try:
+            self.input.copy_(x)
+        except RuntimeError:
+            if x.layout is torch.strided:
+                raise
+            self.input.copy_(x.to_dense())
         self.step()
         return self.output
 

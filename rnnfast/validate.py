@@ -1,7 +1,7 @@
 """Every check of a user's arguments, in torch's words where torch makes the same check."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rnnfast_kernels.cells import CELLS
@@ -102,11 +102,13 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
             f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
         )
-    if x.shape[-1] != w_ih.shape[-1]:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[-1]}, got {x.shape[-1]}")
+    inputs = w_ih.shape[-1] if options.sizes is None else options.sizes[0]
+    if x.shape[-1] != inputs:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}")
     are_tensors(weights)
     rows = options.num_layers * options.directions
-    widths = (options.width(weights), options.hidden(weights))
+    _, hidden, width = options.sizes or (inputs, options.hidden(weights), options.width(weights))
+    widths = (width, hidden)
     states = hx or ()
     for n, state in enumerate(states):
         expected = (rows, batch, widths[min(n, 1)])
@@ -125,12 +127,12 @@ def sizes(options, x: Tensor, batch: int, hx: tuple[Tensor, ...] | None, weights
             f"Input and parameter tensors are not at the same device, found input tensor at {x.device} "
             f"and parameter tensor at {w_ih.device}"
         )
-    weight_shapes(options, weights)
+    weight_shapes(options, weights, inputs, hidden, width)
 
 
 def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[bool, bool]:
     """Say whether a flat list of weights has biases, and a projection. places: layers times directions."""
-    if not hasattr(weights, "__len__"):
+    if not hasattr(weights, "__len__") or isinstance(weights, Mapping):
         raise TypeError(f"weights: expected a list of tensors, got {type(weights).__name__}")
     if not isinstance(places, int):
         raise TypeError("num_layers should be of type int")
@@ -146,14 +148,13 @@ def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[
     return each > 3, each % 2 == 1
 
 
-def weight_shapes(options: Options, weights: Sequence[Tensor]) -> None:
-    """Check the number and the shapes of the weights against one another."""
+def weight_shapes(options: Options, weights: Sequence[Tensor], inputs: int, hidden: int, width: int) -> None:
+    """Check the number and the shapes of the weights."""
     cell, directions = CELLS[options.cell], options.directions
     places = options.num_layers * directions
     if len(weights) != options.flat_count * places:
         raise RuntimeError(f"weights: expected {options.flat_count * places} tensors, got {len(weights)}")
     shapes = [weight.shape for weight in weights]
-    hidden, width = options.hidden(weights), options.width(weights)
     width = width if options.projected else hidden
     columns, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
     inner = ((*recurrent, width), columns, recurrent, (width, hidden))
@@ -161,7 +162,7 @@ def weight_shapes(options: Options, weights: Sequence[Tensor]) -> None:
         shape for shape, there in zip(inner, options.present.weights[1:-1], strict=True) if there
     ]
     own += [(hidden,)] * len(cell.parameters)
-    expected = [(*columns, shapes[0][-1]), *own] * directions
+    expected = [(*columns, inputs), *own] * directions
     expected += [(*columns, directions * width), *own] * (places - directions)
     if shapes != expected:
         n = next(n for n in range(len(shapes)) if shapes[n] != expected[n])

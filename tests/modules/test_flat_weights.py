@@ -98,3 +98,12 @@ def test_restored_parametrized_layers_have_the_class_they_had():
     rnnfast.accelerate(layer)
     copy.deepcopy(layer)
     assert type(rnnfast.restore(layer)) is nn.LSTM
+
+
+def test_what_can_be_read_only_once_is_refused():
+    layer = rnnfast.GRU(3, 4)
+    with pytest.raises(TypeError, match="expected a list of tensors, got generator"):
+        layer._flat_weights = (weight * 2 for weight in layer.parameters())
+    with pytest.raises(TypeError, match="expected a list of tensors, got dict_values"):
+        layer._flat_weights = dict(layer.named_parameters()).values()
+    layer(torch.randn(5, 2, 3))

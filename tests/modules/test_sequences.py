@@ -97,6 +97,12 @@ def test_lengths_of_any_integer_type(dtype, backend):
     assert torch.equal(ours(x, lengths=lengths.to(dtype))[0], ours(x, lengths=lengths)[0])
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.uint8, 256), (torch.int8, 130), (torch.int16, 32768)], ids=str)
+def test_more_steps_than_the_dtype_of_the_lengths_can_count(dtype, steps, backend):
+    ours, x, lengths = rnnfast.RNN(1, 1), torch.randn(steps, 2, 1), torch.tensor([100, 3])
+    assert torch.equal(ours(x, lengths=lengths.to(dtype))[0], ours(x, lengths=lengths)[0])
+
+
 @cells
 def test_resets_equal_pieces(cell, backend):
     theirs, ours = pair(cell, 3, 7, **F64)

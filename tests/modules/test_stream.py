@@ -108,6 +108,16 @@ def test_mistakes(backend):
         stream.state = torch.zeros(1, 1, 5)
 
 
+def test_a_sparse_input(backend):
+    x = torch.eye(5)[None, :, 1]
+    one, other = (rnnfast.Stream(rnnfast.GRU(5, 3)) for _ in range(2))
+    other.module.load_state_dict(one.module.state_dict())
+    other.refresh()
+    assert torch.equal(one(x.to_sparse()), other(x))
+    with pytest.raises(RuntimeError):
+        one(x.to("meta"))
+
+
 def test_the_module_is_untouched(backend):
     ours = rnnfast.LSTM(5, 17)
     before = copy.deepcopy(ours.state_dict())

@@ -181,6 +181,8 @@ def test_what_torch_has_no_class_for():
         rnnfast.functional.gru(X, [*rnnfast.GRU(4, 5).parameters()], num_layers=1.5)
     with pytest.raises(TypeError, match="expected a list of tensors, got NoneType"):
         rnnfast.functional.gru(X, None)
+    with pytest.raises(TypeError, match="expected a list of tensors, got OrderedDict"):
+        rnnfast.functional.gru(X, rnnfast.GRU(4, 5).state_dict())
 
 
 @AS_TODAY

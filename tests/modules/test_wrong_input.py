@@ -96,3 +96,17 @@ def test_a_cell_that_torch_lacks_is_refused_there_and_looped_under_auto(monkeypa
             rnnfast.GRU(3, 5)(torch.randn(4, 2, 3))
     finally:
         automatic.cache_clear()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_states_are_no_initial_state(frozen, grad):
+    """Nor once the call without states is recorded."""
+    layer = rnnfast.LSTM(4, 5).eval()
+    layer, x = rnnfast.freeze(layer) if frozen else layer, torch.zeros(2, 3, 4)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            for empty in ((), []):
+                with pytest.raises(IndexError):
+                    layer(x, empty)
+            layer(x)
