@@ -127,7 +127,7 @@ def signatures_of(
     options: Options, x: Tensor, weights: Sequence[Tensor], zero: bool, threads: int
 ) -> tuple[Signature, ...]:
     """Describe every layer of a call, time-major. zero: whether no initial states are given."""
-    form = Form(options.cell, options.reverse, options.present)
+    form = Form(options.cell, options.reverse(), options.present)
     hidden, width = options.hidden(weights), options.width(weights)
     if x.dim() == 2:
         x = x.unsqueeze(1)

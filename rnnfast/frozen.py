@@ -7,10 +7,10 @@ them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G*H, I] an
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -22,7 +22,7 @@ from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
 from rnnfast.frozen_weights import FrozenWeights, weight_shapes
 from rnnfast.layers import through_layers
-from rnnfast.spec import Options
+from rnnfast.spec import Options, cell_named
 
 # Prepared calls that a layer keeps; forgotten when there are more.
 MOST = 64
@@ -170,8 +170,8 @@ class Frozen(FrozenWeights):
     def options(self) -> Options:
         """Return the constants of a call."""
         return Options(
-            self.cell_name, self.num_layers, self.bidirectional, self.batch_first,
-            bias=bool(self.bias), projected=self.proj_size > 0,
+            self.cell_name, index(self.num_layers), self.bidirectional, self.batch_first,
+            bias=bool(self.bias), projected=index(self.proj_size) > 0,
         )  # fmt: skip
 
     def like_weights(self) -> list[Any]:
@@ -271,7 +271,7 @@ class Frozen(FrozenWeights):
 
     def run_layers(self, options, x, initial, batch_sizes, resets, all_states, signals=()) -> functional.Outcome:
         """Call the operator for each layer."""
-        forms, (held, processor), shown = self._forms, self.held(), CELLS[options.cell].output
+        forms, (held, processor), shown = self._forms, self.held(), cell_named(options.cell).output
 
         def run(n, x, hx, _):
             form = forms[n]
@@ -284,7 +284,7 @@ class Frozen(FrozenWeights):
                 form.width,
                 form.projected,
                 form.biased,
-                options.reverse,
+                options.reverse(),
                 wanted,
                 processor,
                 x,

@@ -7,6 +7,7 @@ Weights are read by name at every call, so parametrizations, `torch.func.functio
 tensor set in a parameter's place all work.
 """
 
+from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -129,17 +130,17 @@ class Recurrent(nn.RNNBase):
         )
 
     def options(self) -> Options:
-        """Return the constants of a call."""
+        """Return the constants of a call. Dynamo may hold integers as symbols: `index` makes constants of them."""
         values = (
             CELL_OF_MODE[self.mode],
-            self.num_layers,
+            index(self.num_layers),
             self.bidirectional,
             self.batch_first,
             self.dropout,
             self.training,
             self.recompute,
             self.bias,
-            self.proj_size > 0,
+            index(self.proj_size) > 0,
         )
         # What Options(*values) does, in half the time; Dynamo knows only the latter.
         return Options(*values) if torch.compiler.is_dynamo_compiling() else tuple.__new__(Options, values)

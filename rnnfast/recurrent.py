@@ -4,6 +4,7 @@ States and signals are named here; `rnnfast.functional` runs all cells alike.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -127,7 +128,7 @@ class Recurrent(nn.Module):
         """Return the constants of a call."""
         return Options(
             self.cell.identity,
-            self.num_layers,
+            index(self.num_layers),
             self.bidirectional,
             self.batch_first,
             self.dropout,
