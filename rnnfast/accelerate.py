@@ -170,14 +170,14 @@ def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
-    return isinstance(module, nn.RNNBase | Frozen)
+    return isinstance(module, (nn.RNNBase, Frozen))
 
 
 def is_listed(module: nn.Module) -> bool:
     """Say whether `survey` lists a module: recurrent layers, those of declared cells, and modules of one step."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-    return is_recurrent(module) or isinstance(module, nn.RNNCellBase | OfDeclaredCell)
+    return is_recurrent(module) or isinstance(module, (nn.RNNCellBase, OfDeclaredCell))
 
 
 def recurrent_layers(

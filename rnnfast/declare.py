@@ -68,7 +68,7 @@ class Cell:
         ordered = [state[self.order.index(n)] for n in range(len(self.order))]
         groups = {"x": x, "u": u, "state": tuple(ordered), "p": p, "s": s}
         new = trace.call_step(self.function, groups)
-        new = new if isinstance(new, tuple | list) else (new,)
+        new = new if isinstance(new, (tuple, list)) else (new,)
         return tuple(new[n] for n in self.order)
 
     def step(self, x, u, state, p=(), s=()) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ class Cell:
             return trace.Group(name, names, [given[each] for each in names])
         if isinstance(given, Tensor):
             given = given.chunk(len(names), -1)
-        if isinstance(given, tuple | list):
+        if isinstance(given, (tuple, list)):
             if len(given) != len(names):
                 raise ValueError(f"{self.__name__}: expected {len(names)} entries in {name}, got {len(given)}")
             return trace.Group(name, names, given)

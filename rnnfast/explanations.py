@@ -172,14 +172,14 @@ def explain_called(module: nn.Module, finding: Finding, args: tuple[Any, ...], k
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the input of a layer's call; a subclass may call it something else."""
-    return next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor | PackedSequence))
+    return next(each for each in (*args, *kwargs.values()) if isinstance(each, (Tensor, PackedSequence)))
 
 
 def weights_of(module: Any) -> Iterable[Any]:
     """Return what a layer multiplies with, and its biases."""
     if isinstance(module, Frozen):
         return module.like_weights()
-    return module.weights() if isinstance(module, Recurrent | OfDeclaredCell) else module.parameters()
+    return module.weights() if isinstance(module, (Recurrent, OfDeclaredCell)) else module.parameters()
 
 
 @contextmanager

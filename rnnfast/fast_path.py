@@ -39,7 +39,7 @@ def states_of(options: Options, hx) -> tuple[Tensor, ...] | None:
     """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
     if len(CELLS[options.cell].states) == 1:
         return (hx,) if isinstance(hx, Tensor) else None
-    return tuple(hx) if isinstance(hx, tuple | list) else None
+    return tuple(hx) if isinstance(hx, (tuple, list)) else None
 
 
 def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple | None:

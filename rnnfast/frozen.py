@@ -88,7 +88,7 @@ class Frozen(FrozenWeights):
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
         if self.mode == "LSTM":
-            return tuple(hx) if isinstance(hx, tuple | list) else None
+            return tuple(hx) if isinstance(hx, (tuple, list)) else None
         return (hx,)
 
     def run_prepared(self, x, hx):
@@ -139,7 +139,7 @@ class Frozen(FrozenWeights):
             raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        states = tuple(hx) if isinstance(hx, tuple | list) else () if hx is None else (hx,)
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
         self.refuse_gradient((data, *states, *signals))
         options = self.options()
         if data.layout is not torch.strided:

@@ -168,7 +168,7 @@ class Stream:
         """
         if not isinstance(hx, Tensor | tuple | list):
             raise TypeError(f"Stream: expected a state of type Tensor, got {type(hx).__name__}")
-        given = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        given = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         if len(given) != len(self.states):
             raise ValueError(f"Stream: expected {len(self.states)} state tensor(s), got {len(given)}")
         for own, new in zip(self.in_order, given, strict=True):

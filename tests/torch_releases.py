@@ -18,3 +18,4 @@ needs_saving_hooks = needs(_torch.saving_hooks is not _torch.always, "does not t
 needs_compiled_autograd = needs(torch.__version__ >= "2.7", "compiles no backward pass that slices by what it computes")
 # "Please report a bug to PyTorch", it says.
 needs_compiled_jvp = needs(torch.__version__ >= "2.7", "fails an assertion of its own in a graph with forward mode")
+needs_exporting = needs(hasattr(torch.compiler, "is_exporting"), "does not tell that a program is being exported")
