@@ -35,7 +35,7 @@ HALVES = (torch.bfloat16, torch.float16)
 class Shaped(NamedTuple):
     """What checks ask of a weight."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -177,7 +177,7 @@ class Frozen(FrozenWeights):
     def like_weights(self) -> list[Any]:
         """Return what checks ask of the weights, in the order of `torch.nn.LSTM._flat_weights`."""
         shapes = (shape for each in weight_shapes(self) for shape in each.values())
-        return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
+        return [Shaped(shape, torch.float32, torch.device("cpu")) for shape in shapes]
 
     def reason_for_plain(self, data: Tensor) -> str | None:
         """Say why a call runs on dequantised weights, or None where the kernels run it."""

@@ -147,7 +147,7 @@ def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[
 
 def weight_shapes(options: Options, weights: Sequence[Tensor]) -> None:
     """Check the number and the shapes of the weights against one another."""
-    cell, directions = cell_named(options.cell), options.directions
+    cell, directions = cell_named(options.cell), len(options.reverse())
     places = options.num_layers * directions
     if len(weights) != options.flat_count * places:
         raise RuntimeError(f"weights: expected {options.flat_count * places} tensors, got {len(weights)}")
