@@ -158,7 +158,7 @@ def survey(model: nn.Module) -> list[Finding]:
     """
     found = []
     for name, layer in recurrent_layers(model, "survey", is_listed).items():
-        ours = isinstance(layer, modules.RNNBase | Frozen | cell_modules.RNNCellBase | Recurrent)
+        ours = isinstance(layer, (modules.RNNBase, Frozen, cell_modules.RNNCellBase, Recurrent))
         reason = "" if ours else reason_against(layer) or "accelerate() was not called"
         frozen = layer.weights_format if isinstance(layer, Frozen) else ""
         kind = layer.type_name() if frozen else type(layer).__name__
@@ -170,14 +170,14 @@ def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
-    return isinstance(module, nn.RNNBase | Frozen)
+    return isinstance(module, (nn.RNNBase, Frozen))
 
 
 def is_listed(module: nn.Module) -> bool:
     """Say whether `survey` lists a module: recurrent layers, those of declared cells, and modules of one step."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-    return is_recurrent(module) or isinstance(module, nn.RNNCellBase | Recurrent)
+    return is_recurrent(module) or isinstance(module, (nn.RNNCellBase, Recurrent))
 
 
 def recurrent_layers(

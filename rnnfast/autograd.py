@@ -29,18 +29,19 @@ def layer(layer: Layer, backend: str, all_states: bool) -> tuple[States, States]
     if compiling and operators.in_onnx_export():
         return onnx_export.layer(layer, all_states)
     if compiling:
-        results = torch.ops.rnnfast.layer(backend, *form.arguments, False, all_states, tensors, operators.version())
+        results = torch.ops.rnnfast.layer(backend, *form.arguments(), False, all_states, tensors, operators.version())
     elif not is_differentiated(tensors) and (layer.definition.standard or _torch.innermost_transform() is None):
-        results = below_autograd("layer", tensors, backend, *form.arguments, False, all_states, tensors)
+        results = below_autograd("layer", tensors, backend, *form.arguments(), False, all_states, tensors)
     elif not layer.definition.standard and (_torch.innermost_transform() is not None or _torch.in_dual_level()):
         return by_plain_loop(layer)
     elif _torch.forward_nesting() > 1:
         return reference.run(layer)
     elif _torch.is_functionalized():
-        results = torch.ops.rnnfast.layer(backend, *form.arguments, False, all_states, tensors, operators.version())
+        results = torch.ops.rnnfast.layer(backend, *form.arguments(), False, all_states, tensors, operators.version())
     else:
         results = _torch.apply(LayerFunction, Spec(backend, form, all_states), *tensors)
-    return tuple(results[: form.states]), tuple(results[form.states : 2 * form.states])
+    count = len(layer.hx)
+    return tuple(results[:count]), tuple(results[count : 2 * count])
 
 
 def by_plain_loop(layer: Layer) -> tuple[States, States]:
@@ -61,7 +62,7 @@ def layer_kernel(backend, cell, reverse, present, save, all_states, tensors, ver
     """What autograd does on meeting the operator `layer` itself: in a traced graph, where Functions would be slow."""
     form = form_of(cell, reverse, present)
     if not is_differentiated(tensors):
-        return below_autograd("layer", tensors, backend, *form.arguments, save, all_states, tensors, version)
+        return below_autograd("layer", tensors, backend, *form.arguments(), save, all_states, tensors, version)
     if _torch.forward_nesting() > 1:
         raise RuntimeError(
             "rnnfast: torch.compile cannot trace nested forward-mode transforms (jvp of jvp, jacfwd of jacfwd); "
@@ -79,7 +80,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(spec, *tensors):
-        constants = (spec.backend, *spec.form.arguments, True, spec.all_states)
+        constants = (spec.backend, *spec.form.arguments(), True, spec.all_states)
         with enabled_below():
             return tuple(below_autograd("layer", tensors, *constants, tensors, operators.version()))
 
@@ -138,7 +139,7 @@ def repair(spec: Spec, need_x: bool, saved: list, changed: Sequence[int]) -> lis
     if changed[0] < form.total:
         return None
     tensors = saved[: form.total]
-    constants = (spec.backend, *form.arguments, True, spec.all_states)
+    constants = (spec.backend, *form.arguments(), True, spec.all_states)
     with torch.no_grad():
         found = below_autograd("layer", tensors, *constants, tensors, operators.version())
     return [*tensors, *found[: form.states], *found[2 * form.states :]]

@@ -111,7 +111,7 @@ class Cell:
                     f"{self.__name__}: expected {len(names)} entries of one width in {name}, got {list(given.shape)}"
                 )
             given = given.chunk(len(names), -1)
-        if isinstance(given, tuple | list):
+        if isinstance(given, (tuple, list)):
             if len(given) != len(names):
                 raise ValueError(f"{self.__name__}: expected {len(names)} entries in {name}, got {len(given)}")
             return trace.Group(name, names, given)

@@ -55,7 +55,7 @@ def explain(
         RuntimeError: the backend asked for by name cannot run the case.
     """
     if is_ours(module):
-        if not isinstance(input, Tensor | PackedSequence):
+        if not isinstance(input, (Tensor, PackedSequence)):
             raise TypeError(f"explain: expected a tensor or a PackedSequence, got {type(input).__name__}")
         explanation = explain_layer(module, input, resets, all_states)
         asked = {"resets": resets, "all_states": all_states or None}

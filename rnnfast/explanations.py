@@ -187,9 +187,9 @@ def input_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 
 def tensors_in(given: Any) -> Iterator[Tensor | PackedSequence]:
     """Yield what a layer's input may be in nested containers."""
-    if isinstance(given, Tensor | PackedSequence):
+    if isinstance(given, (Tensor, PackedSequence)):
         yield given
-    elif isinstance(given, tuple | list | dict):
+    elif isinstance(given, (tuple, list, dict)):
         for each in given.values() if isinstance(given, dict) else given:
             yield from tensors_in(each)
 
@@ -212,7 +212,7 @@ def weights_of(module: Any) -> Iterable[Any]:
     """Return what a layer multiplies with, and its biases."""
     if isinstance(module, Frozen):
         return module.like_weights()
-    return module.weights() if isinstance(module, RNNBase | Recurrent) else module.parameters()
+    return module.weights() if isinstance(module, (RNNBase, Recurrent)) else module.parameters()
 
 
 @contextmanager

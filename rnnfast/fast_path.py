@@ -40,7 +40,7 @@ def states_of(options: Options, hx) -> tuple[Tensor, ...] | None:
     """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
     if len(CELLS[options.cell].states) == 1:
         return (hx,) if isinstance(hx, Tensor) else None
-    return tuple(hx) if isinstance(hx, tuple | list) and hx else None
+    return tuple(hx) if isinstance(hx, (tuple, list)) and hx else None
 
 
 def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple | None:
@@ -126,7 +126,7 @@ def signatures_of(
     options: Options, x: Tensor, weights: Sequence[Tensor], zero: bool, threads: int
 ) -> tuple[Signature, ...]:
     """Describe every layer of a call, time-major. zero: whether no initial states are given."""
-    form = Form(options.cell, options.reverse, options.present)
+    form = Form(options.cell, options.reverse(), options.present)
     hidden, width = options.hidden(weights), options.width(weights)
     if x.dim() == 2:
         x = x.unsqueeze(1)

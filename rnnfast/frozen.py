@@ -7,10 +7,10 @@ them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G, H, I] a
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -22,7 +22,7 @@ from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
 from rnnfast.frozen_weights import FrozenWeights, weight_shapes
 from rnnfast.layers import through_layers
-from rnnfast.spec import Options
+from rnnfast.spec import Options, cell_named
 
 # Prepared calls that a layer keeps; forgotten when there are more.
 MOST = 64
@@ -35,7 +35,7 @@ HALVES = (torch.bfloat16, torch.float16)
 class Shaped(NamedTuple):
     """What checks ask of a weight."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -88,7 +88,7 @@ class Frozen(FrozenWeights):
     def states_of(self, hx) -> tuple[Tensor, ...] | None:
         """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
         if self.mode == "LSTM":
-            return tuple(hx) if isinstance(hx, tuple | list) and hx else None
+            return tuple(hx) if isinstance(hx, (tuple, list)) and hx else None
         return (hx,)
 
     def run_prepared(self, x, hx):
@@ -139,7 +139,7 @@ class Frozen(FrozenWeights):
             raise RuntimeError(f"{self.type_name()}: frozen weights are for inference; call eval()")
         packed = isinstance(input, PackedSequence)
         data = input.data if packed else input
-        states = tuple(hx) if isinstance(hx, tuple | list) else () if hx is None else (hx,)
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
         self.refuse_gradient((data, *states, *signals))
         options = self.options()
         if data.layout is not torch.strided:
@@ -183,14 +183,14 @@ class Frozen(FrozenWeights):
     def options(self) -> Options:
         """Return the constants of a call."""
         return Options(
-            self.cell_name, self.num_layers, self.bidirectional, self.batch_first,
-            bias=bool(self.bias), projected=self.proj_size > 0,
+            self.cell_name, index(self.num_layers), self.bidirectional, self.batch_first,
+            bias=bool(self.bias), projected=index(self.proj_size) > 0,
         )  # fmt: skip
 
     def like_weights(self) -> list[Any]:
         """Return what checks ask of the weights, in the order of `torch.nn.LSTM._flat_weights`."""
         shapes = (shape for each in weight_shapes(self) for shape in each.values())
-        return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
+        return [Shaped(shape, torch.float32, torch.device("cpu")) for shape in shapes]
 
     def reason_for_plain(self, data: Tensor) -> str | None:
         """Say why a call runs on dequantised weights, or None where the kernels run it."""
@@ -239,7 +239,7 @@ class Frozen(FrozenWeights):
     def run_layers(self, call: functional.Call) -> functional.Outcome:
         """Call the operator for each layer."""
         options, all_states, signals = call.options, call.all_states, list(call.signals)
-        forms, (held, processor), shown = self._forms, self.held(), CELLS[options.cell].output
+        forms, (held, processor), shown = self._forms, self.held(), cell_named(options.cell).output
 
         def run(n, x, hx, _):
             form = forms[n]
@@ -252,7 +252,7 @@ class Frozen(FrozenWeights):
                 form.width,
                 form.projected,
                 form.biased,
-                options.reverse,
+                options.reverse(),
                 wanted,
                 processor,
                 x,

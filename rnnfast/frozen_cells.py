@@ -57,7 +57,7 @@ class FrozenRecurrent(Frozen, Recurrent):
 
     def like_weights(self) -> list[Any]:
         shapes = (shape for _, inputs in self.places() for shape in self.shapes(inputs).values())
-        return [Shaped(torch.Size(shape), torch.float32, torch.device("cpu")) for shape in shapes]
+        return [Shaped(shape, torch.float32, torch.device("cpu")) for shape in shapes]
 
     def reset_parameters(self) -> None:
         """Refuse to change weights."""

@@ -5,14 +5,13 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor, nn
 
 from rnnfast import _torch
 from rnnfast.frozen_ops import kernels, meaning_names
 from rnnfast.modules import CELL_OF_MODE
-from rnnfast.spec import parameter_name
+from rnnfast.spec import cell_named, parameter_name
 
 # Attributes that `hold` makes.
 NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_places", "_processor")
@@ -152,7 +151,7 @@ class FrozenWeights(nn.Module):
         """Return a weight as `state_dict` has it: integers as [G, H, I], so that layers of floats refuse them."""
         if weight.is_floating_point():
             return weight
-        cell = CELLS[self.cell_name]
+        cell = cell_named(self.cell_name)
         return weight.unflatten(0, ({"w_ih": cell.gates, "w_hh": cell.recurrent}.get(name, 1), -1))
 
     def _load_from_state_dict(
@@ -234,12 +233,14 @@ class FrozenWeights(nn.Module):
 def weight_shapes(layer: Any) -> list[dict[str, tuple[int, ...]]]:
     """Name the weights of an RNN, LSTM or GRU, and their shapes, for each layer and direction."""
     width, directions = layer.proj_size or layer.hidden_size, 2 if layer.bidirectional else 1
-    columns = CELLS[CELL_OF_MODE[layer.mode]].gates * layer.hidden_size
+    columns = cell_named(CELL_OF_MODE[layer.mode]).gates * layer.hidden_size
     found = []
     for n, suffix in product(range(layer.num_layers), ("", "_reverse")[:directions]):
         inputs = layer.input_size if n == 0 else directions * width
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (columns, inputs), "weight_hh": (columns, width)}
-        shapes |= {"bias_ih": (columns,), "bias_hh": (columns,)} if layer.bias else {}
-        shapes |= {"weight_hr": (width, layer.hidden_size)} if layer.proj_size else {}
+        if layer.bias:
+            shapes.update({"bias_ih": (columns,), "bias_hh": (columns,)})
+        if layer.proj_size:
+            shapes.update({"weight_hr": (width, layer.hidden_size)})
         found.append({f"{name}_l{n}{suffix}": shape for name, shape in shapes.items()})
     return found

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +18,7 @@ from rnnfast import _torch, autograd, context, fast_path, native, operators, ref
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import backend_of
 from rnnfast.layers import through_layers
-from rnnfast.spec import Layer, Options, States, group
+from rnnfast.spec import Layer, Options, States, cell_named, group
 
 if TYPE_CHECKING:
     from rnnfast.signatures import Function
@@ -221,7 +220,7 @@ def run(call: Call) -> Outcome:
     if not call.all_states:
         return Outcome(output, finals, ())
     # The output is one of the states of every step: two results, of which each is the caller's own.
-    shown = CELLS[options.cell].output
+    shown = cell_named(options.cell).output
     return Outcome(output, finals, tuple(output.clone() if n == shown else s.flatten(-2) for n, s in enumerate(states)))
 
 
@@ -236,9 +235,9 @@ def dense(call: Call) -> Call:
 
 def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:
     """Run layer number n in all its directions: its output [*L, D*P], its final states, and its states."""
-    options, cell = call.options, CELLS[call.options.cell]
+    options, cell = call.options, cell_named(call.options.cell)
     named = group(options, weights)
-    layer = Layer(options.cell, x, tuple(hx), named, options.reverse, call.batch_sizes, call.resets, call.signals)
+    layer = Layer(options.cell, x, tuple(hx), named, options.reverse(), call.batch_sizes, call.resets, call.signals)
     if backend == "reference":
         states, finals = reference.run(layer)
     else:
@@ -263,7 +262,7 @@ def initial_states(options: Options, hx: States | None, x: Tensor, batch: int, w
 
 def n_states(options: Options) -> int:
     """Return S, the number of state tensors of the cell."""
-    return len(CELLS[options.cell].states)
+    return len(cell_named(options.cell).states)
 
 
 def permuted(states: States, order: Tensor | None) -> States:

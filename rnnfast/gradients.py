@@ -69,7 +69,7 @@ def by_operator(spec: Spec, needs: Needs, groups: int, *args) -> tuple[Tensor, .
     """Compute a layer's gradients by the operator, which takes the arguments of `LayerBackward` in lists."""
     return tuple(
         torch.ops.rnnfast.layer_backward(
-            spec.backend, *spec.form.arguments, list(needs), groups, *split(spec.form, args)
+            spec.backend, *spec.form.arguments(), list(needs), groups, *split(spec.form, args)
         )
     )
 
@@ -118,7 +118,7 @@ class LayerBackward(torch.autograd.Function):
             present = [each for each in args if each is not None]
             return tuple(
                 below_autograd(
-                    "layer_backward", present, spec.backend, *spec.form.arguments, list(needs), groups, *lists
+                    "layer_backward", present, spec.backend, *spec.form.arguments(), list(needs), groups, *lists
                 )
             )
 

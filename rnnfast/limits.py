@@ -39,7 +39,7 @@ def tensors(results: Any) -> Iterable[Tensor]:
     """Return the tensors among results."""
     if isinstance(results, Tensor):
         yield results
-    elif isinstance(results, tuple | list):
+    elif isinstance(results, (tuple, list)):
         for each in results:
             yield from tensors(each)
 

@@ -7,6 +7,7 @@ Weights are read by name at every call, so parametrizations, `torch.func.functio
 tensor set in a parameter's place all work.
 """
 
+from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -134,6 +135,7 @@ class RNNBase(nn.RNNBase):
 
     def options(self) -> Options:
         """Return the constants of a call."""
+        width = self.proj_size or self.hidden_size
         values = (
             self.equations,
             self.num_layers,
@@ -144,10 +146,13 @@ class RNNBase(nn.RNNBase):
             self.recompute,
             self.bias,
             self.proj_size > 0,
-            (self.input_size, self.hidden_size, self.proj_size or self.hidden_size),
+            (self.input_size, self.hidden_size, width),
         )
-        # What Options(*values) does, in half the time; Dynamo knows only the latter.
-        return Options(*values) if torch.compiler.is_dynamo_compiling() else tuple.__new__(Options, values)
+        if not torch.compiler.is_dynamo_compiling():
+            return tuple.__new__(Options, values)  # what Options(*values) does, in half the time
+        # Dynamo may hold integers as symbols; `index` makes constants of them.
+        sizes = (index(self.input_size), index(self.hidden_size), index(width))
+        return Options(values[0], index(self.num_layers), *values[2:8], index(self.proj_size) > 0, sizes)
 
     _flat_weights_names = _torch.WeightNames()
 
@@ -183,7 +188,7 @@ class RNNBase(nn.RNNBase):
         Raises:
             TypeError: something else than a list.
         """
-        if weights is not None and not isinstance(weights, list | tuple):
+        if weights is not None and not isinstance(weights, (list, tuple)):
             raise TypeError(f"_flat_weights: expected a list of tensors, got {type(weights).__name__}")
         object.__setattr__(self, "_kept_weights", None)
         object.__setattr__(self, "_kept_weights", (weights, self.weights()))

@@ -110,7 +110,7 @@ def layer_vmap(info, in_dims, backend, cell, reverse, present, save, all_states,
     """Map `layer` where no gradient is wanted; with gradients, the autograd Functions' own rules come first."""
 
     def apply(form: Form, tensors):
-        return torch.ops.rnnfast.layer(backend, *form.arguments, save, all_states, tensors, version)
+        return torch.ops.rnnfast.layer(backend, *form.arguments(), save, all_states, tensors, version)
 
     form = form_of(cell, reverse, present)
     results, dims = map_layer(apply, backend, form, info.batch_size, tensors, in_dims[6])
@@ -169,7 +169,7 @@ def layer_backward_vmap(
 
     def apply(form: Form, groups, tensors, states, saved, gradients):
         return torch.ops.rnnfast.layer_backward(
-            backend, *form.arguments, list(needs), groups, tensors, states, saved, gradients
+            backend, *form.arguments(), list(needs), groups, tensors, states, saved, gradients
         )
 
     form = form_of(cell, reverse, present)

@@ -4,6 +4,7 @@ States and signals are named by the user; `rnnfast.functional` runs all cells al
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -74,7 +75,7 @@ class Recurrent(nn.Module):
                 f"Recurrent: the cell {cell.__name__} has no gates, so its layers would not read their input"
             )
         validate.constants(input_size, hidden_size, num_layers, bias, batch_first, dropout)
-        if not isinstance(initial, Mapping | None):
+        if not isinstance(initial, (Mapping, None)):
             raise TypeError(f"initial: expected a mapping of values by name, got {type(initial).__name__}")
         unknown = set(initial or ()) - set(cell.parameters)
         if unknown:
@@ -141,7 +142,7 @@ class Recurrent(nn.Module):
         """Return the constants of a call."""
         return Options(
             self.cell.identity,
-            self.num_layers,
+            index(self.num_layers),
             self.bidirectional,
             self.batch_first,
             self.dropout,

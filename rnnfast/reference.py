@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rnnfast import torch_functions
-from rnnfast.spec import Layer, States, Weights
+from rnnfast.spec import Layer, States, Weights, cell_named
 
 FORWARD = {name: bind(cell.forward, torch_functions.FORWARD) for name, cell in CELLS.items()}
 # Declared cells: the user's own function, step(x, u, state, p, s) -> new states.
@@ -62,7 +62,7 @@ def run_direction(layer: Layer, d: int) -> tuple[States, States]:
 
 def step(cell: str, x_gates: Tensor, state: States, weights: Weights, signals: States = ()) -> States:
     """One time step of a cell: `x_gates` [rows, G*H], each state [rows, P or H], signals [rows or 1, H or 1]."""
-    row, x = CELLS[cell], x_gates.chunk(CELLS[cell].gates, -1)
+    row, x = cell_named(cell), x_gates.chunk(cell_named(cell).gates, -1)
     u: Sequence[Tensor] = ()
     if weights.w_hh is not None:
         u = torch.nn.functional.linear(state[0], weights.w_hh, weights.b_hh).chunk(row.recurrent, -1)  # [rows, H] each

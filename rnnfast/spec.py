@@ -23,7 +23,19 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.equations.cell import Cell
 from torch import Tensor
 
+from rnnfast import _torch
+
 States = tuple[Tensor, ...]
+
+
+def cell_named(name: str) -> Cell:
+    """Return a cell."""
+    return CELLS[name]
+
+
+if torch.__version__ < "2.7":
+    # The guards of its graphs cannot look into the table.
+    _torch.constant_in_graphs(cell_named)
 
 
 class Present(NamedTuple):
@@ -54,6 +66,9 @@ class Options(NamedTuple):
 
     bias, projected: whether there are biases, and a projection of the output. sizes: I, H and P, which the weights must
     have; None where the weights decide.
+
+    What a graph takes apart (`reverse`, `Form.arguments`) is a method: the Dynamo of torch 2.6 keeps a property of a
+    NamedTuple as one value, which it neither iterates over nor slices by.
     """
 
     cell: str
@@ -72,15 +87,14 @@ class Options(NamedTuple):
         """Return D."""
         return 2 if self.bidirectional else 1
 
-    @property
     def reverse(self) -> tuple[bool, ...]:
         """Say for each direction whether it runs backwards."""
-        return (False, True)[: self.directions]
+        return (False, True) if self.bidirectional else (False,)
 
     @property
     def present(self) -> Present:
         """Say which weights there are."""
-        cell = CELLS[self.cell]
+        cell = cell_named(self.cell)
         recurrent = cell.recurrent > 0
         return Present(True, recurrent, self.bias, self.bias and recurrent, self.projected, bool(cell.parameters))
 
@@ -88,15 +102,15 @@ class Options(NamedTuple):
     def flat_count(self) -> int:
         """Return the number of tensors of one direction in a flat list of weights, where parameters are [H] each."""
         present = self.present
-        return sum(present.weights) - present.parameters + len(CELLS[self.cell].parameters)
+        return sum(present.weights) - present.parameters + len(cell_named(self.cell).parameters)
 
     def width(self, weights: Sequence[Tensor]) -> int:
         """Return P, of a flat list of weights."""
-        return weights[1].shape[-1] if CELLS[self.cell].recurrent else self.hidden(weights)
+        return weights[1].shape[-1] if cell_named(self.cell).recurrent else self.hidden(weights)
 
     def hidden(self, weights: Sequence[Tensor]) -> int:
         """Return H, of a flat list of weights."""
-        cell = CELLS[self.cell]
+        cell = cell_named(self.cell)
         return weights[1].shape[0] // cell.recurrent if cell.recurrent else weights[0].shape[0] // cell.gates
 
 
@@ -145,7 +159,7 @@ class Layer:
     @property
     def definition(self) -> Cell:
         """Return the cell."""
-        return CELLS[self.cell]
+        return cell_named(self.cell)
 
     @property
     def steps(self) -> int:
@@ -179,14 +193,13 @@ class Form(NamedTuple):
     @property
     def states(self) -> int:
         """Return S."""
-        return len(CELLS[self.cell].states)
+        return len(cell_named(self.cell).states)
 
     @property
     def signals(self) -> int:
         """Return the number of signals."""
-        return len(CELLS[self.cell].signals)
+        return len(cell_named(self.cell).signals)
 
-    @property
     def arguments(self) -> tuple[str, list[bool], list[bool]]:
         """Return what operators take; compilers keep no graphs on disk that hold types of ours."""
         return self.cell, list(self.reverse), list(self.present)
@@ -248,7 +261,7 @@ def named(present: Sequence[bool], given) -> Weights:
 
 def group(options: Options, weights: Sequence[Tensor]) -> tuple[Weights, ...]:
     """Name a flat list of one layer's weights, which has the parameters of a cell one by one, [H] each."""
-    own = len(CELLS[options.cell].parameters)
+    own = len(cell_named(options.cell).parameters)
     given, found = iter(weights), []
     for _ in range(options.directions):
         fields = [next(given) if there else None for there in options.present.weights[:-1]]
@@ -284,7 +297,7 @@ class Signature(NamedTuple):
     @property
     def cell(self) -> Cell:
         """Return the cell."""
-        return CELLS[self.form.cell]
+        return cell_named(self.form.cell)
 
     @property
     def widths(self) -> list[int]:

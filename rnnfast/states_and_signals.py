@@ -61,7 +61,7 @@ def named_states(cell: Cell, hx) -> dict[str, Tensor]:
         if len(cell.states) > 1:
             raise TypeError(f"hx: expected a sequence of {len(cell.states)} tensors, got one tensor")
         hx = (hx,)
-    if not isinstance(hx, tuple | list):
+    if not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx: expected tensors of {', '.join(cell.states)}, got {type(hx).__name__}")
     if len(hx) != len(cell.states):
         raise RuntimeError(f"hx: expected {len(cell.states)} states ({', '.join(cell.states)}), got {len(hx)}")

@@ -44,7 +44,7 @@ class Stream:
     """
 
     def __init__(self, module: RNNBase | Frozen | Recurrent, batch: int = 1) -> None:
-        if not isinstance(module, RNNBase | Frozen | Recurrent):
+        if not isinstance(module, (RNNBase, Frozen, Recurrent)):
             raise TypeError(f"Stream: expected an rnnfast RNN, LSTM or GRU, got {type(module).__name__}")
         # Places of the states in the order of the cell's declaration.
         self.places: tuple[int, ...] | None = None
@@ -173,9 +173,9 @@ class Stream:
         Raises:
             TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's.
         """
-        if not isinstance(hx, Tensor | tuple | list):
+        if not isinstance(hx, (Tensor, tuple, list)):
             raise TypeError(f"Stream: expected a state of type Tensor, got {type(hx).__name__}")
-        given = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        given = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         if len(given) != len(self.states):
             raise ValueError(f"Stream: expected {len(self.states)} state tensor(s), got {len(given)}")
         for own, new in zip(self.in_order, given, strict=True):

@@ -4,12 +4,11 @@ import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch
-from rnnfast.spec import Options
+from rnnfast.spec import Options, cell_named
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -51,7 +50,7 @@ def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
     """Return the initial states as a tuple of batched tensors. `batched` is None for a packed input."""
     if hx is None:
         return None
-    count = len(CELLS[options.cell].states)
+    count = len(cell_named(options.cell).states)
     states = (hx,) if count == 1 else hx
     if batched is not None:
         dims = 3 if batched else 2
@@ -150,7 +149,7 @@ def weights_present(cell: str, weights: Sequence[Tensor], places: int) -> tuple[
 
 def weight_shapes(options: Options, weights: Sequence[Tensor], inputs: int, hidden: int, width: int) -> None:
     """Check the number and the shapes of the weights."""
-    cell, directions = CELLS[options.cell], options.directions
+    cell, directions = cell_named(options.cell), len(options.reverse())
     places = options.num_layers * directions
     if len(weights) != options.flat_count * places:
         raise RuntimeError(f"weights: expected {options.flat_count * places} tensors, got {len(weights)}")

@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+
+pytest.importorskip("triton", minversion="3.4")
+
 from rnnfast_kernels.gpu import plan
 
 ROOM = 10**9

@@ -5,6 +5,7 @@ import torch
 from layers import pair
 from torch import nn
 from torch.nn.functional import dropout
+from torch_releases import needs_saved_data
 
 import rnnfast
 from rnnfast import _torch, fast_path
@@ -19,9 +20,6 @@ CHANGES = {
     "part": lambda y: y[1:].mul_(2),
 }
 FORMS = {"plain": {}, "both": {"bidirectional": True}, "deep": {"num_layers": 2, "batch_first": True}}
-needs_versions = pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "data"), reason="this torch does not show what was saved"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +35,7 @@ def gradients(layer, x, change, **options):
     return torch.autograd.grad(loss, [*(t for t in (x,) if t.requires_grad), *layer.parameters()])
 
 
-@needs_versions
+@needs_saved_data
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
@@ -54,7 +52,7 @@ def test_the_output_may_change_before_backward(cell, form, change):
     torch.testing.assert_close(gradients(ours, x[:, 0].detach(), CHANGES[change]), wanted)
 
 
-@needs_versions
+@needs_saved_data
 def test_the_output_may_change_in_other_forms():
     ours, x = rnnfast.LSTM(X, H, bidirectional=True), torch.randn(5, 2, X, requires_grad=True)
     lengths = torch.tensor([3, 5])
@@ -65,7 +63,7 @@ def test_the_output_may_change_in_other_forms():
     torch.testing.assert_close(found, wanted)
 
 
-@needs_versions
+@needs_saved_data
 def test_second_derivatives_of_a_changed_output():
     theirs, ours = pair("gru", X, H, dtype=torch.float64)
     x = torch.randn(5, 2, X, dtype=torch.float64, requires_grad=True)
@@ -81,7 +79,7 @@ def test_second_derivatives_of_a_changed_output():
         torch.testing.assert_close(penalty(ours), wanted)
 
 
-@needs_versions
+@needs_saved_data
 @pytest.mark.parametrize("name", ["weight_ih_l0", "bias_ih_l0", "bias_hh_l0"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
 def test_weights_that_backward_does_not_use_may_change(cell, name):

@@ -6,6 +6,7 @@ from closeness import assert_all_close
 from layers import CELLS, pair, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch_releases import needs, needs_compiled_autograd
 
 import rnnfast
 from rnnfast import operators
@@ -43,7 +44,7 @@ def test_inductor_compiles_forward_and_backward(cell, backend):
     assert_all_close(expected, run(ours, x))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 keeps no graphs with operators that are not its own")
+@needs(torch.__version__ >= "2.7", "keeps no graphs with operators that are not its own")
 def test_a_graph_kept_on_disk_serves_its_own_version_alone(backend, monkeypatch):
     layer, x = sample("lstm", **F64)
 
@@ -215,6 +216,7 @@ def test_opcheck_passes_for_every_operator(cell, ragged, members, backend):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@needs_compiled_autograd
 @pytest.mark.parametrize("calls", [0, 3])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_compiled_autograd(cell, calls, backend):

@@ -8,6 +8,7 @@ from closeness import assert_all_close
 from layers import CELLS, as_tuple, pair
 from torch import nn
 from torch.export import Dim
+from torch_releases import needs_onnx_operators
 
 import rnnfast
 
@@ -61,11 +62,6 @@ def test_an_exported_layer_trains(backend):
         each(x)[0].square().sum().backward()
         grads.append({name: p.grad for name, p in each.named_parameters()})
     assert_all_close(*grads)
-
-
-needs_onnx_operators = pytest.mark.skipif(
-    not hasattr(torch.onnx, "ops"), reason="torch before 2.8 exports no operators of ONNX itself"
-)
 
 
 def onnx_session(model: nn.Module, args: tuple, dynamic_shapes):

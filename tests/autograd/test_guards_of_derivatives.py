@@ -6,6 +6,7 @@ from recurrent_layers import make as make_declared
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch_releases import needs_saved_data
 
 import rnnfast
 from rnnfast import _torch, gradients
@@ -14,9 +15,6 @@ from rnnfast.functional import gru
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 F64 = {"dtype": torch.float64}
-needs_versions = pytest.mark.skipif(
-    not hasattr(torch._C._autograd.SavedTensor, "data"), reason="this torch does not show what was saved"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -107,21 +105,21 @@ REFUSED = {
 }
 
 
-@needs_versions
+@needs_saved_data
 @pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES)
 def test_what_may_change_before_backward(change, options):
     expected = changed(lambda layer, y: None, **options)
     torch.testing.assert_close(changed(change, **options), expected)
 
 
-@needs_versions
+@needs_saved_data
 @pytest.mark.parametrize(("change", "options"), REFUSED.values(), ids=REFUSED)
 def test_what_may_not(change, options):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         changed(change, **options)
 
 
-@needs_versions
+@needs_saved_data
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_weight_and_the_output_on_the_fast_path(create_graph):
     """Computed again from the changed weight, the output would be another one."""
@@ -143,7 +141,7 @@ def test_a_weight_and_the_output_on_the_fast_path(create_graph):
             torch.autograd.grad(output.sum(), layer.weight_hh_l0)
 
 
-@needs_versions
+@needs_saved_data
 def test_a_weight_of_other_strides_and_a_changed_output():
     """The output cannot be computed again from addresses of the weight as it was."""
     layer, x = rnnfast.GRU(2, 3), torch.randn(4, 2, 2)

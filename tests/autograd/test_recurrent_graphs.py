@@ -5,6 +5,7 @@ import torch
 from closeness import assert_all_close
 from conftest import backends_under_test
 from recurrent_layers import F64, everything, make
+from torch_releases import needs_onnx_operators
 
 import rnnfast
 
@@ -105,6 +106,7 @@ def test_explain_names_what_runs():
     assert "not torch.complex64" in half.reason
 
 
+@needs_onnx_operators
 def test_onnx_export_says_that_it_cannot():
     layer, x, _, signals = make()
     layer.eval()

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_releases import needs_compiled_jvp
 
 import rnnfast
 
@@ -203,7 +204,7 @@ def test_forward_mode_needs_no_gradients_and_keeps_none(backend):
     assert_close("tangent", numeric, expected, 1e-8)
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "per-sample", "jvp"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "per-sample", pytest.param("jvp", marks=needs_compiled_jvp)])
 def test_transforms_compile_in_one_graph(transform, backend):
     layer, x = rnnfast.LSTM(2, 3, **F64), torch.randn(4, 3, 2, **F64)
 

@@ -10,6 +10,7 @@ import torch
 from closeness import assert_all_close
 from distributed_worker import LAYERS, model_and_batches
 from torch import nn
+from torch_releases import needs
 
 # On CPUs fully_shard of torch 2.6 asks for streams that have no events.
 SHARDS = torch.__version__ >= "2.7"
@@ -43,7 +44,7 @@ def alone(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
-@pytest.mark.skipif(not SHARDS, reason="this torch shards on GPUs alone")
+@needs(SHARDS, "shards on GPUs alone")
 def test_two_processes_train_as_one(tmp_path):
     launch("tests/distributed_worker.py", str(tmp_path / "results"))
     results = torch.load(tmp_path / "results")

@@ -6,13 +6,12 @@ from cpu_layers import threads
 from layers import CELLS, as_tuple, ordinary_path, pair, random_hx
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch_releases import needs_saving_hooks
 
 import rnnfast
-from rnnfast import _torch, fast_path
+from rnnfast import fast_path
 
-pytestmark = pytest.mark.skipif(
-    _torch.saving_hooks is _torch.always, reason="this torch does not tell about saved tensors"
-)
+pytestmark = needs_saving_hooks
 
 FORMS = {
     "plain": {},

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch_releases import needs_exporting
 
 import rnnfast
 from rnnfast import frozen_ops
@@ -45,6 +46,7 @@ def test_compiled(frozen):
     torch._dynamo.reset()
 
 
+@needs_exporting
 @pytest.mark.parametrize("frozen", FORMATS, indirect=True)
 def test_exported(frozen):
     """The program has integers and scales, which it packs when it first runs, wherever that is."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
+from torch_releases import needs_exporting
 
 import rnnfast
 
@@ -146,12 +147,14 @@ class Model(nn.Module):
         return self.layer(x, signals={"attention": signal})[0]
 
 
+@needs_exporting
 def test_exported():
     model, args = Model(), (torch.randn(9, 2, 12), torch.rand(9, 2, 1))
     assert torch.equal(torch.export.export(model, args).module()(*args), model(*args))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@needs_exporting
 def test_what_cannot_be_exported_is_named():
     model, args = Model().eval(), (torch.randn(9, 2, 12), torch.rand(9, 2, 1))
     with pytest.raises(RuntimeError, match="record torch's own operators"):

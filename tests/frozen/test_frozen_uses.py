@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch_releases import needs_onnx_operators
 
 import rnnfast
 
@@ -142,7 +143,7 @@ def test_layers_that_are_not_frozen_refuse_integers(kind):
     plain.load_state_dict(rnnfast.freeze(rnnfast.LSTM(7, 20), "bfloat16").state_dict())
 
 
-@pytest.mark.skipif(not hasattr(torch.onnx, "ops"), reason="torch before 2.8 exports no operators of ONNX itself")
+@needs_onnx_operators
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("weights", [*(pytest.param(each, marks=LONG) for each in ("float32", "bfloat16")), "int8"])
 def test_onnx_gets_weights_made_float32(weights):

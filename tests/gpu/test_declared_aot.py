@@ -1,12 +1,15 @@
 """Triton's kernels for published cells compile for every target without a GPU, and spill in no loop."""
 
 import pytest
+
+pytest.importorskip("triton", minversion="3.4")
+
 from conftest import INTERPRETED
+from rnnfast_kernels.gpu import aot
 
 from rnnfast import cells
 from rnnfast.declare import Cell
 
-aot = pytest.importorskip("rnnfast_kernels.gpu.aot")
 LIBRARY = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 import fake_cuda
 from conftest import INTERPRETED

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
+pytest.importorskip("triton", minversion="3.4")
+
 TESTS = Path(__file__).parents[1]
 KERNELS = ("gpu_numerics",)
 LONG = "every_loop or sizes or dtypes"

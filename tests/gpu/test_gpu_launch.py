@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from gpu_layers import Case, gradients_like, make, run
 from rnnfast_kernels.gpu import launch, plan

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_layers import Case, gradients_like, make
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from rnnfast.backends import gpu, gpu_rows
 

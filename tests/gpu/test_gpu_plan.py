@@ -6,7 +6,7 @@ from itertools import islice, product
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu import plan, registers

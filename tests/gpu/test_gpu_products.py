@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from gpu_layers import Case, make, run
 from rnnfast_kernels.gpu import launch, plan

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch_releases import needs
 
 import rnnfast
 
-AS_TODAY = pytest.mark.skipif(torch.__version__ < "2.13", reason="older releases check less, or say it otherwise")
+AS_TODAY = needs(torch.__version__ >= "2.13", "checks less, or says it otherwise")
 LAYERS, CELLS = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 X, H, XC, HC = zeros(2, 3, 4), zeros(1, 3, 5), zeros(3, 4), zeros(3, 5)
 ROWS = pack_padded_sequence(X, [2, 2, 1])

@@ -27,7 +27,7 @@ def in_dtype(tensors: Any, dtype: torch.dtype) -> Any:
     if isinstance(tensors, Layer):
         x, hx, weights = in_dtype((tensors.x, tensors.hx, tensors.weights), dtype)
         return replace(tensors, x=x, hx=hx, weights=weights)
-    if not isinstance(tensors, tuple | list):
+    if not isinstance(tensors, (tuple, list)):
         return tensors
     parts = [in_dtype(each, dtype) for each in tensors]
     return type(tensors)(*parts) if hasattr(tensors, "_fields") else type(tensors)(parts)
