@@ -149,7 +149,7 @@ class Recurrent(nn.Module):
             self.training,
             self.recompute,
             self.bias,
-            sizes=(self.input_size, self.hidden_size, self.hidden_size),
+            sizes=(index(self.input_size), index(self.hidden_size), index(self.hidden_size)),
         )
 
     @overload
