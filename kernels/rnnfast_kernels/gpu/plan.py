@@ -62,7 +62,9 @@ STEP_ROOM = 128
 def streamed(problem: Problem) -> Plan:
     """A library product and a pointwise kernel per step."""
     block_n = min(128, max(16, next_power(problem.H)))
-    return Plan("streamed", min(8, next_power(problem.B)), block_n, 4, problem.precision)
+    # In float64 a thread has room for half as many elements.
+    block_b = min(4 if problem.itemsize == 8 else 8, next_power(problem.B))
+    return Plan("streamed", block_b, block_n, 4, problem.precision)
 
 
 def make(problem: Problem, loop: str, block_b: int, block_n: int, warps: int, members: int = 1, **rest) -> Plan:
