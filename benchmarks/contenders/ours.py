@@ -4,7 +4,7 @@
 so is a plan that the Triton backend is told to run by, so that a kernel can be tuned without editing it:
 
     rows=32,warps=8                                     for both passes; names as in rnnfast_kernels.gpu.vary
-    forward:loop=streamed;backward:units=16,split=4     for one pass each
+    forward:loop=streamed;backward:units=16,slices=4    for one pass each
 """
 
 import warnings

@@ -195,8 +195,6 @@ CHOICES: tuple[dict, ...] = (
     {"polled": 1},
     {"gluon": 0},
     *({"warps": n} for n in (4, 8)),
-    *({"split": n} for n in (1, 2, 4, 8)),
-    {"eager": 0},
     {"loop": "resident"},
     {"loop": "streamed"},
 )

@@ -53,8 +53,8 @@ def test_published_cells(name):
 
 
 LOOPS = {
-    **{name: TOGETHER[name] for name in ("lazy-rereading", "grid", "grid-rereading")},
-    **{name: ALONE[name] for name in ("resident", "cooperative-rereading", "streamed")},
+    **{name: TOGETHER[name] for name in ("split", "grid", "grid of two lines")},
+    **{name: ALONE[name] for name in ("resident", "streamed")},
 }
 
 

@@ -43,7 +43,7 @@ def test_too_much_shared_memory_is_reported():
 
 
 def test_a_kernel_that_does_not_compile_is_reported():
-    with plan.override(lambda problem: plan.Plan("resident", 16, 100, 4, "ieee", 100, 1, 1, 1, programs=1)):
+    with plan.override(lambda problem: plan.Plan("resident", 16, 100, 4, "ieee", 100, 1, 1, programs=1)):
         _, problem = aot.report(case("sm_90"))
     assert "Error" in problem
 

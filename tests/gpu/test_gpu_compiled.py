@@ -60,9 +60,9 @@ def test_by_the_plan_of_the_device(case, target):
 
 # What several programs do, and what a program does that has a group to itself.
 LOOPS = {
-    **{name: ("gru", TOGETHER[name]) for name in ("lazy-rereading", "grid")},
-    **{name: ("lstm", TOGETHER[name]) for name in ("lazy", "grid-rereading")},
-    **{name: ("lstm", ALONE[name]) for name in ("resident", "cooperative-rereading", "streamed")},
+    **{name: ("gru", TOGETHER[name]) for name in ("split", "grid")},
+    **{name: ("lstm", TOGETHER[name]) for name in ("wide", "grid of two lines")},
+    **{name: ("lstm", ALONE[name]) for name in ("resident", "streamed")},
 }
 
 

@@ -43,7 +43,7 @@ def tensors_of(value):
 
 LOOPS = {
     "resident": lambda problem: plan.resident(problem, 16, 4),
-    "cooperative": lambda problem: plan.cooperative(problem, 16, 8, 16, 1, 4, shared=10**9),
+    "cooperative": lambda problem: plan.cooperative(problem, 16, 8, 4),
     "streamed": plan.streamed,
 }
 

@@ -241,7 +241,7 @@ def test_a_reset_stops_nan_both_ways(cell, loop, device):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter's own loads")
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("forced", ["cooperative", "cooperative-lazy"])
+@pytest.mark.parametrize("forced", ["cooperative", "cooperative-few-rows"])
 def test_rows_that_a_batch_does_not_have_may_hold_anything(cell, forced, device, monkeypatch):
     """On a device, what a load leaves out is whatever the registers held."""
     from triton.runtime.interpreter import InterpreterBuilder

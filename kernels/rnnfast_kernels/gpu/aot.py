@@ -251,7 +251,8 @@ def cases(targets: list[str], quick: bool) -> list[Case]:
 def report(case: Case) -> tuple[str, str | None]:
     """Compile one case: its row of the table, and what is wrong with it."""
     problem, chosen = case.problem, case.plan
-    tiles = f"{chosen.block_b}x{chosen.block_n} k{chosen.split}x{chosen.block_k} {chosen.kept}/{chosen.chunks}"
+    tiles = f"{chosen.block_b}x{chosen.block_n} k{chosen.split}x{chosen.block_k}x{chosen.chunks}"
+    tiles += f" {chosen.kept} kept" if chosen.gluon else f" {chosen.slices} slices" if chosen.slices > 1 else ""
     what = f"{problem.precision if problem.precision == 'tf32' else problem.dtype:9} H={problem.H:<5}B={problem.B:<4}"
     way = ("backward" if problem.backward else "forward") + (" ragged" if case.ragged else "")
     loop = "gluon" if chosen.gluon else chosen.loop

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, arrive, wait
-from rnnfast_kernels.gpu.given import backward_cell, load_parameters, load_signals, zero_tiles
+from rnnfast_kernels.gpu.given import backward_cell, load_parameters, load_signals
 from rnnfast_kernels.gpu.tiles import (
     add,
     add_parts,
@@ -23,9 +23,8 @@ from rnnfast_kernels.gpu.tiles import (
     exchange_tile,
     finish_products,
     load_gates,
-    load_operand,
+    load_operands,
     load_states,
-    load_weight,
     load_weights,
     place,
     resets_of_step,
@@ -39,25 +38,8 @@ from rnnfast_kernels.gpu.tiles import (
 
 
 @triton.jit
-def load_step(
-    p,
-    span,
-    previous,
-    joined,
-    k,
-    reverse,
-    b0,
-    b,
-    n,
-    d,
-    T,
-    B,
-    D,
-    GATES: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    H: tl.constexpr,
-):
+def load_step(p, span, previous, joined, k, reverse, b0, b, n, d, T, B, D, GATES: tl.constexpr, SAVED: tl.constexpr,
+              STATES: tl.constexpr, H: tl.constexpr):  # fmt: skip
     """All that a step of backward reads: dstates, saved tiles, the states that entered it and those that left it.
 
     And, unless `joined` is None, dfinals of the rows from that number on, which begin here their way back in time.
@@ -89,42 +71,14 @@ def widen_step(step, SAVED: tl.constexpr, STATES: tl.constexpr, RAGGED: tl.const
     dstates = widen(dstates, STATES, DTYPE)
     if RAGGED:
         dstates = add(dstates, widen(dfinals, STATES, DTYPE), STATES)
-    return (
-        dstates,
-        widen(saved, SAVED, DTYPE),
-        widen(state, STATES, DTYPE),
-        widen(new_state, STATES, DTYPE),
-    )
-
-
-@triton.jit
-def load_sent(
-    pointer,
-    j,
-    rows,
-    GATES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Chunk j of every gate's exchanged du, all on their way at once."""
-    tiles = ()
-    for g in tl.static_range(GATES):
-        tiles = tiles + (load_operand(pointer + g * WIDTH, j, rows, BLOCK_B, GATES * WIDTH, SPLIT, BLOCK_K),)
-    return tiles
+    return dstates, widen(saved, SAVED, DTYPE), widen(state, STATES, DTYPE), widen(new_state, STATES, DTYPE)
 
 
 @triton.jit
 def slice_of_weights(
-    p_w,
-    BLOCK_N: tl.constexpr,
-    H: tl.constexpr,
-    ROW: tl.constexpr,
-    K_LAST: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    p_w, BLOCK_N: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, K_LAST: tl.constexpr, COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,
-):
+):  # fmt: skip
     """What a program of a grid multiplies with: the units of its column; where the weights of its slice of k begin, and
     how many values of k they are for."""
     SLICE: tl.constexpr = COLUMNS * BLOCK_N
@@ -158,38 +112,13 @@ def parts_tiles(p, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.con
     return p.parts + to_column, p.parts + from_column, programs * SLICES * TILE, counter
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
 def backward_loop(
-    p,
-    T,
-    B,
-    D,
-    reversals,
-    chunks,
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    PARAMETERS: tl.constexpr,
-    SIGNALS: tl.constexpr,
-    VARYING: tl.constexpr,
-    H: tl.constexpr,
-    ROW: tl.constexpr,
-    K_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    KEPT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EAGER: tl.constexpr,
-    SPARSE: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    SLICES: tl.constexpr,
-):
+    p, T, B, D, reversals, CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr, SAVED: tl.constexpr,
+    STATES: tl.constexpr, PARAMETERS: tl.constexpr, SIGNALS: tl.constexpr, VARYING: tl.constexpr, H: tl.constexpr,
+    ROW: tl.constexpr, K_LAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, MEMBERS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
     """dx[t], du[t], dstate = cell's backward(dstate + dstates[t]); then dh = dh + sum over gates of du[t] W_hh.
 
     From the last step that ran to the first: `dstate` starts from `dfinals` and ends as `dinitial`, each row at its own
@@ -217,14 +146,13 @@ def backward_loop(
         n_column = n
         count: tl.constexpr = ROW if K_LAST else H
     if RECURRENT > 0:
-        weights = load_weights(p_w, n_column, count, RECURRENT, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
+        weights = load_weights(p_w, n_column, count, RECURRENT, CHUNKS, H, ROW, K_LAST, SPLIT, BLOCK_K)
     parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
-    dparameters = zero_tiles(PARAMETERS, BLOCK_B, BLOCK_N, DTYPE)
+    dparameters = (tl.zeros([BLOCK_B, BLOCK_N], DTYPE),) * PARAMETERS
     if not RESIDENT:
         line, first = tl.program_id(0) // COLUMNS, tl.program_id(0) % COLUMNS * BLOCK_N
         tile, slot, own = exchange_tile(p, line, first + tl.arange(0, BLOCK_N), BLOCK_B, ENTRIES, COLUMNS)
         present = (b < whole[1])[:, None] & (n < H)[None, :]
-        rows = whole[1] if SPARSE else None
         counter = p.counters + line * COUNTER_STRIDE
 
     # One step ahead throughout: nothing but du is waited for inside a step.
@@ -243,24 +171,9 @@ def backward_loop(
         dstate = clear((b < whole[1])[:, None], dstate, STATES)
 
     for k in range(T):
+        joined = span[1] if RAGGED else None
         next_step = load_step(
-            p,
-            next_span,
-            after_next,
-            span[1] if RAGGED else None,
-            k + 1,
-            reverse,
-            b0,
-            b,
-            n,
-            d,
-            T,
-            B,
-            D,
-            GATES,
-            SAVED,
-            STATES,
-            H,
+            p, next_span, after_next, joined, k + 1, reverse, b0, b, n, d, T, B, D, GATES, SAVED, STATES, H
         )
         next_signals = load_signals(p.signals, k + 1, reverse, next_span, b0, b, n, T, B, SIGNALS, VARYING, H)
         third_span = rows_of_step(p, k + 3, reverse, T, B, b0)
@@ -292,30 +205,25 @@ def backward_loop(
         if not RESIDENT:
             wait(counter, (k + 1) * COLUMNS)
             operands = ()
-            if EAGER:
-                for j in tl.static_range(KEPT):
-                    operands = operands + (load_sent(p_slot, j, rows, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+            for g in tl.static_range(RECURRENT):
+                p_gate = p_slot + g * WIDTH
+                operands = operands + (load_operands(p_gate, whole[1], CHUNKS, BLOCK_B, ENTRIES, SPLIT, BLOCK_K),)
         elif RECURRENT > 0:
-            operands = (widen(sent, RECURRENT, p.w_hh.dtype.element_ty),)
+            operands = ()
+            for g in tl.static_range(RECURRENT):
+                operands = operands + ((sent[g].to(p.w_hh.dtype.element_ty),),)
         dh = zero_product(BLOCK_B, REACH, SPLIT)
-        if EAGER and BLOCK_B * REACH <= 2048:
+        if BLOCK_B * REACH <= 2048:
             # A sum for each gate, so that products need not wait for one another.
             for g in tl.static_range(RECURRENT):
                 product = zero_product(BLOCK_B, REACH, SPLIT)
-                for j in tl.static_range(KEPT):
-                    product = add_product(operands[j][g], weights[g][j], product, PRECISION)
+                for j in tl.static_range(CHUNKS):
+                    product = add_product(operands[g][j], weights[g][j], product, PRECISION)
                 dh += product
         else:
-            for j in tl.static_range(KEPT):
-                a = operands[j] if EAGER else load_sent(p_slot, j, rows, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            for j in tl.static_range(CHUNKS):
                 for g in tl.static_range(RECURRENT):
-                    dh = add_product(a[g], weights[g][j], dh, PRECISION)
-        if KEPT < CHUNKS:
-            for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
-                a = load_sent(p_slot, j, None, RECURRENT, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
-                for g in tl.static_range(RECURRENT):
-                    w = load_weight(p_w + g * H * ROW, n_column, j, count, H, ROW, K_LAST, SPLIT, BLOCK_K)
-                    dh = add_product(a[g], w, dh, PRECISION)
+                    dh = add_product(operands[g][j], weights[g][j], dh, PRECISION)
         (dh,) = finish_products((dh,), 1, BLOCK_B, REACH, SPLIT)
         if SLICES > 1:
             tl.store(p_to_column + k % 2 * parts_slot, dh, mask=(b < whole[1])[:, None])

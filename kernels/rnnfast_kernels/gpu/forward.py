@@ -5,8 +5,7 @@ T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R
 Resident (nothing exchanged): a program holds all recurrent weights and runs a tile of batch rows alone. So do the
 MEMBERS programs of a cell without a recurrent product, with BLOCK_N hidden units each and no weights.
 Cooperative: MEMBERS programs form a group that shares a tile of batch rows; each holds the weights of BLOCK_N hidden
-units, and after each step the members exchange their parts of h through global memory, behind a barrier. The first KEPT
-chunks of the weights stay on the chip; any others are read again in every step.
+units, and after each step the members exchange their parts of h through global memory, behind a barrier.
 """
 
 import triton
@@ -21,11 +20,10 @@ from rnnfast_kernels.gpu.tiles import (
     clear,
     exchange_tile,
     finish_products,
+    load_bias,
     load_gates,
-    load_operand,
     load_operands,
     load_states,
-    load_weight,
     load_weights,
     place,
     resets_of_step,
@@ -34,41 +32,17 @@ from rnnfast_kernels.gpu.tiles import (
     store_gates,
     store_states,
     widen,
-    zero_products,
+    zero_product,
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "reversals", "chunks"])
+@triton.jit(do_not_specialize=["T", "B", "D", "reversals"])
 def forward_loop(
-    p,
-    T,
-    B,
-    D,
-    reversals,
-    chunks,
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    PARAMETERS: tl.constexpr,
-    SIGNALS: tl.constexpr,
-    VARYING: tl.constexpr,
-    H: tl.constexpr,
-    ROW: tl.constexpr,
-    K_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    KEPT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EAGER: tl.constexpr,
-    SPARSE: tl.constexpr,
-    MEMBERS: tl.constexpr,
-):
+    p, T, B, D, reversals, CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr, SAVED: tl.constexpr,
+    STATES: tl.constexpr, PARAMETERS: tl.constexpr, SIGNALS: tl.constexpr, VARYING: tl.constexpr, H: tl.constexpr,
+    ROW: tl.constexpr, K_LAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
     """state[t] = cell(x[t], W_hh h[t-1] + b_hh, state[t-1]) for every step, from `initial` to `finals`.
 
     A row that is not live at a step keeps its state: it has ended, or, in reverse, has not begun. A reset clears the
@@ -80,21 +54,15 @@ def forward_loop(
     MORE: tl.constexpr = PARAMETERS + SIGNALS > 0
     DTYPE: tl.constexpr = tl.float64 if p.gates.dtype.element_ty == tl.float64 else tl.float32
     WIDTH: tl.constexpr = CHUNKS * SPLIT * BLOCK_K
-    COUNT: tl.constexpr = ROW if K_LAST else H
     group, d, b0, b, n = place(D, BLOCK_B, BLOCK_N, MEMBERS)
     reverse = ((reversals >> d) & 1) != 0
     whole = all_rows(d, b0, B)
 
     if RECURRENT > 0:
         p_w = p.w_hh + d.to(tl.int64) * (RECURRENT * H * ROW)
-        weights = load_weights(p_w, n, COUNT, RECURRENT, KEPT, H, ROW, K_LAST, SPLIT, BLOCK_K)
-    bias = ()
-    for g in tl.static_range(RECURRENT):
-        if p.b_hh is None:
-            bias = bias + (tl.zeros([1, BLOCK_N], tl.float32),)
-        else:
-            p_bias = p.b_hh + (d * RECURRENT + g) * H
-            bias = bias + (tl.load(p_bias + n, mask=n < H, other=0.0).to(tl.float32)[None, :],)
+        count: tl.constexpr = ROW if K_LAST else H
+        weights = load_weights(p_w, n, count, RECURRENT, CHUNKS, H, ROW, K_LAST, SPLIT, BLOCK_K)
+    bias = load_bias(p.b_hh, d, n, RECURRENT, H, DTYPE)
     parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
 
     # One step ahead throughout: nothing but h is waited for inside a step.
@@ -108,7 +76,6 @@ def forward_loop(
     if not RESIDENT:
         tile, slot, own = exchange_tile(p, group, n, BLOCK_B, WIDTH, MEMBERS)
         present = (b < whole[1])[:, None] & (n < H)[None, :]
-        rows = whole[1] if SPARSE else None
         counter = p.counters + group * COUNTER_STRIDE
         tl.store(tile + own, state[0].to(p.exchange.dtype.element_ty), mask=present)
         arrive(counter)
@@ -116,25 +83,15 @@ def forward_loop(
     for k in range(T):
         if not RESIDENT:
             wait(counter, (k + 1) * MEMBERS)
-            p_h = tile + k % 2 * slot
-            h = load_operands(p_h, rows, KEPT if EAGER else 0, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+            h = load_operands(tile + k % 2 * slot, whole[1], CHUNKS, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
         elif RECURRENT > 0:
             h = (state[0].to(p.w_hh.dtype.element_ty),)
-        products = zero_products(RECURRENT, BLOCK_B, BLOCK_N, SPLIT)
-        for j in tl.static_range(KEPT):
-            h_j = h[j] if EAGER else load_operand(p_h, j, rows, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
+        products = (zero_product(BLOCK_B, BLOCK_N, SPLIT),) * RECURRENT
+        for j in tl.static_range(CHUNKS):
             sums = ()
             for g in tl.static_range(RECURRENT):
-                sums = sums + (add_product(h_j, weights[g][j], products[g], PRECISION),)
+                sums = sums + (add_product(h[j], weights[g][j], products[g], PRECISION),)
             products = sums
-        if KEPT < CHUNKS:
-            for j in tl.range(KEPT, chunks, num_stages=STAGES, disable_licm=True):
-                h_j = load_operand(p_h, j, None, BLOCK_B, WIDTH, SPLIT, BLOCK_K)
-                sums = ()
-                for g in tl.static_range(RECURRENT):
-                    w = load_weight(p_w + g * H * ROW, n, j, COUNT, H, ROW, K_LAST, SPLIT, BLOCK_K)
-                    sums = sums + (add_product(h_j, w, products[g], PRECISION),)
-                products = sums
         # Behind the products, so that the loads' layout, which spreads a tile over all threads, prevails in the cell.
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)
         next_signals = load_signals(p.signals, k + 1, reverse, next_span, b0, b, n, T, B, SIGNALS, VARYING, H)
@@ -144,11 +101,7 @@ def forward_loop(
         u = add(finish_products(products, RECURRENT, BLOCK_B, BLOCK_N, SPLIT), bias, RECURRENT)
         given = widen(signals, SIGNALS, DTYPE)
         new_state, saved = forward_cell(CELL, widen(x, GATES, DTYPE), u, state, parameters, given, MORE)
-        if p.rows is not None:
-            new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)
-        else:
-            new_state_or_kept = new_state
-        state = new_state_or_kept
+        state = select((b < span[1])[:, None], new_state, state, STATES) if p.rows is not None else new_state
         if p.resets is not None:
             state = clear(next_reset, state, STATES)
         if not RESIDENT:

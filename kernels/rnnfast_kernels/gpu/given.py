@@ -67,11 +67,3 @@ def backward_cell(CELL: tl.constexpr, dstate, saved, state, new_state, parameter
     else:
         dx, du, direct = CELL(dstate, saved, state, new_state)
         return dx, du, direct, (), ()
-
-
-@triton.jit
-def zero_tiles(COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([BLOCK_B, BLOCK_N], DTYPE),)
-    return tiles

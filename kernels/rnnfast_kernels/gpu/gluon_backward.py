@@ -46,26 +46,10 @@ from rnnfast_kernels.gpu.tiles import (
 
 @gluon.jit(do_not_specialize=["T", "B", "D", "reversals"])
 def backward_loop(
-    p,
-    T,
-    B,
-    D,
-    reversals,
-    CELL: gl.constexpr,
-    GATES: gl.constexpr,
-    SAVED: gl.constexpr,
-    STATES: gl.constexpr,
-    H: gl.constexpr,
-    ROW: gl.constexpr,
-    PRECISION: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    UNITS: gl.constexpr,
-    KEPT_UNITS: gl.constexpr,
-    WARPS: gl.constexpr,
-    MEMBERS: gl.constexpr,
-    POLLED: gl.constexpr,
-):
+    p, T, B, D, reversals, CELL: gl.constexpr, GATES: gl.constexpr, SAVED: gl.constexpr, STATES: gl.constexpr,
+    H: gl.constexpr, ROW: gl.constexpr, PRECISION: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr,
+    UNITS: gl.constexpr, KEPT_UNITS: gl.constexpr, WARPS: gl.constexpr, MEMBERS: gl.constexpr, POLLED: gl.constexpr,
+):  # fmt: skip
     """What `backward.backward_loop` computes."""
     DTYPE: gl.constexpr = p.w_hh.dtype.element_ty
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
@@ -126,24 +110,9 @@ def backward_loop(
         store_gates(p.dx, dx, span, b, n, d, D, GATES, 0, H)
         if p.du is not None:
             store_gates(p.du, du, span, b, n, d, D, GATES, 0, H)
+        joined = span[1] if RAGGED else None
         next_step = load_step(
-            p,
-            next_span,
-            after_next,
-            span[1] if RAGGED else None,
-            k + 1,
-            reverse,
-            b0,
-            b,
-            n,
-            d,
-            T,
-            B,
-            D,
-            GATES,
-            SAVED,
-            STATES,
-            H,
+            p, next_span, after_next, joined, k + 1, reverse, b0, b, n, d, T, B, D, GATES, SAVED, STATES, H
         )
         third_span = rows_of_step(p, k + 3, reverse, T, B, b0)
         await_step(counter, k, MEMBERS, POLLED)

@@ -47,26 +47,10 @@ from rnnfast_kernels.gpu.tiles import (
 
 @gluon.jit(do_not_specialize=["T", "B", "D", "reversals"])
 def forward_loop(
-    p,
-    T,
-    B,
-    D,
-    reversals,
-    CELL: gl.constexpr,
-    GATES: gl.constexpr,
-    SAVED: gl.constexpr,
-    STATES: gl.constexpr,
-    H: gl.constexpr,
-    ROW: gl.constexpr,
-    PRECISION: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    UNITS: gl.constexpr,
-    KEPT_UNITS: gl.constexpr,
-    WARPS: gl.constexpr,
-    MEMBERS: gl.constexpr,
-    POLLED: gl.constexpr,
-):
+    p, T, B, D, reversals, CELL: gl.constexpr, GATES: gl.constexpr, SAVED: gl.constexpr, STATES: gl.constexpr,
+    H: gl.constexpr, ROW: gl.constexpr, PRECISION: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr,
+    UNITS: gl.constexpr, KEPT_UNITS: gl.constexpr, WARPS: gl.constexpr, MEMBERS: gl.constexpr, POLLED: gl.constexpr,
+):  # fmt: skip
     """What `forward.forward_loop` computes."""
     DTYPE: gl.constexpr = p.w_hh.dtype.element_ty
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
@@ -122,11 +106,7 @@ def forward_loop(
             next_reset = resets_of_step(p, k + 1, reverse, b0, b, next_span[1], T, B)
         u = add(add_warps(memory, sums, GATES, BLOCK_N, WARPS), bias, GATES)
         new_state, saved = CELL(widen(x, GATES, gl.float32), u, state)
-        if p.rows is not None:
-            new_state_or_kept = select((b < span[1])[:, None], new_state, state, STATES)
-        else:
-            new_state_or_kept = new_state
-        state = new_state_or_kept
+        state = select((b < span[1])[:, None], new_state, state, STATES) if p.rows is not None else new_state
         if p.resets is not None:
             state = clear(next_reset, state, STATES)
         words = to_words(state[0], DTYPE)

@@ -111,44 +111,15 @@ def loop(plan: Plan, cell: str, H: int, backward: bool, save: bool, tensors: Nam
     kernel: Callable = backward_loop if backward else forward_loop
     function = BOUND[cell].backward if backward else BOUND[cell].forward
     if plan.gluon:
-        layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row)
         from rnnfast_kernels.gpu import gluon_backward, gluon_forward
 
-        own = (
-            plan.precision,
-            plan.block_b,
-            plan.block_n,
-            plan.chunks,
-            plan.kept,
-            plan.warps,
-            plan.members,
-            plan.polled,
-        )
+        layer = (function, row.gates, saved_tiles(cell, save), len(row.states), H, plan.row, plan.precision)
+        tile = (plan.block_b, plan.block_n, plan.chunks, plan.kept, plan.warps, plan.members, plan.polled)
         kernel = gluon_backward.backward_loop if backward else gluon_forward.forward_loop
-        return Launch(kernel, (plan.programs,), (tensors, *extent, *layer, *own), options(plan))
-    args = (
-        tensors,
-        *extent,
-        plan.chunks,
-        function,
-        *form(cell, save, tensors.signals),
-        H,
-        plan.row,
-        plan.k_last,
-        plan.precision,
-        plan.block_b,
-        plan.block_n,
-        plan.block_k,
-        plan.split,
-        plan.chunks,
-        plan.kept,
-        plan.stages,
-        plan.eager,
-        plan.sparse,
-        plan.members,
-    )
-    if backward:
-        args += (plan.slices,)
+        return Launch(kernel, (plan.programs,), (tensors, *extent, *layer, *tile), options(plan))
+    args = (tensors, *extent, function, *form(cell, save, tensors.signals), H, plan.row, plan.k_last, plan.precision)
+    args += (plan.block_b, plan.block_n, plan.block_k, plan.split, plan.chunks, plan.members)
+    args += (plan.slices,) * backward
     return Launch(kernel, (plan.programs,), args, options(plan))
 
 

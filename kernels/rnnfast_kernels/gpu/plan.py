@@ -13,7 +13,6 @@ from itertools import product
 from triton import knobs
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu import registers
 from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, TRITON, Device, Plan, Problem, cdiv, next_power
 
 
@@ -53,14 +52,28 @@ WARPS, UNIT = 8, 16
 ROOM, BASE, ELEMENT, POLLING, READING = 240, {False: 28, True: 60}, {False: 20, True: 40}, 10, 16
 # Rows of a Gluon loop's tile, by pass.
 MOST_ROWS = {False: 32, True: 16}
-# Steps ahead, plus one, that weights are read which do not stay on the chip, on NVIDIA.
-STAGES = 3
+# Of Triton loops: values of k of a part of a chunk to try, and slices of k in backward.
+BLOCK_K = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (32,)}
+SLICES = (1, 4, 8, 16)
+# Registers of a thread that a step may take there, see `registers_of_step`; of 255, or 256 on AMD.
+STEP_ROOM = 128
 
 
 def streamed(problem: Problem) -> Plan:
     """A library product and a pointwise kernel per step."""
     block_n = min(128, max(16, next_power(problem.H)))
-    return Plan("streamed", min(8, next_power(problem.B)), block_n, 4, problem.precision)
+    # In float64 a thread has room for half as many elements.
+    block_b = min(4 if problem.itemsize == 8 else 8, next_power(problem.B))
+    return Plan("streamed", block_b, block_n, 4, problem.precision)
+
+
+def make(problem: Problem, loop: str, block_b: int, block_n: int, warps: int, members: int = 1, **rest) -> Plan:
+    """A plan of all steps in one launch, with what follows from the problem alone."""
+    # All registers of a processor for one program. Unasked, ptxas leaves room for a second and spills for its sake.
+    registers = 0 if problem.device.amd else min(255, 65536 // (32 * warps))
+    programs = members * cdiv(problem.B, block_b) * problem.D
+    own = {"row": problem.row, "k_last": problem.k_last, "registers": registers, "members": members}
+    return Plan(loop, block_b, block_n, warps, problem.precision, programs=programs, **own, **rest)
 
 
 def resident(problem: Problem, block_b: int, warps: int) -> Plan:
@@ -68,21 +81,7 @@ def resident(problem: Problem, block_b: int, warps: int) -> Plan:
     width = max(16, next_power(problem.H))
     weights = problem.recurrent * width * width * problem.itemsize
     operand = block_b * width * problem.itemsize * (problem.recurrent if problem.backward else 1)
-    return Plan(
-        loop="resident",
-        block_b=block_b,
-        block_n=width,
-        warps=warps,
-        precision=problem.precision,
-        block_k=width,
-        chunks=1,
-        kept=1,
-        programs=cdiv(problem.B, block_b) * problem.D,
-        row=problem.row,
-        k_last=problem.k_last,
-        shared=weights + operand,
-        registers=registers.per_program(problem.device, warps),
-    )
+    return make(problem, "resident", block_b, width, warps, block_k=width, chunks=1, shared=weights + operand)
 
 
 def without_product(problem: Problem) -> Plan:
@@ -97,75 +96,50 @@ def without_product(problem: Problem) -> Plan:
     return Plan("resident", block_b, block_n, warps, members=columns, programs=programs, row=problem.row)
 
 
-def cooperative(
-    problem: Problem,
-    block_b: int,
-    block_n: int,
-    block_k: int,
-    split: int,
-    warps: int,
-    shared: int | None = None,
-    eager: bool = True,
-    ahead: int = STAGES,
-    slices: int = 1,
-) -> Plan:
-    """Groups of programs, block_n units each, share a tile of batch rows; `shared` bytes hold the weights they keep.
+def cooperative(problem: Problem, block_b: int, block_n: int, warps: int, slices: int = 1) -> Plan:
+    """Groups of programs, block_n units each, share a tile of block_b rows; all else follows from these numbers.
 
-    eager: read the operand at once where there is room for it. ahead: stages for weights that are not kept. slices: of
-    k, each for as many programs.
+    Each warp has a part of k. Where programs form a grid, of `slices` of k, a slice is short and a program's tile wide:
+    then the warps divide the tile.
     """
-    device = problem.device
-    room = device.shared if shared is None else shared
     reach = block_n * slices
     columns = cdiv(problem.H, reach)
-    members = columns * slices
-    chunks = cdiv(min(problem.H, columns * block_n), split * block_k)
-    operand = block_b * split * block_k * problem.itemsize * (problem.recurrent if problem.backward else 1)  # one chunk
-    weights = problem.recurrent * reach * split * block_k * problem.itemsize  # one chunk
-    reduced = split * block_b * reach * 4 * (1 if problem.backward or problem.recurrent == 1 else 4)
-    # Half of a thread's registers, and most of the shared memory, may hold what is on its way.
-    in_flight = min(512 * device.warp * warps, int(0.6 * room))
-    stages = 1
-    if device.amd:
-        # The compiler keeps the weights in registers there: a quarter of them, or half with 8 warps, to leave room for
-        # the rest. On their way there, a whole chunk of one gate's at a time passes through shared memory.
-        kept = min(chunks, 512 * device.warp * warps // weights)
-        used = max(operand, reduced, weights // problem.recurrent)
+    span, split = min(problem.H, columns * block_n), warps if slices == 1 else 1
+    sizes = BLOCK_K["half" if problem.itemsize == 2 else problem.precision]
+    block_k = min(sizes, key=lambda size: cdiv(span, split * size) * size)
+    chunks = cdiv(span, split * block_k)
+    # Bytes of a chunk, and of the sums, four of which are exchanged at once.
+    operand = block_b * split * block_k * problem.itemsize * (problem.recurrent if problem.backward else 1)
+    weights = problem.recurrent * reach * split * block_k * problem.itemsize
+    sums = split * block_b * reach * 4 * (1 if problem.backward or problem.recurrent == 1 else 4)
+    if problem.device.amd:
+        # Weights are in registers there; on their way, a chunk of one gate's at a time passes through shared memory.
+        shared = max(operand, sums, weights // problem.recurrent)
     else:
-        used = max(reduced, operand * (chunks if eager and operand * chunks <= in_flight else 1))
-        kept = min(chunks, max(0, room - used) // weights)
-        if kept < chunks:
-            # What is read again passes through shared memory too; what is read before it takes the same room.
-            stages = ahead
-            in_flight = (stages - 1) * (weights + operand)
-            used = max(reduced, in_flight)
-            kept = min(chunks - 1, max(0, room - used) // weights)
-        used += kept * weights
-    eager = eager and operand * kept <= in_flight
-    # Telling absent rows from others takes registers too.
-    few = (512 if problem.itemsize == 2 else 256) * device.warp * warps
-    sparse = eager and kept == chunks and block_b >= 2 * problem.B and operand * chunks <= few
-    return Plan(
-        loop="cooperative",
-        block_b=block_b,
-        block_n=block_n,
-        warps=warps,
-        precision=problem.precision,
-        block_k=block_k,
-        split=split,
-        chunks=chunks,
-        kept=kept,
-        stages=stages,
-        eager=eager,
-        sparse=sparse,
-        members=members,
-        slices=slices,
-        programs=members * cdiv(problem.B, block_b) * problem.D,
-        row=problem.row,
-        k_last=problem.k_last,
-        shared=used,
-        registers=registers.per_program(problem.device, warps),
-    )
+        shared = max(sums, chunks * operand) + chunks * weights
+    cut = {"block_k": block_k, "split": split, "chunks": chunks, "slices": slices}
+    return make(problem, "cooperative", block_b, block_n, warps, columns * slices, shared=shared, **cut)
+
+
+def registers_of_step(problem: Problem, plan: Plan) -> int:
+    """What a step of a Triton loop takes of a thread's registers for its operand and its sums, which STEP_ROOM limits.
+
+    A sum counts once for each gate, twice in backward. Without matrix instructions, factors wait in registers: there a
+    sum counts twelvefold, or forward with more than 8 units the operand threefold. On AMD the weights may take as many.
+    """
+    threads = problem.device.warp * plan.warps
+    operand = plan.block_b * plan.width * problem.itemsize * (problem.recurrent if problem.backward else 1)
+    times, weight = 1, 2 if problem.backward else problem.recurrent
+    if problem.plain:
+        times, weight = (1, 12) if problem.backward or plan.block_n == 8 else (3, problem.recurrent)
+    step = times * operand // (4 * threads) + weight * plan.split * plan.block_b * plan.reach // threads
+    if not problem.device.amd:
+        return step
+    # Warps without columns of their own hold the same weights: an instruction is 16 wide, or 32 for as many rows.
+    wide = 16 if plan.block_b < 32 else 32
+    copies = plan.warps // (plan.split if plan.split > 1 else min(plan.warps, cdiv(plan.reach, wide)))
+    weights = copies * problem.recurrent * plan.reach * plan.width * problem.itemsize
+    return max(step, weights // (4 * threads))
 
 
 def can_gluon(problem: Problem) -> bool:
@@ -197,24 +171,9 @@ def gluon(problem: Problem, block_b: int, block_n: int, polled: bool | None = No
     if kept < units:
         # What comes from shared memory takes registers too.
         kept = max(0, (free - READING * problem.itemsize) * 4 * threads // weights)
-    return Plan(
-        loop="cooperative",
-        block_b=block_b,
-        block_n=block_n,
-        warps=WARPS,
-        precision=problem.precision,
-        block_k=UNIT,
-        split=WARPS,
-        chunks=units,
-        kept=kept,
-        members=members,
-        programs=members * cdiv(problem.B, block_b) * problem.D,
-        row=problem.row,
-        shared=products * WARPS * block_b * block_n * 4 + (units - kept) * weights,
-        registers=registers.per_program(problem.device, WARPS),
-        gluon=True,
-        polled=polled,
-    )
+    shared = products * WARPS * block_b * block_n * 4 + (units - kept) * weights
+    cut = {"block_k": UNIT, "split": WARPS, "chunks": units, "kept": kept, "gluon": True, "polled": polled}
+    return make(problem, "cooperative", block_b, block_n, WARPS, members, shared=shared, **cut)
 
 
 def fits(problem: Problem, plan: Plan) -> bool:
@@ -231,61 +190,38 @@ def step_time(problem: Problem, plan: Plan) -> float:
     """The model's time of one step in microseconds."""
     rate, processors = rates(problem.device), problem.device.processors
     speed = rate.products["half" if problem.itemsize == 2 else plan.precision]
-    entries = problem.recurrent if problem.backward else 1
     if plan.loop == "streamed":
         work = problem.recurrent * problem.H * problem.H * problem.D
         read = work * problem.itemsize / 1e3 / (rate.l2 * processors)
         return rate.streamed + max(read, work * problem.B / (3 * speed * processors))
     work = problem.recurrent * plan.width * plan.reach
     weights = work * problem.itemsize / 1e3
-    kept = weights * plan.kept / plan.chunks
-    row = entries * plan.width * problem.itemsize / 1e3  # of the operand
-    operands = row * plan.block_b
-    repeated = registers.repeats(problem, plan) * work * plan.block_b
-    # Operands go into shared memory before they come from there; so do the parts of sums, of every gate.
-    readers = registers.readers(problem, plan)
+    row = plan.width * problem.itemsize / 1e3 * (problem.recurrent if problem.backward else 1)  # of the operand
     parts = 0 if plan.split == 1 else plan.split * plan.block_b * plan.reach * 4 / 1e3
-    passed = operands + 2 * parts * (1 if problem.backward else problem.recurrent)
-    passed += operands * readers.rows + kept * readers.units
+    passed = 2 * parts * (1 if problem.backward else problem.recurrent)
     if plan.gluon:
-        passed = 2 * parts * (1 if problem.backward else problem.gates) + weights - kept
-    time = rate.overhead + passed / rate.shared + repeated / speed
+        passed += weights * (1 - plan.kept / plan.chunks)
+    else:
+        # Operands go into shared memory before they come from there, on NVIDIA for each warp that multiplies them.
+        readers = 1 if problem.plain or problem.device.amd else plan.warps // plan.split
+        passed += row * plan.block_b * (1 + readers) + weights
+    time = rate.overhead + passed / rate.shared + work * plan.block_b / speed
     if plan.members == 1:
         return time * cdiv(plan.programs, processors)
-    time += rate.polled if plan.polled else rate.barrier
-    waits = 1 if plan.eager else plan.kept
-    if not plan.gluon:
-        waits += (plan.chunks - plan.kept) / plan.stages
-    rows = problem.B if plan.sparse else plan.block_b
-    fetched = row * rows + (0 if plan.gluon else weights - kept)
+    time += (rate.polled if plan.polled else rate.barrier) + rate.latency
+    rows = plan.block_b if plan.gluon else min(problem.B, plan.block_b)
+    fetched = row * rows
     if plan.slices > 1:
         # A second exchange: a program's sums for all programs of its column, and theirs for it.
-        time += rate.barrier
-        waits += 1
+        time += rate.barrier + rate.latency
         fetched += 2 * rows * plan.reach * 4 / 1e3
-    return time + waits * rate.latency + fetched / rate.l2
+    return time + fetched / rate.l2
 
 
 def row_tiles(problem: Problem) -> tuple[int, ...]:
     """Numbers of batch rows to try in a tile: matrix instructions take 16 at least."""
     sizes = (4, 8, 16, 32, 64, 128) if problem.plain else (16, 32, 64, 128)
     return tuple(size for size in sizes if size <= max(sizes[0], next_power(problem.B)))
-
-
-def grids(problem: Problem, block_b: int) -> Iterator[tuple[int, int]]:
-    """Units of a program and slices of k to try: those of groups that are on the device all at once.
-
-    One slice in forward, where the sums of every gate would cost more than reading all of h.
-    """
-    groups = cdiv(problem.B, block_b) * problem.D
-    # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD.
-    for block_n in (16, 32, 64) if problem.device.amd else (8, 16, 32, 64):
-        for slices in (1, 2, 4, 8, 16) if problem.backward else (1,):
-            columns = cdiv(problem.H, block_n * slices)
-            if slices > 1 and 2 * block_n * slices > problem.H:
-                continue
-            if columns * slices == 1 or groups * columns * slices <= problem.device.processors:
-                yield block_n, slices
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:
@@ -298,28 +234,16 @@ def candidates(problem: Problem) -> Iterator[Plan]:
             wide = problem.H > 64 or (crowded and not problem.device.amd)
             yield resident(problem, block_b, 8 if wide else 4)
         if can_gluon(problem) and block_b <= MOST_ROWS[problem.backward]:
-            for block_n in (8, 16, 32):
-                plan = gluon(problem, block_b, block_n)
-                if plan.members > 1:
-                    yield plan
-        for block_n, slices in grids(problem, block_b):
-            reach = block_n * slices
-            # Forward, an element for each thread at least, or the layout that spreads a tile does not prevail.
-            few = block_b * block_n < 8 * problem.device.warp
-            warps = 4 if few and not problem.backward else 8
-            parts = registers.parts_of_k(problem, block_b, reach, warps)
-            sizes = registers.chunk_sizes(problem, registers.elements(problem, block_b, reach, warps))
-            splits = (parts,) if problem.plain else (parts, max(parts // 2, 1))
-            for split, block_k in product(splits, sizes):
-                plan = cooperative(problem, block_b, block_n, block_k, split, warps, slices=slices)
-                enough = registers.suffice(problem, plan)
-                if enough:
-                    yield plan
-                if plan.kept < plan.chunks or not (enough or problem.plain):
-                    # Where the operand takes less room there is more for the weights, or enough for the rest.
-                    lazy = cooperative(problem, block_b, block_n, block_k, split, warps, eager=False, slices=slices)
-                    if lazy.kept == lazy.chunks and registers.suffice(problem, lazy):
-                        yield lazy
+            yield from (gluon(problem, block_b, block_n) for block_n in (8, 16, 32) if block_n < problem.H)
+        # Matrix instructions are 8 columns wide on NVIDIA, at least 16 on AMD. Forward gains nothing from a grid: the
+        # sums of every gate would cost more than reading all of h.
+        units = (16, 32, 64) if problem.device.amd else (8, 16, 32, 64)
+        for block_n, slices, warps in product(units, SLICES if problem.backward else (1,), (4, 8)):
+            if slices > 1 and 2 * block_n * slices > problem.H:
+                continue
+            plan = cooperative(problem, block_b, block_n, warps, slices)
+            if plan.members > 1 and registers_of_step(problem, plan) <= STEP_ROOM:
+                yield plan
     yield streamed(problem)
 
 

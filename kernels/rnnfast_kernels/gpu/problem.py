@@ -86,13 +86,12 @@ class Plan:
 
     loop: "resident", "cooperative" or "streamed". A program computes block_b rows by block_n hidden units. Where a cell
     has no recurrent product, `members` programs of a resident loop share a tile's hidden units. Elsewhere, the product
-    over all hidden units is cut into `chunks` of split * block_k, of which the first `kept` stay on the chip; their
-    operand is read `eager`ly, all chunks at once, or chunk by chunk. The other chunks are read in every step, `stages`
-    - 1 of them on their way at a time. If `sparse`, half of the only tile's rows are absent, and not exchanged.
-    `members` programs share one recurrence; `programs` is the whole grid of a resident or cooperative loop. In backward
-    they may form a grid: each multiplies one of `slices` of k with the weights of a whole column of programs, who then
-    add up their parts of one another's units. A row of weights is `row` entries long: the k of a unit if `k_last`, or
-    the units of a k. `shared` is what a program takes at most; `registers`, unless 0, is what a thread may take.
+    over all hidden units is cut into `chunks` of split * block_k, whose weights stay on the chip; in a Gluon loop those
+    of the first `kept` chunks in registers. `members` programs share one recurrence; `programs` is the whole grid of a
+    resident or cooperative loop. In backward they may form a grid: each multiplies one of `slices` of k with the
+    weights of a whole column of programs, who then add up their parts of one another's units. A row of weights is
+    `row` entries long: the k of a unit if `k_last`, or the units of a k. `shared` is what a program takes at most;
+    `registers`, unless 0, is what a thread may take.
     """
 
     loop: str
@@ -104,9 +103,6 @@ class Plan:
     split: int = 1
     chunks: int = 0
     kept: int = 0
-    stages: int = 1
-    eager: bool = True
-    sparse: bool = False
     members: int = 1
     slices: int = 1
     programs: int = 0

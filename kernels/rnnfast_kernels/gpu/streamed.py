@@ -17,6 +17,7 @@ from rnnfast_kernels.gpu.tiles import (
     add,
     all_rows,
     clear,
+    load_bias,
     load_gates,
     load_states,
     resets_of_step,
@@ -58,25 +59,10 @@ class BackwardCarry(NamedTuple):
 
 @triton.jit(do_not_specialize=["k", "T", "B", "D", "reversals"])
 def forward_step(
-    p,
-    carry,
-    k,
-    T,
-    B,
-    D,
-    reversals,
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    PARAMETERS: tl.constexpr,
-    SIGNALS: tl.constexpr,
-    VARYING: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p, carry, k, T, B, D, reversals, CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr,
+    SAVED: tl.constexpr, STATES: tl.constexpr, PARAMETERS: tl.constexpr, SIGNALS: tl.constexpr, VARYING: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The k-th step to run: state = cell(x, u + b_hh, state). See `forward_loop` for rows and resets.
 
     A reset clears the recurrent product along with the state, as its h had been 0.
@@ -98,13 +84,7 @@ def forward_step(
         reset = resets_of_step(p, k, reverse, b0, b, span[1], T, B)
         products = clear(reset, products, RECURRENT)
         state = clear(reset, state, STATES)
-    u = ()
-    for g in tl.static_range(RECURRENT):
-        if p.b_hh is None:
-            u = u + (products[g],)
-        else:
-            bias = tl.load(p.b_hh + (d * RECURRENT + g) * H + n, mask=n < H, other=0.0).to(DTYPE)
-            u = u + (products[g] + bias[None, :],)
+    u = add(products, load_bias(p.b_hh, d, n, RECURRENT, H, DTYPE), RECURRENT)
     parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
     signals = load_signals(p.signals, k, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
     given = widen(signals, SIGNALS, DTYPE)
@@ -123,25 +103,10 @@ def forward_step(
 
 @triton.jit(do_not_specialize=["k", "T", "B", "D", "reversals"])
 def backward_step(
-    p,
-    carry,
-    k,
-    T,
-    B,
-    D,
-    reversals,
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    PARAMETERS: tl.constexpr,
-    SIGNALS: tl.constexpr,
-    VARYING: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p, carry, k, T, B, D, reversals, CELL: tl.constexpr, GATES: tl.constexpr, RECURRENT: tl.constexpr,
+    SAVED: tl.constexpr, STATES: tl.constexpr, PARAMETERS: tl.constexpr, SIGNALS: tl.constexpr, VARYING: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The k-th step of the way back: dx, du and the direct part of dstate; the library's product adds du W_hh to dh.
 
     A row that is not live, or that is reset, has du = 0 as far as the recurrence goes, so that dh stays, or is zero.
@@ -163,9 +128,7 @@ def backward_step(
     dstate = (carried[0] + recurrent[0],)
     for s in tl.static_range(1, STATES):
         dstate = dstate + (carried[s],)
-    dnew = ()
-    for s in tl.static_range(STATES):
-        dnew = dnew + (dstate[s] + dstates[s],)
+    dnew = add(dstate, dstates, STATES)
     parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
     signals = load_signals(p.signals, k, reverse, span, b0, b, n, T, B, SIGNALS, VARYING, H)
     given = widen(signals, SIGNALS, DTYPE)
@@ -196,18 +159,9 @@ def backward_step(
 
 @triton.jit(do_not_specialize=["R", "T", "B", "D", "reversals"])
 def shifted_rows(
-    p,
-    result,
-    R,
-    T,
-    B,
-    D,
-    reversals,
-    WIDTH: tl.constexpr,
-    TOWARDS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    p, result, R, T, B, D, reversals, WIDTH: tl.constexpr, TOWARDS: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """result[d, row of step k] = source[row of step k + TOWARDS, d]; `edge` for a row that does not run at that step.
 
     With TOWARDS = -1 and states as the source: what entered each step, zero where a reset cleared it. With TOWARDS = 1

@@ -91,6 +91,19 @@ def store_gates(
 
 
 @triton.jit
+def load_bias(pointer, d, n, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+    """COUNT rows [1, BLOCK_N] of a tensor [D, COUNT * H], zeros for None."""
+    rows = ()
+    for g in tl.static_range(COUNT):
+        if pointer is None:
+            rows = rows + (tl.zeros([1, n.shape[0]], DTYPE),)
+        else:
+            row = tl.load(pointer + (d * COUNT + g) * H + n, mask=n < H, other=0.0)
+            rows = rows + (row.to(DTYPE)[None, :],)
+    return rows
+
+
+@triton.jit
 def load_states(pointers, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr, start=0):
     """One tile [BLOCK_B, BLOCK_N] per tensor [R, D, H], at one step's rows; zeros before row `start` and for None."""
     first, count = span
@@ -162,54 +175,28 @@ def chunk_index(j, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight(
-    pointer,
-    n,
-    j,
-    count,
-    H: tl.constexpr,
-    ROW: tl.constexpr,
-    K_LAST: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Chunk j of one gate's recurrent weights, as the right operand of a product: [(SPLIT,) BLOCK_K, BLOCK_N].
+def load_weights(pointer, n, count, GATES: tl.constexpr, CHUNKS: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr,
+                 K_LAST: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Every chunk of every gate's recurrent weights, as right operands of products: [(SPLIT,) BLOCK_K, BLOCK_N].
 
     They come in rows of ROW entries: of a unit's k if K_LAST, or of all units of a k. There are `count` values of k.
     """
-    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
     n = tl.expand_dims(n, 0)
     if SPLIT > 1:
         n = tl.expand_dims(n, 0)
-    if K_LAST:
-        if SPLIT > 1 and PARTS_FIRST and is_cuda():
-            p_chunk = pointer + tl.max_contiguous(n * ROW + k, [2, BLOCK_K, 1])
-        else:
-            p_chunk = pointer + n * ROW + k
-        return tl.load(p_chunk, mask=(k < count) & (n < H), other=0.0)
-    else:
-        return tl.load(pointer + k * ROW + n, mask=(k < count) & (n < ROW), other=0.0)
-
-
-@triton.jit
-def load_weights(
-    pointer,
-    n,
-    count,
-    GATES: tl.constexpr,
-    COUNT: tl.constexpr,
-    H: tl.constexpr,
-    ROW: tl.constexpr,
-    K_LAST: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Chunks 0 to COUNT of every gate's recurrent weights: one tuple per gate."""
     weights = ()
     for g in tl.static_range(GATES):
+        p_gate = pointer + g * H * ROW
         chunks = ()
-        for j in tl.static_range(COUNT):
-            chunks = chunks + (load_weight(pointer + g * H * ROW, n, j, count, H, ROW, K_LAST, SPLIT, BLOCK_K),)
+        for j in tl.static_range(CHUNKS):
+            k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -1)
+            if K_LAST:
+                at = n * ROW + k
+                if SPLIT > 1 and PARTS_FIRST and is_cuda():
+                    at = tl.max_contiguous(at, [2, BLOCK_K, 1])
+                chunks = chunks + (tl.load(p_gate + at, mask=(k < count) & (n < H), other=0.0),)
+            else:
+                chunks = chunks + (tl.load(p_gate + k * ROW + n, mask=(k < count) & (n < ROW), other=0.0),)
         weights = weights + (chunks,)
     return weights
 
@@ -223,42 +210,24 @@ def exchange_tile(p, group, n, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, MEMBE
 
 
 @triton.jit
-def load_operand(
-    pointer, j, rows, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Chunk j of an exchanged tile [BLOCK_B, WIDTH], as the left operand of a product: [(SPLIT,) BLOCK_B, BLOCK_K].
+def load_operands(pointer, rows, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr, ROW: tl.constexpr, SPLIT: tl.constexpr,
+                  BLOCK_K: tl.constexpr):  # fmt: skip
+    """Every chunk of an exchanged tile, as left operands of products: [(SPLIT,) BLOCK_B, BLOCK_K], all on their way at
+    once, so that their latency is paid once.
 
-    Its first `rows` rows, or all for None; what others hold is undefined, and comes out in the same rows of the
-    product. Past the first-level cache, which is not coherent between processors.
+    The tile has rows of ROW entries, of which the first `rows` are read; what others hold is undefined, and comes out
+    in the same rows of the product. Past the first-level cache, which is not coherent between processors.
     """
-    k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
     b = tl.arange(0, BLOCK_B)[:, None]
     if SPLIT > 1:
         b = tl.expand_dims(b, 0)
-    if SPLIT > 1 and PARTS_FIRST and is_cuda():
-        p_chunk = pointer + tl.max_contiguous(b * WIDTH + k, [2, 1, BLOCK_K])
-    else:
-        p_chunk = pointer + b * WIDTH + k
-    if rows is None:
-        return tl.load(p_chunk, cache_modifier=".cg")
-    else:
-        return tl.load(p_chunk, mask=b < rows, cache_modifier=".cg")
-
-
-@triton.jit
-def load_operands(
-    pointer,
-    rows,
-    COUNT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Chunks 0 to COUNT of an exchanged tile, all on their way at once, so that their latency is paid once."""
     chunks = ()
-    for j in tl.static_range(COUNT):
-        chunks = chunks + (load_operand(pointer, j, rows, BLOCK_B, WIDTH, SPLIT, BLOCK_K),)
+    for j in tl.static_range(CHUNKS):
+        k = tl.expand_dims(chunk_index(j, SPLIT, BLOCK_K), -2)
+        at = b * ROW + k
+        if SPLIT > 1 and PARTS_FIRST and is_cuda():
+            at = tl.max_contiguous(at, [2, 1, BLOCK_K])
+        chunks = chunks + (tl.load(pointer + at, mask=b < rows, cache_modifier=".cg"),)
     return chunks
 
 
@@ -268,14 +237,6 @@ def zero_product(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constex
         return tl.zeros([SPLIT, BLOCK_B, BLOCK_N], tl.float32)
     else:
         return tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-
-
-@triton.jit
-def zero_products(COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
-    products = ()
-    for _ in tl.static_range(COUNT):
-        products = products + (zero_product(BLOCK_B, BLOCK_N, SPLIT),)
-    return products
 
 
 @triton.jit
