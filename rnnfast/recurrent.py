@@ -75,7 +75,7 @@ class Recurrent(nn.Module):
                 f"Recurrent: the cell {cell.__name__} has no gates, so its layers would not read their input"
             )
         validate.constants(input_size, hidden_size, num_layers, bias, batch_first, dropout)
-        if not isinstance(initial, (Mapping, None)):
+        if not isinstance(initial, (Mapping, type(None))):
             raise TypeError(f"initial: expected a mapping of values by name, got {type(initial).__name__}")
         unknown = set(initial or ()) - set(cell.parameters)
         if unknown:

@@ -20,7 +20,8 @@ from rnnfast import _torch
 from rnnfast.backends import BackendName, measured
 from rnnfast.spec import shown
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 BACKENDS = get_args(BackendName)
 # Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
 QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")

@@ -109,6 +109,7 @@ def product(name: str, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bia
             4,
             address(buffer) + place,
             chosen.lines(depth),
+            address(buffer),
             address(out),
             count * chosen.vector,
         )
