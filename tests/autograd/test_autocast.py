@@ -117,7 +117,7 @@ def test_a_gradient_scaler_under_autocast_skips_what_overflows_as_with_torch(cel
     taken, scales, got = train_scaled(ours, x, dtype, 2.0**8, factors)
     assert taken == expected_taken == [True, False, True, False, True, True]
     assert scales == expected_scales == [256, 128, 128, 64, 64, 128]
-    assert_all_close(expected, got, 2 * TOLERANCES[dtype])  # each may be off by one of them
+    assert_all_close(expected, got, 3 * TOLERANCES[dtype])  # each may be off by one of them, and more after four steps
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])  # of a GRU's output on the CPU autocast makes no half
