@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in two calls for a rented machine with fifteen minutes and nothing installed.
+"""Everything that needs a GPU, in two calls that end in time, on a machine with nothing installed.
 
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu first     at most 520 s, what matters most first
     PYTHONPATH=.:kernels python3 -m benchmarks.gpu second    at most 200 s: more tests, and what was not measured yet

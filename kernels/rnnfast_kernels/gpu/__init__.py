@@ -11,6 +11,8 @@ gluon_exchange.py   how programs exchange a tile there, by a counter or by polli
 gluon_forward.py    the cooperative loop in Gluon, for NVIDIA
 gluon_backward.py   the same, in reverse
 streamed.py     one step, between two library matrix products
+problem.py      what a plan is made from, and what it says
+arguments.py    the tensors that a kernel is given
 plan.py         which loop, which tiles: a pure function of the sizes and the device
 vary.py         the best plan with some of its choices replaced, for tuning
 launch.py       from a plan to a grid
