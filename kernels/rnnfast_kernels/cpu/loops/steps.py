@@ -1,7 +1,8 @@
-"""The time loops: one layer, one direction, a slice of the batch, all steps; generic over the cell.
+"""What the time loops share: the record of a layer's job, the rows of a step, and the turns of threads.
 
-Both are bound over a cell, a dtype and a target, and take the address of a record of `LAYER` fields. What they call
-`state` is the cell's output state h and, apart from it, its `aux` states (c of an LSTM), which no product needs.
+A loop runs one direction of a layer over a slice of the batch, for all steps. The loops are bound over a cell, a dtype
+and a target, and take the address of a record of `LAYER` fields. What they call `state` is the cell's output state h
+and, apart from it, its `aux` states (c of an LSTM), which no product needs.
 """
 
 # ruff: noqa: F821
