@@ -1,6 +1,9 @@
 """The machine code of the products' tiles: as many multiply-adds as a tile says, and nothing beside them in vain."""
 
 import pytest
+from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cpu.ir.memory import PREFETCHING_ROWS
+from rnnfast_kernels.cpu.plan import policy
 from tile_code import MULTIPLY_ADD, PROCESSORS, loops, target_of
 
 SHAPES = [(processor, gates) for processor in PROCESSORS for gates in (1, 3, 4)]
@@ -32,3 +35,21 @@ def test_no_broadcast_that_an_operand_carries(processor):
                 checked += 1
                 assert loop.count("v?broadcastss|ld1r(?:.4s)?|dup") == 0
     assert checked
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_tiles_of_several_rows_ask_for_a_cache_line_with_every_line_of_a_panel(processor):
+    chosen = target_of(processor)
+    for (rows, _), each in loops(processor, chosen, 4).items():
+        asked = [loop.count("prefetch\\w*|prfm") for loop in each]
+        assert all(asked) if rows >= PREFETCHING_ROWS else not any(asked)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows", "threads", "workers"),
+    [(128, 7, 2, 2), (128, 8, 2, 1), (256, 19, 2, 2), (256, 20, 2, 1), (256, 19, 1, 1), (256, 39, 4, 4)],
+)
+def test_threads_share_units_for_longer_where_weights_fill_the_cache(monkeypatch, hidden, rows, threads, workers):
+    monkeypatch.setattr(policy, "cache_bytes", lambda: 2 << 20)
+    work = policy.work_per_row(CELLS["lstm"], 0, hidden, hidden)
+    assert policy.workers_for(rows, 100 * rows * work, rows * work, 1, threads) == workers
