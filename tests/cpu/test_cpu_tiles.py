@@ -47,9 +47,8 @@ def test_tiles_of_several_rows_ask_for_a_cache_line_with_every_line_of_a_panel(p
 
 @pytest.mark.parametrize(
     ("hidden", "rows", "threads", "workers"),
-    [(128, 7, 2, 2), (128, 8, 2, 1), (256, 19, 2, 2), (256, 20, 2, 1), (256, 19, 1, 1), (256, 39, 4, 4)],
+    [(32, 1, 2, 1), (128, 7, 2, 2), (128, 8, 2, 1), (256, 7, 1, 1), (256, 15, 4, 4), (256, 16, 4, 1)],
 )
-def test_threads_share_units_for_longer_where_weights_fill_the_cache(monkeypatch, hidden, rows, threads, workers):
-    monkeypatch.setattr(policy, "cache_bytes", lambda: 2 << 20)
+def test_threads_share_units_where_the_batch_has_few_rows(hidden, rows, threads, workers):
     work = policy.work_per_row(CELLS["lstm"], 0, hidden, hidden)
     assert policy.workers_for(rows, 100 * rows * work, rows * work, 1, threads) == workers

@@ -3,9 +3,6 @@
 Nothing here changes a result, and no kernel is compiled again for it.
 """
 
-import functools
-from pathlib import Path
-
 from rnnfast_kernels.equations.cell import Cell
 
 # Bytes of gates that a worker computes ahead of the recurrence, and the rows that make that product worth its panels.
@@ -14,11 +11,9 @@ CHUNK_ROWS = 64
 # Multiplications below which another thread costs more than it brings.
 SERIAL_WORK = 1 << 20
 # Multiplications of one step that make a worker worth its part in a meeting of all, and the rows for each thread from
-# which on slices of the batch are the better way to share: later where weights take a quarter of a thread's cache.
+# which on slices of the batch are the better way to share.
 STEP_WORK = 1 << 15
-BARRIER_ROWS, LARGE_BARRIER_ROWS = 4, 10
-# Bytes of a processor's second-level cache where the system does not say.
-USUAL_CACHE = 1 << 20
+BARRIER_ROWS = 4
 
 
 def work_per_row(cell: Cell, inputs: int, hidden: int, width: int) -> int:
@@ -37,24 +32,13 @@ def even_cuts(count: int, parts: int) -> tuple[int, ...]:
     return tuple(count * part // parts for part in range(parts + 1))
 
 
-@functools.cache
-def cache_bytes() -> int:
-    """Size of a processor's second-level cache, as Linux gives it ("2048K")."""
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(size.removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return USUAL_CACHE
-
-
 def workers_for(rows: int, work: int, step_work: int, directions: int, threads: int) -> int:
     """Threads that share the hidden units of one direction, where the batch has too few rows to share them.
 
     A thread that has some of the units reads its part of the recurrent weights at each step, one that has some of the
     rows reads all of them.
     """
-    large = step_work // max(1, rows) * 16 >= cache_bytes()
-    if rows >= (LARGE_BARRIER_ROWS if large else BARRIER_ROWS) * threads:
+    if rows >= BARRIER_ROWS * threads:
         return 1
     return max(1, min(threads_for(work, threads) // directions, step_work // STEP_WORK))
 
