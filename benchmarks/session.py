@@ -1,5 +1,6 @@
 """One run of the suite: measure every case, keep the results as they come, then print, draw and write the report."""
 
+import re
 import shlex
 import signal
 import sys
@@ -27,7 +28,8 @@ def run(asked: list[Question], arguments) -> int:
         "schema": store.SCHEMA,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "finished": "",
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        # As typed, but for the folder, which means nothing elsewhere.
+        "command": re.sub(r" --out[ =]('[^']*'|\S+)", "", shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])),
         "complete": False,
         "machine": {},
         "skipped": {},
