@@ -1,9 +1,7 @@
 """The machine code of the products' tiles: as many multiply-adds as a tile says, and nothing beside them in vain."""
 
 import pytest
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.ir.memory import PREFETCHING_ROWS
-from rnnfast_kernels.cpu.plan import policy
 from tile_code import MULTIPLY_ADD, PROCESSORS, loops, target_of
 
 SHAPES = [(processor, gates) for processor in PROCESSORS for gates in (1, 3, 4)]
@@ -43,12 +41,3 @@ def test_tiles_of_several_rows_ask_for_a_cache_line_with_every_line_of_a_panel(p
     for (rows, _), each in loops(processor, chosen, 4).items():
         asked = [loop.count("prefetch\\w*|prfm") for loop in each]
         assert all(asked) if rows >= PREFETCHING_ROWS else not any(asked)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "rows", "threads", "workers"),
-    [(32, 1, 2, 1), (128, 7, 2, 2), (128, 8, 2, 1), (256, 7, 1, 1), (256, 15, 4, 4), (256, 16, 4, 1)],
-)
-def test_threads_share_units_where_the_batch_has_few_rows(hidden, rows, threads, workers):
-    work = policy.work_per_row(CELLS["lstm"], 0, hidden, hidden)
-    assert policy.workers_for(rows, 100 * rows * work, rows * work, 1, threads) == workers

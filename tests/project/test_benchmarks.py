@@ -221,7 +221,8 @@ def test_a_run_measures_stores_and_reports(tmp_path):
     assert "rnnfast:reference" in out
     results = store.load(tmp_path / "results.json")
     assert results["complete"]
-    assert results["command"].startswith("python -m benchmarks --seconds") and "--out" not in results["command"]
+    assert results["command"].startswith("python -m benchmarks --seconds")
+    assert "--out" not in results["command"]
     assert [store.case_of(record).mode for record in results["records"]] == ["inference", "training"]
     assert (tmp_path / "report.html").exists()
 

@@ -4,7 +4,7 @@ A panel is the right operand's [depth, N vectors] part, with one row of initial 
 that it is read in order: as strips of `target.strip(N)` vectors, one after another, the last of which may be narrower.
 `multiplier(target, ...)` gives the function
 
-    multiply(N, rows, row_pointers, step, panel, depth, nth, out)
+    multiply(N, rows, row_pointers, step, panel, depth, ahead, nth, out)
         out[m, n] = panel[0, n] + sum over k of left[m, k] * panel[1 + k, n]
 
 `row_pointers` is the address of `rows` int64 addresses, one for each row of the left operand. Elements of a row are
@@ -12,7 +12,8 @@ that it is read in order: as strips of `target.strip(N)` vectors, one after anot
 element of an operand may stand for two terms of the sum (see `operands`); `depth` counts elements.
 
 Panels that leave the second-level cache between two steps would be read from memory in the time of a panel's first
-tile. So the `nth` tile of a panel also asks for the nth part of the panel after it, a cache line for each of its lines.
+tile. So the `nth` tile of a panel also asks for the nth part of the next one, which is at `ahead`: a cache line for
+each of its own lines.
 
 The sum runs over k in order, in one register, whatever the number of rows: an element of the result does not depend
 on how the product was tiled.
@@ -138,9 +139,9 @@ def multiplier(target: Target, gates: int):
     most_rows = target.rows(gates)
 
     @intrinsic
-    def multiply(typing, vectors, rows, row_pointers, step, panel, depth, nth, out):
+    def multiply(typing, vectors, rows, row_pointers, step, panel, depth, ahead, nth, out):
         def lower(context, builder, sig, args):
-            width, count, row_pointers, step, panel, depth, nth, out = args
+            width, count, row_pointers, step, panel, depth, following, nth, out = args
             lines = builder.add(depth, INT64(target.head))
             part = builder.mul(depth, INT64(CACHE_LINE))
             end = builder.append_basic_block("multiplied")
@@ -154,7 +155,7 @@ def multiplier(target: Target, gates: int):
                     # Tiles that ask for the whole panel between them.
                     turns = max(1, vectors * target.vector // (CACHE_LINE * len(strips)))
                     place = builder.mul(builder.urem(nth, INT64(turns)), builder.mul(part, INT64(len(strips))))
-                    ahead = builder.add(builder.add(panel, builder.mul(lines, out_step)), place)
+                    ahead = builder.add(following, place)
                     for first in strips:
                         name = tile_name(target, rows, min(each, vectors - first))
                         tile = external(builder.module, name, TILE_ARGUMENTS)
@@ -166,6 +167,6 @@ def multiplier(target: Target, gates: int):
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), lower
+        return types.void(*[types.int64] * 9), lower
 
     return multiply

@@ -164,7 +164,7 @@ def through_recurrent(job, order, h_stride, aux_stride):
         row_pointers = as_operands(live, job.row_pointers, depth, job.operands)
         project_plain_blocks(
             live, row_pointers, ACC_BYTES, job.w_hh, depth, job.width, job.first_block, last_width_block(job),
-            job.out_pointers, 0, job.tile, job.w_hr == 0,
+            order % 2, job.out_pointers, 0, job.tile, job.w_hr == 0,
         )  # fmt: skip
     for row in range(live):
         if is_reset(job, step, row):

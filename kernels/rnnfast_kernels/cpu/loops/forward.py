@@ -20,7 +20,7 @@ def project_inputs(job, first, last):
         )  # fmt: skip
         return
     project_gate_blocks(
-        count, row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block,
+        count, row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, job.first_block, job.last_block, 0,
         job.out_pointers, job.gate_step, job.tile, False,
     )  # fmt: skip
 
@@ -70,10 +70,14 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
     index = first_index(job, step)
     cell_out = job.unprojected_work if job.w_hr else h_next
     cell_stride = aux_stride if job.w_hr else h_stride
-    block = job.first_block
-    while block < job.last_block:
-        blocks = 1 if job.unpacked else recurrent_blocks(job.last_block - block)
+    done = 0
+    while done < job.last_block - job.first_block:
+        if job.unpacked:
+            block, blocks, following = job.first_block + done, 1, 0
+        else:
+            block, blocks, following = next_recurrent_panel(job.first_block, job.last_block, done, step % 2)
         panel = recurrent_panel(job.w_hh, block, job.width)
+        ahead = recurrent_panel(job.w_hh, following, job.width)
         first = nth = 0
         while first < live:
             count = recurrent_rows(live - first)
@@ -83,7 +87,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                 start_tile(blocks * RECURRENT, count, panel, job.width, job.tile)
             elif RECURRENT > 0:
                 multiply(
-                    blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), nth,
+                    blocks * RECURRENT, count, row_pointers + 8 * first, ACC_BYTES, panel, lines(job.width), ahead, nth,
                     job.tile,
                 )  # fmt: skip
             for row in range(first, first + count):
@@ -114,7 +118,7 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                         store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
             first += count
             nth += 1
-        block += blocks
+        done += blocks
 
 
 def project_output(job, step, live, h_next, h_stride, unprojected_stride):

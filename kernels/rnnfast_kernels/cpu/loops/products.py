@@ -23,6 +23,21 @@ def panel_blocks(blocks):
     return 1
 
 
+def next_panel(first_block, last_block, done, backwards):
+    """The panel after `done` blocks of a pass over some: its first block, its blocks, and where the panel after it is.
+
+    Where every other pass is backwards, each begins with what the one before ended with, and the cache still holds.
+    """
+    left = last_block - first_block - done
+    if backwards:
+        blocks = 4 if WIDEST >= 4 and left % 4 == 0 else 2 if WIDEST >= 2 and left % 2 == 0 else 1
+        block = first_block + left - blocks
+        return block, blocks, max(first_block, block - blocks)
+    blocks = panel_blocks(left)
+    block, following = first_block + done, first_block + done + blocks
+    return block, blocks, following if following < last_block else block
+
+
 def tile_rows(rows):
     """Rows of the next tile when `rows` are left: as even as they can be."""
     tiles = (rows + ROWS - 1) // ROWS
@@ -84,21 +99,23 @@ def project(rows, row_pointers, step, panels, depth, units, out_pointers, gate_s
     """Multiply rows, in the form of operands, by panels; write, or add, each result [G, units] at its row's goal."""
     last_block = (units + LANES - 1) // LANES
     project_blocks(
-        rows, row_pointers, step, panels, depth, units, 0, last_block, out_pointers, gate_step, tile, accumulate
+        rows, row_pointers, step, panels, depth, units, 0, last_block, 0, out_pointers, gate_step, tile, accumulate
     )
 
 
 def project_blocks(
-    rows, row_pointers, step, panels, depth, units, block, last_block, out_pointers, gate_step, tile, accumulate
-):
-    """Do that for some blocks of the units. They begin and end where panels do."""
-    while block < last_block:
-        blocks = panel_blocks(last_block - block)
-        panel = panel_address(panels, block, depth)
+    rows, row_pointers, step, panels, depth, units, first_block, last_block, backwards, out_pointers, gate_step, tile,
+    accumulate,
+):  # fmt: skip
+    """Do that for some blocks of the units, which begin and end where panels do, from the first or from the last on."""
+    done = 0
+    while done < last_block - first_block:
+        block, blocks, following = next_panel(first_block, last_block, done, backwards)
+        panel, ahead = panel_address(panels, block, depth), panel_address(panels, following, depth)
         first = nth = 0
         while first < rows:
             count = tile_rows(rows - first)
-            multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), nth, tile)
+            multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), ahead, nth, tile)
             source = tile
             for row in range(first, first + count):
                 goal = load_int(out_pointers + 8 * row)
@@ -112,7 +129,7 @@ def project_blocks(
                     source += VECTOR
             first += count
             nth += 1
-        block += blocks
+        done += blocks
 
 
 def start_tile(vectors, rows, panel, depth, tile):
@@ -200,7 +217,7 @@ def pack(address):
         pack_rows(job.row_pointers, job.depth, job.units, job.panels, job.first, job.last)
 
 
-PLACES = (panel_blocks, tile_rows, panel_address, strip_address, strip_line)
+PLACES = (panel_blocks, next_panel, tile_rows, panel_address, strip_address, strip_line)
 ROWS = (copy_row, read_row, write_row, add_io_row, clear_row, clear_io_row, fill_pointers)
 # Functions over panels of so many gates; and the names by which loops call them, and those of `PLACES`: over panels of
 # a cell's gates, of the gates with a recurrent part, and of a matrix.
@@ -215,7 +232,7 @@ OF_RECURRENT = {
     "multiply": "multiply",
     "multiply_block": "multiply_block",
     "start_tile": "start_tile",
-    "recurrent_blocks": "panel_blocks",
+    "next_recurrent_panel": "next_panel",
     "recurrent_rows": "tile_rows",
     "recurrent_panel": "panel_address",
 }

@@ -32,13 +32,13 @@ def jvp_inputs(job, at, first, last):
     if job.x:
         count = gather_inputs(job, job, first, last)
         project_gate_blocks(
-            count, job.row_pointers, ACC_BYTES, at.w_ih, job.inputs, job.hidden, 0, blocks,
+            count, job.row_pointers, ACC_BYTES, at.w_ih, job.inputs, job.hidden, 0, blocks, 0,
             job.out_pointers, job.gate_step, job.tile, False,
         )  # fmt: skip
     if job.w_ih:
         count = gather_inputs(job, at, first, last)
         project_gate_blocks(
-            count, job.row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, 0, blocks,
+            count, job.row_pointers, ACC_BYTES, job.w_ih, job.inputs, job.hidden, 0, blocks, 0,
             job.out_pointers, job.gate_step, job.tile, job.x != 0,
         )  # fmt: skip
 
@@ -49,14 +49,14 @@ def jvp_recurrent(job, at, order, step, live, h_now, h_stride):
     fill_pointers(job.row_pointers, h_now, h_stride, live)
     fill_pointers(job.out_pointers, job.u_work, job.u_row, live)
     project_gate_blocks(
-        live, job.row_pointers, ACC_BYTES, at.w_hh, job.width, job.hidden, 0, blocks,
+        live, job.row_pointers, ACC_BYTES, at.w_hh, job.width, job.hidden, 0, blocks, order % 2,
         job.out_pointers, job.gate_step, job.tile, False,
     )  # fmt: skip
     if job.w_hh:
         for row in range(live):
             store_int(job.row_pointers + 8 * row, entering_states(at, order, step, row)[0])
         project_gate_blocks(
-            live, job.row_pointers, ACC_BYTES, job.w_hh, job.width, job.hidden, 0, blocks,
+            live, job.row_pointers, ACC_BYTES, job.w_hh, job.width, job.hidden, 0, blocks, order % 2,
             job.out_pointers, job.gate_step, job.tile, True,
         )  # fmt: skip
 
