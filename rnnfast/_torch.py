@@ -213,3 +213,6 @@ class WeightNames:
 
 # Public, but only since torch 2.7.
 is_exporting: Callable[[], bool] = found("torch.compiler.is_exporting", lambda: False)
+
+# What has a block around each step of a generator, and not around what happens between them.
+wrap_generator = needed("torch.utils._contextlib._wrap_generator", "generators decorated by use_backend")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import limits
+from rnnfast import limits, validate
 from rnnfast.accelerate import Finding, survey
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import Choice, choose, choose_step, load
@@ -94,7 +94,7 @@ def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None
 
 def sizes_of(module: RNNBase, input: Tensor) -> measured.Sizes | None:
     """Return the sizes of a call without initial states."""
-    x = input if input.dim() == 3 else input[:, None]
+    x = input if validate.input_is_batched(module.options(), input) else input[:, None]
     if module.batch_first and input.dim() == 3:
         x = x.transpose(0, 1)
     return measured.sizes_of_call(Call(module.options(), x, (), module.weights()))
@@ -173,7 +173,8 @@ def explain_model(
 def explain_called(module: nn.Module, finding: Finding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     """Explain a call of a layer, torch's own among them."""
     if not is_ours(module):
-        return Explanation("torch", f"torch.nn.{finding.type}", finding.reason)
+        kind = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules."))
+        return Explanation("torch", f"torch.nn.{kind.__name__}", finding.reason)
     input = input_of(module, args, kwargs)
     input = stand_in(module) if input is None else input
     return explain_layer(module, input, kwargs.get("resets"), kwargs.get("all_states", False))

@@ -14,6 +14,7 @@ import torch
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch, context, flops, functional, operators, validate
@@ -22,6 +23,7 @@ from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
 from rnnfast.frozen_weights import FrozenWeights, weight_shapes
 from rnnfast.layers import through_layers
+from rnnfast.modules import leaf
 from rnnfast.spec import Options, cell_named
 
 # Prepared calls that a layer keeps; forgotten when there are more.
@@ -79,6 +81,9 @@ class Frozen(FrozenWeights):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
+        if isinstance(input, Proxy):
+            args = (input,) if hx is None else (input, hx)
+            return leaf(self, args, lengths=lengths, resets=resets, all_states=all_states)
         if lengths is None and resets is None and not all_states:
             results = self.run_prepared(input, hx)
             if results is not None:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
+from torch.fx import Proxy
 
 from rnnfast.frozen import Frozen, Shaped
 from rnnfast.functional import Call
+from rnnfast.modules import leaf
 from rnnfast.recurrent import Recurrent
 from rnnfast.states_and_signals import in_loop_layout, in_user_order
 
@@ -26,6 +28,9 @@ class FrozenRecurrent(Frozen, Recurrent):
             RuntimeError: in training mode, or where a gradient would be taken. ValueError, RuntimeError, TypeError: as
                 by a layer that is not frozen.
         """
+        if isinstance(input, Proxy):
+            args = (input,) if hx is None else (input, hx)
+            return leaf(self, args, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
         cell = self.cell
         laid_out: tuple[Tensor, ...] = ()
         if hx is not None or signals or cell.signals or torch.compiler.is_compiling():

@@ -137,9 +137,24 @@ class FrozenWeights(nn.Module):
         return self.tensors().get(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FIXED or self.is_weight(name):
-            raise RuntimeError(f"{self.type_name()}: {name} is frozen; change the layer before rnnfast.freeze")
+        self.refuse_change(name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.refuse_change(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self.refuse_change(name)
+        super().register_parameter(name, param)
+
+    def refuse_change(self, name: str) -> None:
+        """Raise RuntimeError where an attribute is one that panels depend on, or a weight."""
+        if name in FIXED or name in NOT_IN_STATE or self.is_weight(name):
+            raise RuntimeError(f"{self.type_name()}: {name} is frozen; change the layer before rnnfast.freeze")
+
+    def __prepare_scriptable__(self):
+        raise TypeError(f"torch.jit.script cannot compile {self.type_name()}: use torch.jit.trace or torch.export")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         _torch.save_registered(self, destination, prefix, keep_vars)

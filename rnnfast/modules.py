@@ -70,10 +70,9 @@ def no_script(module: nn.Module) -> str:
     )
 
 
-def leaf(module: nn.Module, args: tuple, lengths=None, resets=None, all_states=False):
+def leaf(module: nn.Module, args: tuple, **options: Any):
     """Record a module as one node, as torch.fx does with the modules of torch.nn."""
-    given = {"lengths": lengths, "resets": resets, "all_states": all_states or None}
-    kwargs = {name: value for name, value in given.items() if value is not None}
+    kwargs = {name: value for name, value in options.items() if value is not None and value is not False}
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
@@ -128,7 +127,8 @@ class RNNBase(nn.RNNBase):
                 resets: what was expected and what came. RuntimeError if a backend asked for by name cannot run this.
         """
         if isinstance(input, Proxy):
-            return leaf(self, (input,) if hx is None else (input, hx), lengths, resets, all_states)
+            args = (input,) if hx is None else (input, hx)
+            return leaf(self, args, lengths=lengths, resets=resets, all_states=all_states)
         return recurrent(
             self.options(), input, self.weights(), hx, lengths=lengths, resets=resets, all_states=all_states
         )

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from rnnfast import functional, validate
 from rnnfast.declare import Cell, found
+from rnnfast.modules import leaf
 from rnnfast.spec import Options
 from rnnfast.states_and_signals import in_loop_layout, in_user_order
 
@@ -208,6 +210,9 @@ class Recurrent(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: what was expected, and what came.
         """
+        if isinstance(input, Proxy):
+            args = (input,) if hx is None else (input, hx)
+            return leaf(self, args, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
         return recurrent(
             self.options(), input, self.weights(), hx, signals=signals, lengths=lengths, resets=resets,
             all_states=all_states,
@@ -217,6 +222,9 @@ class Recurrent(nn.Module):
 
         @same_as(forward)
         def __call__(self) -> None: ...
+
+    def __prepare_scriptable__(self):
+        raise TypeError(f"torch.jit.script cannot compile layers of declared cells, such as {self}: use torch.export")
 
     def extra_repr(self) -> str:
         text = f"{self.cell.__name__}, {self.input_size}, {self.hidden_size}"

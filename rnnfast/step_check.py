@@ -4,7 +4,6 @@ A trace sees the functions of torch that are applied to values. It sees neither 
 `torch.autograd.Function`, and takes a random number or a counter for a constant.
 """
 
-import traceback
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -108,7 +107,5 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def refused(cell: Cell, error: Exception) -> trace.CellError:
     """Return the error for a step that torch refuses, with the line of the user's code."""
-    what = f"{cell.name}: torch refuses the step: {type(error).__name__}: {error}"
     instead = "a step must run on tensors as well: x, u, state and s are [B, H] there, p is [H]"
-    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not trace.is_ours(frame)]
-    return trace.placed(what, *own[-1], instead) if own else trace.CellError(f"{what}\n  {instead}")
+    return trace.failed(f"{cell.name}: torch refuses the step", error, instead)

@@ -92,6 +92,6 @@ BACKWARD = {
     **FORWARD,
     "sigmoid_backward": lambda dy, y: dy * (y - y * y),
     "tanh_backward": lambda dy, y: dy * (1 - y * y),
-    "relu_backward": lambda dy, y: dy * (y > 0),
+    "relu_backward": lambda dy, y: torch.where(y <= 0, 0.0, dy),
     "zeros_like": lambda y: None,
 }

@@ -6,11 +6,12 @@ The setting is a context variable: it belongs to the thread or task that made it
 """
 
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar, get_args
 
@@ -63,28 +64,50 @@ class use_backend:
             these cannot run the case or were measured slower; "reference" is the plain loop, which runs everything.
 
     Raises:
-        ValueError: the name is none of the above.
+        ValueError: the name is none of the above. TypeError: what is decorated is no function.
     """
 
     def __init__(self, name: BackendName) -> None:
         self.name = name
-        self.token = _setting.set(checked(name, "use_backend"))
+        self.tokens = [_setting.set(checked(name, "use_backend"))]
+        self.is_statement = True
 
     def __enter__(self) -> None:
-        pass
+        if not self.is_statement:
+            self.tokens.append(_setting.set(self.name))
+        self.is_statement = False
 
     def __exit__(self, *error: object) -> None:
-        _setting.reset(self.token)
+        for token in reversed(tuple(self.tokens)):
+            try:
+                _setting.reset(token)
+            except ValueError:  # set in another thread or task
+                continue
+            self.tokens.remove(token)
+            return
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        _setting.reset(self.token)
+        if self.is_statement:
+            self.is_statement = False
+            self.__exit__()
+        if isinstance(function, type) or not callable(function) or inspect.isasyncgenfunction(function):
+            kind = "an asynchronous generator" if callable(function) else type(function).__name__
+            kind = "a class" if isinstance(function, type) else kind
+            raise TypeError(f"use_backend: expected a function to decorate, got {kind}; decorate what it calls")
+        if inspect.isgeneratorfunction(function):
+            return _torch.wrap_generator(partial(use_backend, self.name), function)
 
         @wraps(function)
         def run(*args: P.args, **options: P.kwargs) -> R:
             with use_backend(self.name):
                 return function(*args, **options)
 
-        return run
+        @wraps(function)
+        async def run_task(*args: P.args, **options: P.kwargs):
+            with use_backend(self.name):
+                return await function(*args, **options)  # type: ignore[misc]
+
+        return run_task if inspect.iscoroutinefunction(function) else run  # type: ignore[return-value]
 
 
 class Choice(NamedTuple):

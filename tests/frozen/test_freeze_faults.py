@@ -122,12 +122,20 @@ def test_the_largest_weight_stays_finite():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("hidden_size", 3), ("num_layers", 2), ("bidirectional", True), ("bias", False)]
+    ("name", "value"),
+    [("hidden_size", 3), ("num_layers", 2), ("bidirectional", True), ("bias", False), ("panels", None)],
 )
-def test_sizes_that_panels_depend_on_do_not_change(name, value):
+@pytest.mark.parametrize("calls", [0, 2])
+def test_what_a_call_depends_on_does_not_change(name, value, calls):
     layer = frozen("int8")
+    for _ in range(calls):
+        layer(torch.zeros(2, 1, 8))
     with pytest.raises(RuntimeError, match=f"{name} is frozen"):
         setattr(layer, name, value)
+    with pytest.raises(RuntimeError, match=f"{name} is frozen"):
+        delattr(layer, name)
+    with pytest.raises(RuntimeError, match="weight_new is frozen"):
+        layer.register_parameter("weight_new", nn.Parameter(torch.zeros(1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])

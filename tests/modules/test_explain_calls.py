@@ -83,3 +83,15 @@ def test_a_scripted_layer_is_not_said_to_be_left_out():
     for measure in (False, True):
         (told,) = rnnfast.explain(model, X, measure=measure)
         assert "torch.jit's LSTM (a scripted layer cannot change" in str(told)
+
+
+@pytest.mark.parametrize("dim", [1, 4])
+def test_an_input_of_other_dimensions_is_refused_as_by_the_call(dim):
+    layer, x = rnnfast.LSTM(3, 5), torch.randn((2,) * (dim - 1) + (3,))
+    with pytest.raises(ValueError, match=f"LSTM: Expected input to be 2D or 3D, got {dim}D instead"):
+        rnnfast.explain(layer, x)
+
+
+def test_a_subclass_is_explained_by_torchs_layer():
+    (told,) = rnnfast.explain(nn.Sequential(FromList(3, 5)), ([*X],))
+    assert (told.type, told.explanation.kernel) == ("FromList", "torch.nn.LSTM")

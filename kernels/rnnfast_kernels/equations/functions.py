@@ -77,8 +77,27 @@ def where_(input, *args) -> Value:
     if len(args) != 2:
         raise Refusal("torch.where without values", "write torch.where(condition, a, b)")
     if isinstance(args[0], Condition) and not isinstance(input, Condition):
-        return args[0].choose(node_of(input), node_of(args[1]))
-    return condition(input).choose(node_of(args[0]), node_of(args[1]))
+        input, args = args[0], (input, args[1])
+    given, (a, b) = condition(input), args
+    if isinstance(a, Condition) and isinstance(b, Condition):
+        return Condition(given.graph, lambda yes, no: given.choose(a.choose(yes, no), b.choose(yes, no)))
+    return given.choose(node_of(a), node_of(b))
+
+
+def of_conditions(values: Callable, conditions: Callable) -> Callable:
+    """Return a function of two values that does something else to two comparisons, as torch does to booleans."""
+
+    def function(input, other=None, **options) -> Value:
+        both = isinstance(input, Condition) and isinstance(other, Condition)
+        return (conditions if both else values)(input, other, **options)
+
+    return function
+
+
+def sum_of_conditions(input, other, **options):
+    raise Refusal(
+        "a sum of two comparisons, which torch takes as `or`", "write a | b, or a.float() + b to count how many hold"
+    )
 
 
 def unary(name: str) -> Callable:
@@ -112,10 +131,11 @@ def power(input, exponent) -> Node:
             "a power whose exponent is not a whole number up to 8, 0.5 or -0.5",
             "write torch.exp(exponent * torch.log(base))",
         )
-    result = base.graph.number(1.0)
+    one = result = base.graph.number(1.0)
+    factor = base if number >= 0 else one / base
     for _ in range(int(abs(number))):
-        result = result * base
-    return result if number >= 0 else base.graph.number(1.0) / result
+        result = result * factor
+    return result
 
 
 def bound(given: Any) -> float | None:
@@ -214,9 +234,9 @@ def addcmul(input, tensor1, tensor2, *, value=None) -> Node:
 
 
 FUNCTIONS: dict[str, Callable] = {
-    **dict.fromkeys(("add",), add),
+    "add": of_conditions(add, sum_of_conditions),
     **dict.fromkeys(("sub", "subtract"), subtract),
-    **dict.fromkeys(("mul", "multiply"), binary("*")),
+    **dict.fromkeys(("mul", "multiply"), of_conditions(binary("*"), logical_and)),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide"), divide),
     **dict.fromkeys(("neg", "negative"), unary("neg")),
     "pos": lambda input: node_of(input),
@@ -238,9 +258,8 @@ FUNCTIONS: dict[str, Callable] = {
     **dict.fromkeys(("sign", "sgn"), unary("sign")),
     **{name: unary(name) for name in ("sigmoid", "tanh")},
     "relu": activation("relu"),
-    **{name: extremum(name) for name in ("maximum", "minimum")},
-    "max": extremum("maximum"),
-    "min": extremum("minimum"),
+    **dict.fromkeys(("maximum", "max"), of_conditions(extremum("maximum"), logical_or)),
+    **dict.fromkeys(("minimum", "min"), of_conditions(extremum("minimum"), logical_and)),
     **dict.fromkeys(("clamp", "clip"), clamp),
     "clamp_min": lambda input, min: clamp(input, min, None),
     "clamp_max": lambda input, max: clamp(input, None, max),

@@ -82,7 +82,9 @@ class Graph:
     def fold(self, op: str, *numbers: float) -> float:
         try:
             return self.values[op](*numbers)
-        except (ZeroDivisionError, ValueError, OverflowError):
+        except OverflowError:
+            return math.inf  # of exp and expm1
+        except ValueError:
             return math.nan
 
     def simplified(self, op: str, args: tuple[Node, ...], numbers: list[float | None]) -> Node | None:

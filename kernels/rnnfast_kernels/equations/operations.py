@@ -57,6 +57,17 @@ def extremum(larger: bool) -> Operation:
     return Operation(value, lambda d, y, a, b: (partial(d, a, b), partial(d, b, a)))
 
 
+def divided(a: float, b: float) -> float:
+    """Divide as processors do, also by 0."""
+    if b:
+        return a / b
+    return math.copysign(math.inf, a) * math.copysign(1.0, b) if a else math.nan
+
+
+def logarithm(a: float) -> float:
+    return math.log(a) if a else -math.inf
+
+
 def sigmoid(a: float) -> float:
     return 1 / (1 + math.exp(-a)) if a >= 0 else math.exp(a) / (1 + math.exp(a))
 
@@ -65,7 +76,7 @@ OPERATIONS: dict[str, Operation] = {
     "+": Operation(lambda a, b: a + b, lambda d, y, a, b: (d, d)),
     "-": Operation(lambda a, b: a - b, lambda d, y, a, b: (d, -d)),
     "*": Operation(lambda a, b: a * b, lambda d, y, a, b: (d * b, d * a)),
-    "/": Operation(lambda a, b: a / b, lambda d, y, a, b: (d / b, -(d * (y / b))), 2),
+    "/": Operation(divided, lambda d, y, a, b: (d / b, -(d * (y / b))), 2),
     "neg": Operation(lambda a: -a, lambda d, y, a: (-d,)),
     "where_greater": selection(lambda a, b: a > b, "greater"),
     "where_at_most": selection(lambda a, b: a <= b, "at_most"),
@@ -95,8 +106,10 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "exp": Operation(math.exp, lambda d, y, a: (d * y,), EXPENSIVE),
     "expm1": Operation(math.expm1, lambda d, y, a: (d * (y + 1.0),), EXPENSIVE),
-    "log": Operation(math.log, lambda d, y, a: (d / a,), EXPENSIVE),
-    "log1p": Operation(math.log1p, lambda d, y, a: (d / (a + 1.0),), EXPENSIVE),
+    "log": Operation(logarithm, lambda d, y, a: (d / a,), EXPENSIVE),
+    "log1p": Operation(
+        lambda a: math.log1p(a) if a > -1 else logarithm(a + 1), lambda d, y, a: (d / (a + 1.0),), EXPENSIVE
+    ),
     "softplus": Operation(
         lambda a: a if a > 20 else math.log1p(math.exp(a)),
         lambda d, y, a: (where(d, "greater", a, 20.0, d, d * call("sigmoid", a)),),
@@ -108,7 +121,7 @@ OPERATIONS: dict[str, Operation] = {
         2 * EXPENSIVE,
     ),
     "sqrt": Operation(math.sqrt, lambda d, y, a: (d / (y * 2.0),), 3),
-    "rsqrt": Operation(lambda a: 1 / math.sqrt(a), lambda d, y, a: (d * -0.5 * (y * y * y),), 4),
+    "rsqrt": Operation(lambda a: divided(1.0, math.sqrt(a)), lambda d, y, a: (d * -0.5 * (y * y * y),), 4),
     "abs": Operation(abs, lambda d, y, a: (d * call("sign", a),)),
     "sign": Operation(lambda a: (a > 0) - (a < 0), lambda d, y, a: (None,)),
     "sin": Operation(math.sin, lambda d, y, a: (d * call("cos", a),), EXPENSIVE),

@@ -11,6 +11,7 @@ import linecache
 import math
 import numbers
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -46,6 +47,13 @@ def placed(what: str, frame: FrameType, line: int, instead: str) -> CellError:
     code = linecache.getline(file, line, frame.f_globals).strip()
     where = f"\n  {file}:{line}: {code}" if code else f"\n  {file}:{line}"
     return CellError(f"{what}{where}" + (f"\n  {instead}" if instead else ""))
+
+
+def failed(what: str, error: Exception, instead: str) -> CellError:
+    """Return the error for a step that raised one itself, with the line of the user's code."""
+    what = f"{what}: {type(error).__name__}: {error}"
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not is_ours(frame)]
+    return placed(what, *own[-1], instead) if own else CellError(f"{what}\n  {instead}")
 
 
 class Symbol:
@@ -118,6 +126,19 @@ class Placeholder:
 
     def __init__(self, kind: str):
         self.kind = kind
+
+    def __eq__(self, other):
+        raise refuse(
+            f"a look at the {self.kind} of a value: a step is traced once, for every dtype and device",
+            f"pass the {self.kind} on, as in value.to(x.dtype)",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self == name
+
+    __hash__ = object.__hash__
 
 
 def unknown(what: str, name: str) -> tuple[str, str]:
@@ -325,6 +346,12 @@ class Traced:
             sys.setprofile(keep_names)
         try:
             result = call_step(function, groups)
+        except CellError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            what = f"{name_of(function)}: the step cannot be traced"
+            instead = "a step is traced once, with symbols in place of tensors, which have no values and formats"
+            raise failed(what, error, instead) from error
         finally:
             if watched:
                 sys.setprofile(None)
