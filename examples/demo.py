@@ -5,7 +5,7 @@
    must agree.
 3. The time: layers beside torch.nn, each checked against torch.nn in float64 before it is timed. Where other programs
    disturb the measurement, no ratio is told.
-4. A cell of one's own: declared in nine lines, checked against its eager step, timed beside the loop in Python.
+4. A cell of your own: declared in nine lines, checked against its eager step, timed beside the loop in Python.
 5. A frozen model: the trained model with int8 weights, its loss and its size.
 
 The loss curves and the ratios are saved as demo.png.
@@ -175,7 +175,7 @@ def time_case(case: Case) -> tuple[float, str, float]:
 
 def show_own_cell() -> None:
     """Check a declared cell against its eager step, and time it beside a loop."""
-    heading(4, "A cell of one's own")
+    heading(4, "A cell of your own")
     print("\n".join(f"    {line}" for line in own_cell.source().splitlines()))
     print("\nChecking it against its eager step in float64; compiling takes some seconds on the first run.", flush=True)
     print(f"largest relative difference of output and gradients: {max(own_cell.compare().values()):.1e}")

@@ -1,4 +1,4 @@
-"""A cell of one's own: a peephole LSTM in nine lines, checked against its eager step, trained beside a Python loop.
+"""A cell of your own: a peephole LSTM in nine lines, checked against its eager step, trained beside a Python loop.
 
 Both models have the same weights and see the same batches, turn by turn, so that losses and times can be compared. The
 first call compiles the cell's kernels, which takes some seconds, once for this machine. The curves are saved as

@@ -299,8 +299,8 @@ class RNN(OneState):
 class LSTM(TwoStates):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997); takes the arguments of `torch.nn.LSTM`.
 
-    i, f, o = sigmoid(...), g = tanh(...), each of W_ih x + b_ih + W_hh h + b_hh
-    c' = f * c + i * g,  h' = o * tanh(c')
+        i, f, o = sigmoid(...), g = tanh(...), each of W_ih x + b_ih + W_hh h + b_hh
+        c' = f * c + i * g,  h' = o * tanh(c')
 
     Args:
         input_size: width I of the input.
@@ -345,8 +345,8 @@ class LSTM(TwoStates):
 class GRU(OneState):
     """Gated recurrent unit (Cho et al., 2014), in the form of cuDNN and torch; takes the arguments of `torch.nn.GRU`.
 
-    r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
-    n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),  h' = (1 - z) * n + z * h
+        r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),  h' = (1 - z) * n + z * h
 
     Args:
         input_size: width I of the input.

@@ -114,43 +114,35 @@ def make(cell: str, dtype: str):
 
 
 def call_of(layer, x, states) -> tuple[bytes, list[tuple[int, int]]]:
-    """Lay a call out for the processor that is pretended; returns it for the harness, with its buffers' places."""
-    import torch
+    """Lay a call out for the processor that is pretended; returns it for the harness, with its results' places."""
     from rnnfast_kernels.cpu.runtime.compiled import Kernel
 
-    from rnnfast.backends import cpu_stack
+    from rnnfast import fast_path
+    from rnnfast.backends.cpu import addresses_of, executable
 
-    started: list[list[int]] = []
+    calls: list[list[int]] = []
 
     def note(address: int) -> None:
-        started.append(list((ctypes.c_int64 * (11 + len(tensors))).from_address(address)))
+        calls.append(list((ctypes.c_int64 * (11 + len(recipe.named))).from_address(address)))
 
-    cpu_stack.kernel = lambda *args: Kernel(note, note, note)
-    weights = layer.weights()
-    shapes = [w.shape for w in weights]
-    options = layer.options()
-    sizes = cpu_stack.Sizes(
-        options.cell, x.dtype, x.shape, x.stride(), LAYERS, options.directions, shapes, zero=False, threads=1
-    )
-    stack = cpu_stack.Stack(sizes)
-    output = x.new_zeros(STEPS, BATCH, options.directions * HIDDEN)
-    finals = [torch.zeros_like(state) for state in states]
-    tensors = {t.data_ptr(): t for t in (x, output, *finals, *states, *weights)}
-    stack.run(x, output, finals, states, weights)
-    (values, which, count, records, program, _, scratch, *_), bases = started[0][:11], started[0][11:]
-    bases += [0] * (len(stack.recipe.named) - len(bases))  # what the cell does not have
+    executable.kernel = lambda *args: Kernel(note, note, note)
+    options, flat = layer.options(), layer.weights()
+    weights = fast_path.stacked_weights(options, flat)
+    stack = executable.stack(fast_path.signatures_of(options, x, flat, zero=False, threads=1))
+    recipe = stack.recipe
+    results = stack.run(x, addresses_of((x, *states, *weights)))
+    tensors = {t.data_ptr(): t for t in (x, *states, *weights, *results)}
+    ((values, which, count, records, program, _, scratch, *_), bases) = calls[0][:11], calls[0][11:]
     lengths = [tensors[base].nbytes if base else -1 for base in bases]
-    head = array("q", (count, stack.recipe.scratch, records - scratch, program - records, len(bases)))
+    head = array("q", (count, recipe.scratch, records - scratch, program - records, len(bases)))
     contents = [ctypes.string_at(base, size) for base, size in zip(bases, lengths, strict=True) if size > 0]
     parts = (head.tobytes(), ctypes.string_at(values, 8 * count), ctypes.string_at(which, 8 * count))
     given = b"".join((*parts, array("q", lengths).tobytes(), *contents))
-    wanted = (output.data_ptr(), *(final.data_ptr() for final in finals))
-    ends = {}
-    at = 0
+    ends, at = {}, 0
     for base, size in zip(bases, lengths, strict=True):
         ends[base] = (at, max(0, size))
         at += max(0, size)
-    return given, [ends[base] for base in wanted]
+    return given, [ends[result.data_ptr()] for result in results]
 
 
 def emulate(code: bytes, given: bytes, folder: Path) -> bytes:
