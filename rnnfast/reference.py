@@ -12,7 +12,6 @@ import torch
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rnnfast import torch_functions
 from rnnfast.spec import Layer, States, Weights, cell_named
@@ -109,7 +108,8 @@ def join(layer: Layer, steps: tuple[Tensor, ...]) -> Tensor:
     if layer.x.dim() == 2:
         return torch.cat(steps)
     batch = layer.x.shape[1]
-    return torch.stack([pad(part, (0, 0, 0, batch - part.shape[0])) for part in steps])
+    # Older torch pads no tensors without elements.
+    return torch.stack([torch.cat((part, part.new_zeros(batch - len(part), part.shape[1]))) for part in steps])
 
 
 def no_steps(layer: Layer, state: States) -> States:

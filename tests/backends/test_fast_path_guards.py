@@ -6,11 +6,14 @@ import pytest
 import torch
 from recurrent_layers import two_speeds
 from torch.autograd import forward_ad
+from torch_releases import needs_saving_hooks
 
 import rnnfast
 from rnnfast import fast_path
 from rnnfast.functional import gru
 from rnnfast.spec import Options
+
+with_training = pytest.mark.parametrize("training", [False, pytest.param(True, marks=needs_saving_hooks)])
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def has_key(x=None, states=(), options=None, training=False) -> bool:
         return fast_path.key_of(options or Options("gru"), x, states, given) is not None
 
 
-@pytest.mark.parametrize("training", [False, True])
+@with_training
 def test_plain_calls_have_a_key(training):
     assert has_key(training=training)
     assert has_key(states=(torch.zeros(1, 2, 4),), training=training)
@@ -79,6 +82,7 @@ def test_calls_that_training_alone_keeps_off(name, x, options, around):
         assert not has_key(x, options=options, training=True)
 
 
+@needs_saving_hooks
 def test_dropout_is_on_the_fast_path_in_training_with_gradients_alone():
     options = Options("gru", dropout=0.5, training=True)
     assert has_key(options=options, training=True)
@@ -101,7 +105,7 @@ def test_layers_that_are_not_stacked_are_not_recorded(monkeypatch):
     assert fast_path.record(key, x, (), given, None) is None
 
 
-@pytest.mark.parametrize("training", [False, True])
+@with_training
 def test_weights_are_laid_out_where_a_cell_has_parameters_alone(monkeypatch, training):
     arranged, arrange = [], fast_path.flat_weights
     monkeypatch.setattr(fast_path, "flat_weights", lambda *args: arranged.append(args) or arrange(*args))
@@ -125,6 +129,7 @@ class Nothing(torch.autograd.Function):
         return None
 
 
+@needs_saving_hooks
 def test_nothing_comes_of_no_gradient_on_the_fast_path():
     given = weights()
     for _ in range(3):

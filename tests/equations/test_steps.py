@@ -74,7 +74,7 @@ OTHERWISE = {
     "a type": (lambda x, u: x.a + (u.a if isinstance(x.a, torch.Tensor) else x.a * u.a), "not on .* types"),
     "1 - a comparison": (
         lambda x, u: 1 - (x.a > 0) + u.a,
-        r"torch refuses the step: RuntimeError.*must run on tensors",
+        r"torch refuses the step: \w+Error: Subtraction.*must run on tensors",
     ),
     "a number for maximum": (lambda x, u: x.a.maximum(0.0) + u.a, "torch refuses the step: TypeError"),
     "a gate changed after use": (saved_and_changed, "torch refuses the step: RuntimeError: .*inplace operation"),

@@ -61,7 +61,8 @@ def test_the_size_of_a_projection(calls):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_mode(name, mode, calls):
     theirs, ours = errors(name, calls, {"mode": mode}, X)
-    assert ours == theirs
+    # torch 2.6 asserts without a word.
+    assert ours == theirs or (theirs == (AssertionError, "") and ours[0] is AssertionError)
 
 
 @pytest.mark.parametrize("calls", [0, 3])
