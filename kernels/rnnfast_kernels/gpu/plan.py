@@ -13,7 +13,8 @@ from itertools import product
 from triton import knobs
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, TRITON, Device, Plan, Problem, cdiv, next_power
+from rnnfast_kernels.gpu import TRITON
+from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, Device, Plan, Problem, cdiv, next_power
 
 
 @dataclass(frozen=True)
