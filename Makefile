@@ -17,7 +17,6 @@ INSTALLED := $(VENV)/installed
 
 help:
 	@echo "make demo         the import, the same losses, the time, a cell of your own, a frozen model: 3 minutes"
-	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo   the same, with torch's CPU build on Linux"
 	@echo "make test         run all tests, the formatter, the linter and the type checker among them"
 	@echo "make test TORCH=2.6.0   run all tests but those of style with another torch, in an environment of its own"
 	@echo "make test-all     run the long tests too, about half an hour"

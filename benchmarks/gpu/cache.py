@@ -2,8 +2,8 @@
 
 Triton keeps a compiled kernel under a hash of the kernel, its options and its own build. The build differs between two
 Pythons although the same release writes the same code; so for kernels that travel its part of the hash is the release's
-number, on both sides. Files of the cache name each other by absolute paths, which is why the folder is fixed. A kernel
-that is not found is compiled, as ever.
+number, on both sides. Files of the cache name each other by absolute paths, which are set anew where they are unpacked.
+A kernel that is not found is compiled, as ever.
 """
 
 import json
@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDER = Path("/tmp/rnnfast-gpu-kernels")
+FOLDER = ROOT / "build" / "gpu" / "kernels"
 ARCHIVE = ROOT / "build" / "gpu" / "kernels.tar.gz"
 # In the environment of processes that are to look for them: the release of Triton that compiled the kernels.
 RELEASE = "RNNFAST_KERNELS_OF_TRITON"
@@ -43,16 +43,20 @@ def pack(release: str, archive: Path = ARCHIVE, folder: Path = FOLDER) -> int:
     for path in list(folder.rglob("*")):
         if path.suffix in PASSING or path.suffix == ".so" or path.name.endswith(".so.1"):
             path.unlink()
-    # Triton finds a kernel where all files of its group are there.
-    for path in folder.rglob("__grp__*"):
-        files = json.loads(path.read_text())["child_paths"]
-        left = {name: file for name, file in files.items() if Path(name).suffix not in PASSING}
-        path.write_text(json.dumps({"child_paths": left}))
+    name_groups(folder)
     (folder / "release").write_text(release)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, ".")
     return sum(1 for _ in folder.rglob("*.cubin"))
+
+
+def name_groups(folder: Path) -> None:
+    """Name the files of each group that are there by where they are: Triton finds a kernel if it finds all of these."""
+    for path in folder.rglob("__grp__*"):
+        files = {name: path.parent / name for name in json.loads(path.read_text())["child_paths"]}
+        there = {name: str(file) for name, file in files.items() if file.exists()}
+        path.write_text(json.dumps({"child_paths": there}))
 
 
 def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str | None:
@@ -63,6 +67,7 @@ def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
+        name_groups(folder)
         return (folder / "release").read_text()
     except (OSError, EOFError, tarfile.TarError, zlib.error):
         return None

@@ -171,6 +171,8 @@ def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def steps_by_torch(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether `choose_step` chooses torch. A compiled graph keeps the answer it was traced with."""
     choice = choose_step(cell, device, dtype)
+    if choice.broken:
+        warn_broken(choice.broken)
     return choice.backend == "torch" or (
         choice.backend == "numba" and backend_of(cell, device, dtype, False) == "torch"
     )
@@ -184,7 +186,7 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
     if problem is None:
         return Choice(own, f"fused kernel for {device.type} tensors")
     refused = f"{own} cannot run this: {problem}"
-    failed = refused if device.type == "cpu" and is_broken(own, cell, dtype) else ""
+    failed = refused if device.type in ("cpu", "cuda") and is_broken(own, cell, dtype) else ""
     if needs_ours:
         return Choice("reference", f"{refused}; torch.nn lacks an option that is used", failed)
     if not hasattr(_torch.operators, cell):
@@ -193,11 +195,13 @@ def automatic(cell: str, device: torch.device, dtype: torch.dtype, needs_ours: b
 
 
 def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
-    """Say whether it is the installation, not the case, that a CPU backend fails on."""
+    """Say whether it is the installation, not the case, that the backend for a device fails on."""
     try:
         module = load(backend)
     except Exception:  # whatever a library raises that cannot be loaded
         return True
+    if not hasattr(module, "broken"):
+        return False
     return cell in module.CELLS and dtype in module.DTYPE_NAMES and module.broken(cell, dtype) is not None
 
 

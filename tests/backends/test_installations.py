@@ -1,4 +1,4 @@
-"""Installations on which the CPU's kernels cannot run: `auto` runs torch, warns once, and says why."""
+"""Installations on which the kernels of a device cannot run: `auto` runs torch, warns once, and says why."""
 
 import os
 import subprocess
@@ -86,6 +86,39 @@ def test_auto_runs_torch_and_says_why(what, tmp_path):
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "RNNFAST_BACKEND": "auto"}
     code = [sys.executable, "-c", CODE.format(breakage=breakage, reason=reason)]
     run = subprocess.run(code, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+ON_A_GPU = """
+import sys, warnings
+from types import SimpleNamespace
+import torch, rnnfast
+from rnnfast.backends.dispatch import automatic, backend_of, choose, steps_by_torch
+gpu = torch.device("cuda")
+for triton, reason in (
+    (None, "triton cannot be imported"),
+    (SimpleNamespace(__version__="3.2.0"), "the GPU kernels need Triton 3.4 or newer, found 3.2.0"),
+):
+    sys.modules["triton"] = triton
+    automatic.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert steps_by_torch("lstm", gpu, torch.float32)
+        assert len(caught) == 1
+        assert backend_of("lstm", gpu, torch.bfloat16, False) == "torch"
+        assert backend_of("lstm", gpu, torch.float32, True) == "reference"
+        assert backend_of("lstm", torch.device("meta"), torch.float32, False) == "torch"
+    (warned,) = [str(w.message) for w in caught]
+    assert reason in warned, warned
+    explained = choose("lstm", gpu, torch.float32, False)
+    assert reason in explained.reason, explained
+"""
+
+
+def test_auto_says_why_a_gpu_has_no_kernels():
+    """Without Triton, and with the one that torch 2.6 brings."""
+    environment = os.environ | {"RNNFAST_BACKEND": "auto"}
+    run = subprocess.run([sys.executable, "-c", ON_A_GPU], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

@@ -49,9 +49,9 @@ def compile_by(build: str, folder, release: str) -> str:
 @pytest.mark.long
 def test_a_kernel_that_travelled_is_found_by_another_build_of_the_same_release(tmp_path):
     folder, archive, own = tmp_path / "kernels", tmp_path / "kernels.tar.gz", triton.__version__
-    assert compile_by("one build", folder, own) == "[False]"
-    assert gpu_cache.pack(own, archive, folder) == 1
-    shutil.rmtree(folder)
+    assert compile_by("one build", tmp_path / "here", own) == "[False]"
+    assert gpu_cache.pack(own, archive, tmp_path / "here") == 1
+    shutil.rmtree(tmp_path / "here")
     assert gpu_cache.unpack(archive, folder) == own
     assert compile_by("another", folder, own) == "[True]"
     assert compile_by("another", folder, "0.0.0") == "[False]"  # of another release, which is not asked for
@@ -87,6 +87,21 @@ def test_an_archive_has_what_runs_and_nothing_of_the_way_there(tmp_path):
         (folder / "HASH" / name).write_text('{"child_paths": {"k.cubin": "/k.cubin", "k.ptx": "/k.ptx"}}')
     assert gpu_cache.pack("3.6.0", archive, folder) == 1
     shutil.rmtree(folder)
-    assert gpu_cache.unpack(archive, folder) == "3.6.0"
-    assert {path.name for path in (folder / "HASH").iterdir()} == {"k.cubin", "k.json", "__grp__k.json"}
-    assert json.loads((folder / "HASH" / "__grp__k.json").read_text()) == {"child_paths": {"k.cubin": "/k.cubin"}}
+    there = tmp_path / "there"
+    assert gpu_cache.unpack(archive, there) == "3.6.0"
+    assert {path.name for path in (there / "HASH").iterdir()} == {"k.cubin", "k.json", "__grp__k.json"}
+    named = json.loads((there / "HASH" / "__grp__k.json").read_text())
+    assert named == {"child_paths": {"k.cubin": str(there / "HASH" / "k.cubin")}}
+
+
+def test_a_folder_that_cannot_be_written_leaves_kernels_to_be_compiled(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    gpu_cache.pack("3.6.0", tmp_path / "kernels.tar.gz", tmp_path / "kernels")
+    (tmp_path / "file").touch()  # no folder, whoever asks
+    assert gpu_cache.unpack(tmp_path / "kernels.tar.gz", tmp_path / "file" / "kernels") is None
+    assert gpu_cache.environment(None) == {}
+
+
+def test_kernels_are_unpacked_within_the_checkout():
+    """Where other users of a machine put nothing, as they may into a folder that all share."""
+    assert gpu_cache.FOLDER.is_relative_to(gpu_cache.ROOT)

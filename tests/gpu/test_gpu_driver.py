@@ -21,8 +21,7 @@ from fake_cuda import Launched, asked
 from gpu_layers import Case, check, make, run
 from gpu_plans import ALONE, TOGETHER
 from ptx.machine import Machine
-from rnnfast_kernels.gpu import launch, plan
-from rnnfast_kernels.gpu.problem import TRITON
+from rnnfast_kernels.gpu import TRITON, launch, plan
 from triton.runtime.jit import JITFunction
 
 from rnnfast.backends import gpu, gpu_launch

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.4")
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu import plan
+from rnnfast_kernels.gpu import aot, plan
 from rnnfast_kernels.gpu.vary import varied
 
 H200 = plan.Device("sm_90", 132, 232448)
@@ -195,3 +195,15 @@ def test_a_choice_changes_what_follows_from_it():
 def test_a_choice_that_cannot_run_says_why(choices, loop, words):
     with pytest.raises(ValueError, match=words):
         varied(problem(H=1024), choices, loop)
+
+
+@pytest.mark.parametrize(
+    ("arch", "cell", "H", "B", "backward", "tile"),
+    [("sm_90", "lstm", 1024, 64, True, (64, 8, 8, 16)), ("sm_100", "gru", 512, 128, False, (16, 32, 4))],
+)
+def test_tiles_of_which_a_compiler_spilled_are_no_candidates(arch, cell, H, B, backward, tile):
+    """In TF32, by Triton 3.6 and 3.9."""
+    asked = plan.Problem(cell, H, B, 1, "float32", "tf32", backward, aot.TARGETS[arch][1])
+    refused = plan.cooperative(asked, *tile)
+    assert plan.fits(asked, refused)
+    assert refused not in plan.candidates(asked)

@@ -18,3 +18,11 @@ vary.py         the best plan with some of its choices replaced, for tuning
 launch.py       from a plan to a grid
 aot.py          compiles all of it without a GPU and reports registers, spills and shared memory
 """
+
+import triton
+
+# Its major and minor version.
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+if TRITON < (3, 4):
+    raise ImportError(f"the GPU kernels need Triton 3.4 or newer, found {triton.__version__}", name=__name__)

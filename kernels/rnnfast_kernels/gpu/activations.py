@@ -144,48 +144,13 @@ def logsigmoid(x):
 
 
 @triton.jit
-def exponential(x):
-    return tl.exp(x)
-
-
-@triton.jit
-def log(x):
-    return tl.log(x)
-
-
-@triton.jit
-def sqrt(x):
-    return tl.sqrt(x)
-
-
-@triton.jit
 def rsqrt(x):
     return 1.0 / tl.sqrt(x)
 
 
 @triton.jit
-def magnitude(x):
-    return tl.abs(x)
-
-
-@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0 * tl.abs(x)))
-
-
-@triton.jit
-def sin(x):
-    return tl.sin(x)
-
-
-@triton.jit
-def cos(x):
-    return tl.cos(x)
-
-
-@triton.jit
-def erf(x):
-    return tl.erf(x)
 
 
 @triton.jit
@@ -225,6 +190,11 @@ def surrogate(a, slope):
     return tl.where(a > 0.0, 1.0, 0.0 * slope)
 
 
+def of_language(name: str) -> Callable:
+    """A function of `tl`, looked up as it is called by the interpreter, which puts its own there for each launch."""
+    return (lambda x: getattr(tl, name)(x)) if INTERPRETED.value else getattr(tl, name)
+
+
 # `tl` itself must be among a bound cell's globals, or the interpreter cannot patch it.
 NAMESPACE = {
     "tl": tl,
@@ -235,13 +205,12 @@ NAMESPACE = {
     "tanh_backward": tanh_backward,
     "relu_backward": relu_backward,
     "zeros_like": zeros_like,
-    "exp": exponential,
-    "abs": magnitude,
+    **{name: of_language(name) for name in ("exp", "abs", "log", "sqrt", "sin", "cos", "erf")},
     **{
         function.__name__: function
         for function in (
-            where_greater, where_at_most, where_equal, log1p, expm1, softplus, logsigmoid, log, sqrt, rsqrt, sign, sin,
-            cos, erf, maximum, minimum, clamp_low, clamp_high, bounded, detach, surrogate,
+            where_greater, where_at_most, where_equal, log1p, expm1, softplus, logsigmoid, rsqrt, sign, maximum,
+            minimum, clamp_low, clamp_high, bounded, detach, surrogate,
         )
     },
 }  # fmt: skip

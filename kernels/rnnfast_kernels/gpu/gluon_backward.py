@@ -23,7 +23,6 @@ from rnnfast_kernels.gpu.gluon_tiles import (
     UNIT,
     add_products,
     add_warps,
-    count_of,
     kept_pieces,
     load_weights,
     memory_for_sums,
@@ -118,7 +117,7 @@ def backward_loop(
         await_step(counter, k, MEMBERS, POLLED)
         p_slot = slot_of(tile, k, slot, POLLED)
         sums = zero_sums(1, BLOCK_B, BLOCK_N, WARPS)
-        for j in gl.static_range(count_of(SIZES)):
+        for j in gl.static_range(len(SIZES)):
             operand = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, SIZES, WARPS, POLLED)
             sums = add_products(operand, weights, sums, j, KEPT, 1, PRECISION)
         dentering = (direct[0] + add_warps(memory, sums, 1, BLOCK_N, WARPS)[0],)

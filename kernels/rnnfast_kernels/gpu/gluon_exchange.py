@@ -34,7 +34,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from rnnfast_kernels.gpu.barrier import arrive, wait
-from rnnfast_kernels.gpu.gluon_tiles import operand_layout, quads_layout, size_of, start_of
+from rnnfast_kernels.gpu.gluon_tiles import operand_layout, quads_layout, start_of
 
 POISON = gl.constexpr(0xFFFFFFFF)
 
@@ -59,8 +59,10 @@ def read_text(count, polled):
 
 
 @gluon.constexpr_function
-def read_operands(count):
-    return ",".join(["=&r"] * (4 * count) + ["l"] * count)
+def constraints(results, words, addresses):
+    """Constraints of inline PTX. Results that wait for addresses alone are written while some of these are still to be
+    read, so they have registers of their own."""
+    return ",".join(["=r" if words else "=&r"] * results + ["r"] * words + ["l"] * addresses)
 
 
 @gluon.constexpr_function
@@ -79,18 +81,8 @@ def publish_text(count, owners, every, polled):
 
 
 @gluon.constexpr_function
-def publish_operands(count):
-    return ",".join(["=r"] * count + ["r"] * count + ["l"] * (2 * count))
-
-
-@gluon.constexpr_function
 def fence_text(count):
     return "\n".join(["fence.acq_rel.gpu;", *(f"mov.b32 ${n}, ${count + n};" for n in range(count))])
-
-
-@gluon.constexpr_function
-def fence_operands(count):
-    return ",".join(["=r"] * count + ["r"] * count)
 
 
 @gluon.constexpr_function
@@ -142,7 +134,7 @@ def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WO
                WARPS: gl.constexpr, POLLED: gl.constexpr):  # fmt: skip
     """Piece j of an exchanged tile [R, WORDS] as the left operand of a product, [W, R, K]."""
     EACH: gl.constexpr = 32 // DTYPE.primitive_bitwidth
-    K: gl.constexpr = size_of(SIZES, j)
+    K: gl.constexpr = SIZES[j]
     QUADS: gl.constexpr = K // (2 * EACH)
     COUNT: gl.constexpr = R * QUADS // 64
     layout: gl.constexpr = operand_layout(0, WARPS, 4 // EACH)
@@ -152,7 +144,7 @@ def read_piece(p_slot, j: gl.constexpr, DTYPE: gl.constexpr, R: gl.constexpr, WO
     c = gl.arange(0, QUADS, gl.SliceLayout(0, gl.SliceLayout(1, quads)))[None, None, :]
     first = (WARPS * start_of(SIZES, j) + s * K) // (2 * EACH)
     w0, w1, w2, w3 = gl.inline_asm_elementwise(
-        read_text(COUNT, POLLED), read_operands(COUNT), [p_slot + b * (2 * WORDS) + (first + c) * 4],
+        read_text(COUNT, POLLED), constraints(4 * COUNT, 0, COUNT), [p_slot + b * (2 * WORDS) + (first + c) * 4],
         (gl.int32, gl.int32, gl.int32, gl.int32), False, COUNT,
     )  # fmt: skip
     # Dimensions behind those of the quads: entry of a word, first or second word, upper or lower row.
@@ -177,8 +169,8 @@ def publish(p_tile, k, slot, offsets, words, R: gl.constexpr, U: gl.constexpr, W
     place = p_tile + k % (4 if POLLED else 2) * slot + offsets
     poisoned = p_tile + (k + 2) % 4 * slot + offsets if POLLED else place
     gl.inline_asm_elementwise(
-        publish_text(COUNT, owners_of(R, U, WARPS), EVERY, POLLED), publish_operands(COUNT), [words, place, poisoned],
-        gl.int32, False, COUNT,
+        publish_text(COUNT, owners_of(R, U, WARPS), EVERY, POLLED), constraints(COUNT, COUNT, 2 * COUNT),
+        [words, place, poisoned], gl.int32, False, COUNT,
     )  # fmt: skip
 
 
@@ -187,7 +179,7 @@ def finish_step(counter, words, R: gl.constexpr, U: gl.constexpr, WARPS: gl.cons
     """What follows all that a program publishes for a step, the last of it `words`."""
     if POLLED:
         COUNT: gl.constexpr = words_of_thread(R, U, WARPS)
-        gl.inline_asm_elementwise(fence_text(COUNT), fence_operands(COUNT), [words], gl.int32, False, COUNT)
+        gl.inline_asm_elementwise(fence_text(COUNT), constraints(COUNT, COUNT, 0), [words], gl.int32, False, COUNT)
     else:
         arrive(counter)
 

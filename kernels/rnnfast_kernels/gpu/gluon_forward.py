@@ -22,7 +22,6 @@ from rnnfast_kernels.gpu.gluon_tiles import (
     UNIT,
     add_products,
     add_warps,
-    count_of,
     kept_pieces,
     load_weights,
     memory_for_sums,
@@ -34,6 +33,7 @@ from rnnfast_kernels.gpu.tiles import (
     add,
     all_rows,
     clear,
+    load_bias,
     load_gates,
     load_states,
     resets_of_step,
@@ -70,12 +70,7 @@ def forward_loop(
 
     p_w = p.w_hh + d.to(gl.int64) * (GATES * H * ROW)
     weights = load_weights(p_w, n0, GATES, H, ROW, WIDTH, SIZES, KEPT, BLOCK_N, WARPS)
-    bias = ()
-    for g in gl.static_range(GATES):
-        if p.b_hh is None:
-            bias = bias + (gl.zeros([1, BLOCK_N], gl.float32, cell),)
-        else:
-            bias = bias + (gl.load(p.b_hh + (d * GATES + g) * H + n, mask=n < H, other=0.0).to(gl.float32)[None, :],)
+    bias = load_bias(p.b_hh, d, n, GATES, H, gl.float32)
     memory = memory_for_sums(GATES, BLOCK_B, BLOCK_N, WARPS)
 
     # One step ahead throughout: nothing but h is waited for inside a step.
@@ -97,7 +92,7 @@ def forward_loop(
         await_step(counter, k, MEMBERS, POLLED)
         p_slot = slot_of(tile, k, slot, POLLED)
         sums = zero_sums(GATES, BLOCK_B, BLOCK_N, WARPS)
-        for j in gl.static_range(count_of(SIZES)):
+        for j in gl.static_range(len(SIZES)):
             h = read_piece(p_slot, j, DTYPE, BLOCK_B, WORDS, SIZES, WARPS, POLLED)
             sums = add_products(h, weights, sums, j, KEPT, GATES, PRECISION)
         next_x = load_gates(p.gates, next_span, b, n, d, D, GATES, H)

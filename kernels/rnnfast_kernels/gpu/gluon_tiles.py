@@ -37,16 +37,6 @@ def kept_pieces(kept, R, entries):
 
 
 @gluon.constexpr_function
-def count_of(sizes):
-    return len(sizes)
-
-
-@gluon.constexpr_function
-def size_of(sizes, j):
-    return sizes[j]
-
-
-@gluon.constexpr_function
 def start_of(sizes, j):
     """A warp's values of k in front of piece j."""
     return sum(sizes[:j])
@@ -102,7 +92,7 @@ def load_piece(p_w, n0, j: gl.constexpr, H: gl.constexpr, ROW: gl.constexpr, WID
 
     Gates follow one another: WIDTH values of k for each, of which a row has ROW.
     """
-    K: gl.constexpr = size_of(SIZES, j)
+    K: gl.constexpr = SIZES[j]
     layout: gl.constexpr = operand_layout(1, WARPS, p_w.dtype.element_ty.primitive_bitwidth // 8)
     s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
@@ -126,7 +116,7 @@ def load_weights(p_w, n0, COUNT: gl.constexpr, H: gl.constexpr, ROW: gl.constexp
     weights = ()
     for g in gl.static_range(COUNT):
         pieces = ()
-        for j in gl.static_range(count_of(SIZES)):
+        for j in gl.static_range(len(SIZES)):
             piece = load_piece(p_w + g * H * ROW, n0, j, H, ROW, WIDTH, SIZES, U, WARPS)
             pieces = pieces + ((piece if j < KEPT else in_shared_memory(piece)),)
         weights = weights + (pieces,)
@@ -145,20 +135,12 @@ def zero_sums(COUNT: gl.constexpr, R: gl.constexpr, U: gl.constexpr, WARPS: gl.c
 def add_products(operand, weights, sums, j: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr,
                  PRECISION: gl.constexpr):  # fmt: skip
     """sums[g] + operand @ piece j of weights[g], each warp for itself."""
+    layout: gl.constexpr = operand_layout(1, operand.shape[0], operand.dtype.primitive_bitwidth // 8)
     result = ()
     for g in gl.static_range(COUNT):
-        if j < KEPT:
-            result = result + (mma_v2(operand, weights[g][j], sums[g], PRECISION),)
-        else:
-            result = result + (mma_v2(operand, load_own(weights[g][j], operand), sums[g], PRECISION),)
+        piece = weights[g][j] if j < KEPT else weights[g][j].load(layout)
+        result = result + (mma_v2(operand, piece, sums[g], PRECISION),)
     return result
-
-
-@gluon.jit
-def load_own(piece, operand):
-    """A piece of the weights from shared memory."""
-    layout: gl.constexpr = operand_layout(1, operand.shape[0], operand.dtype.primitive_bitwidth // 8)
-    return piece.load(layout)
 
 
 @gluon.jit

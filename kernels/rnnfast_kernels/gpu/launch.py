@@ -11,11 +11,11 @@ import triton
 from triton import knobs
 
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.gpu import TRITON
 from rnnfast_kernels.gpu.activations import BOUND
 from rnnfast_kernels.gpu.backward import backward_loop
 from rnnfast_kernels.gpu.forward import forward_loop
 from rnnfast_kernels.gpu.plan import Plan
-from rnnfast_kernels.gpu.problem import TRITON
 from rnnfast_kernels.gpu.streamed import backward_step, forward_step, shifted_rows
 
 # The place of a step's number among the arguments of its kernel.

@@ -13,7 +13,8 @@ from itertools import product
 from triton import knobs
 
 from rnnfast_kernels.cells import CELLS
-from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, TRITON, Device, Plan, Problem, cdiv, next_power
+from rnnfast_kernels.gpu import TRITON
+from rnnfast_kernels.gpu.problem import FIRST_WITH_GLUON, Device, Plan, Problem, cdiv, next_power
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def registers_of_step(problem: Problem, plan: Plan) -> int:
     """What a step of a Triton loop takes of a thread's registers for its operand and its sums, which STEP_ROOM limits.
 
     A sum counts once for each gate, twice in backward. Without matrix instructions, factors wait in registers: there a
-    sum counts twelvefold, or forward with more than 8 units the operand threefold. On AMD the weights may take as many.
+    sum counts twelvefold, or forward with more than 8 units the operand threefold. TF32 takes a few more. On AMD the
+    weights may take as many.
     """
     threads = problem.device.warp * plan.warps
     operand = plan.block_b * plan.width * problem.itemsize * (problem.recurrent if problem.backward else 1)
@@ -133,6 +135,8 @@ def registers_of_step(problem: Problem, plan: Plan) -> int:
     if problem.plain:
         times, weight = (1, 12) if problem.backward or plan.block_n == 8 else (3, problem.recurrent)
     step = times * operand // (4 * threads) + weight * plan.split * plan.block_b * plan.reach // threads
+    if problem.precision == "tf32":
+        step += 8 if problem.backward else 24
     if not problem.device.amd:
         return step
     # Warps without columns of their own hold the same weights: an instruction is 16 wide, or 32 for as many rows.

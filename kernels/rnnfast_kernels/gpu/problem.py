@@ -2,14 +2,9 @@
 
 from dataclasses import dataclass
 
-import triton
-
 from rnnfast_kernels.cells import CELLS
 
-# Its major and minor version.
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-
-# Earlier ones have no Gluon, or another.
+# Earlier versions of Triton have no Gluon, or another.
 FIRST_WITH_GLUON = (3, 6)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton import knobs
 from triton.language.target_info import is_cuda
 
-from rnnfast_kernels.gpu.problem import TRITON
+from rnnfast_kernels.gpu import TRITON
 
 # The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -96,7 +96,7 @@ def load_bias(pointer, d, n, COUNT: tl.constexpr, H: tl.constexpr, DTYPE: tl.con
     rows = ()
     for g in tl.static_range(COUNT):
         if pointer is None:
-            rows = rows + (tl.zeros([1, n.shape[0]], DTYPE),)
+            rows = rows + (tl.where(n < H, 0.0, 0.0).to(DTYPE)[None, :],)
         else:
             row = tl.load(pointer + (d * COUNT + g) * H + n, mask=n < H, other=0.0)
             rows = rows + (row.to(DTYPE)[None, :],)
