@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
 from rnnfast import _torch, autograd, context, fast_path, native, operators, reference, validate
 from rnnfast.backends import measured
@@ -243,6 +242,8 @@ def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple
     else:
         args = (layer, backend, cell.output > 0 or (call.all_states and n == options.num_layers - 1))
         if options.recompute and torch.is_grad_enabled() and not _torch.has_transforms():
+            from torch.utils.checkpoint import checkpoint  # imports sympy with torch 2.6
+
             states, finals = checkpoint(autograd.layer, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             states, finals = autograd.layer(*args)

@@ -63,7 +63,8 @@ def test_errs_by_few_units_in_the_last_place(name, dtype):
     # sin and cos pass through 0, where what counts is the absolute error.
     error = error if name not in ("sin", "cos") else np.abs(got.double().numpy() - exact) / torch.finfo(x.dtype).eps
     assert error.max() <= allowed, (x[error.argmax()], got[error.argmax()], exact[error.argmax()])
-    expected = function(torch.tensor(SPECIAL, dtype=x.dtype))
+    # In float64, since log1p of 3e38 is infinite with torch 2.6 in float32.
+    expected = function(torch.tensor(SPECIAL, dtype=x.dtype).double()).to(x.dtype)
     near = 1e-5 if dtype == "float32" else 1e-14
     torch.testing.assert_close(special, expected, rtol=near, atol=0, equal_nan=True)
 
