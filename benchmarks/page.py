@@ -1,6 +1,6 @@
 """The report: one HTML page from the stored results of a machine, without network, at any width, light and dark.
 
-python -m benchmarks.page              write again the pages of all stored results, and README's pictures
+python -m benchmarks.page              write again the pages of all stored results, and README's pictures of the first
 python -m benchmarks.page FILE.json    write the page beside this file
 """
 
@@ -273,6 +273,16 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def stored() -> list[Path]:
+    """List the results of every machine, those of runs over a part left out."""
+    return sorted(store.RESULTS.glob("*/results.json"))
+
+
+def pictured() -> dict[str, Any]:
+    """Return what README's pictures show: the first stored results with layers of published models."""
+    return next(filter(model_speeds, map(store.load, stored())))
+
+
 def draw_pictures(results: dict[str, Any], folder: Path = IMAGES) -> list[Path]:
     """Draw README's pictures, light and dark: speed by real model."""
     rows = model_speeds(results)
@@ -290,12 +300,10 @@ def draw_pictures(results: dict[str, Any], folder: Path = IMAGES) -> list[Path]:
 
 
 def main(words: list[str]) -> None:
-    files = [Path(word) for word in words] or sorted(store.RESULTS.glob("*/results.json"))
-    for file in files:
-        results = store.load(file)
-        print(write(results, file.parent))
-        if not words and model_speeds(results):
-            print(*draw_pictures(results), sep="\n")
+    for file in [Path(word) for word in words] or stored():
+        print(write(store.load(file), file.parent))
+    if not words:
+        print(*draw_pictures(pictured()), sep="\n")
 
 
 if __name__ == "__main__":

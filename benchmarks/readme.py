@@ -5,12 +5,13 @@ files; with --check the exit status is 1 where a file says otherwise.
 """
 
 import argparse
-import math
+import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks import store
+from benchmarks import page, store
 from benchmarks.cases import CELLS, Case
 from benchmarks.contenders import BASELINE, OURS
 
@@ -22,27 +23,27 @@ ROWS = ((OURS, "inference", "forward"), (OURS, "training", "training"), (PEER, "
 VERSIONS = {"torch": "torch", PEER: "ONNX Runtime"}
 
 
-def full_results() -> list[Path]:
-    """The results of every machine, those of runs over a part left out."""
-    return sorted(store.RESULTS.glob("*/results.json"))
-
-
 def summary() -> str:
     """README's sentences: one per machine on which the layers of published models were timed."""
-    every = [store.load(path) for path in full_results()]
-    return "\n\n".join(sentence(results) for results in every if store.records_of(results, "real-layers"))
+    every = [store.load(path) for path in page.stored()]
+    first, *others = [results for results in every if store.records_of(results, "real-layers")]
+    count, least, most, mean = speeds(first)
+    said = [
+        f"In {count} cases from published models, rnnfast runs {least:.1f} to {most:.1f} times as fast as `torch.nn`; "
+        f"the geometric mean is {mean:.1f} ({conditions(first)})."
+    ]
+    for results in others:
+        _, least, most, mean = speeds(results)
+        said.append(f"{conditions(results)}: {least:.1f} to {most:.1f} times as fast, geometric mean {mean:.1f}.")
+    text = " ".join([*said, "[Benchmarks](docs/benchmarks.md) has every case."])
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def sentence(results: dict[str, Any]) -> str:
-    """Say how many times as fast as torch.nn layers of published models are: least, most and geometric mean."""
-    records = store.records_of(results, "real-layers")
-    ratios = [row["ratio"][0] for record in records if "ratio" in (row := store.ok_rows(record).get(OURS, {}))]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return (
-        f"In {len(ratios)} cases from published models, rnnfast runs {min(ratios):.1f} to {max(ratios):.1f} times as\n"
-        f"fast as `torch.nn`; the geometric mean is {mean:.1f} ({conditions(results)}).\n"
-        "[Benchmarks](docs/benchmarks.md) has every case."
-    )
+def speeds(results: dict[str, Any]) -> tuple[int, float, float, float]:
+    """How many times as fast as torch.nn layers of published models are: cases, least, most and geometric mean."""
+    rows = (store.ok_rows(record).get(OURS, {}) for record in store.records_of(results, "real-layers"))
+    ratios = [row["ratio"][0] for row in rows if "ratio" in row]
+    return len(ratios), min(ratios), max(ratios), statistics.geometric_mean(ratios)
 
 
 def conditions(results: dict[str, Any]) -> str:
@@ -55,16 +56,16 @@ def conditions(results: dict[str, Any]) -> str:
 
 def tables() -> str:
     """The tables of docs/benchmarks.md, one part per run that has some; others have their page alone."""
-    return "\n\n".join(filter(None, map(machine_tables, full_results())))
+    return "\n\n".join(filter(None, map(machine_tables, page.stored())))
 
 
 def machine_tables(path: Path) -> str:
     results = store.load(path)
-    page = f"{path.parent.relative_to(ROOT).as_posix()}/report.html"
+    report = f"{path.parent.relative_to(ROOT).as_posix()}/report.html"
     told = [
         f"### {results['machine']['device']}",
         f"Conditions: {conditions(results)}, commit {results['machine']['commit']}. All results of this run, with\n"
-        f"plots, are in `{page}`.",
+        f"plots, are in `{report}`.",
     ]
     if real := store.records_of(results, "real-layers"):
         told += ["Speed relative to `torch.nn`, layers of published models:", model_table(real)]
