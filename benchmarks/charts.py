@@ -167,7 +167,7 @@ def bars(rows: Sequence[Bar], title: str, notes: Sequence[str], theme: dict[str,
             x = left + row.peer * scale
             parts.append(f'<path d="M{x:.1f} {y + 1}v23" stroke="var(--onnxruntime)" stroke-width="4"/>')
         end = left + max(row.value, row.peer or 0) * scale
-        parts.append(text(end + 7, y + 17, times(row.value), "v"))
+        parts.append(text(end + 7, y + 17, "even" if row.verdict == "even" else times(row.value), "v"))
     parts.append(
         f'<path d="M{one:.1f} {top}V{top + row_height * len(rows)}" stroke="var(--ink)" stroke-dasharray="3 3"/>'
     )
