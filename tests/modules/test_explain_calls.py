@@ -77,7 +77,7 @@ def test_a_compiled_model_is_explained_as_it_is_written():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore::torch.jit.TracerWarning")
 def test_a_scripted_layer_is_not_said_to_be_left_out():
     model = Model(torch.jit.trace(nn.LSTM(3, 5), X, check_trace=False))
     for measure in (False, True):
