@@ -136,7 +136,7 @@ class RNNCell(RNNCellBase, nn.RNNCell):
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
         if isinstance(input, Proxy):
-            return leaf(self, (input,) if hx is None else (input, hx))
+            return leaf(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         if self.is_for_torch(input):
@@ -186,7 +186,7 @@ class LSTMCell(RNNCellBase, nn.LSTMCell):
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
         if isinstance(input, Proxy):
-            return leaf(self, (input,) if hx is None else (input, hx))
+            return leaf(self, input, hx)
         if self.is_for_torch(input) or not (hx is None or isinstance(hx, (tuple, list))):
             return super().forward(input, hx)
         if hx is not None:
@@ -237,7 +237,7 @@ class GRUCell(RNNCellBase, nn.GRUCell):
             ValueError, RuntimeError: what torch raises for the same mistake.
         """
         if isinstance(input, Proxy):
-            return leaf(self, (input,) if hx is None else (input, hx))
+            return leaf(self, input, hx)
         if self.is_for_torch(input):
             return super().forward(input, hx)
         return self.step(input, None if hx is None else (hx,))[0]

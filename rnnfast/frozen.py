@@ -82,8 +82,7 @@ class Frozen(FrozenWeights):
                 by a layer that is not frozen.
         """
         if isinstance(input, Proxy):
-            args = (input,) if hx is None else (input, hx)
-            return leaf(self, args, lengths=lengths, resets=resets, all_states=all_states)
+            return leaf(self, input, hx, lengths=lengths, resets=resets, all_states=all_states)
         if lengths is None and resets is None and not all_states:
             results = self.run_prepared(input, hx)
             if results is not None:

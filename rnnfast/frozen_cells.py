@@ -29,8 +29,7 @@ class FrozenRecurrent(Frozen, Recurrent):
                 by a layer that is not frozen.
         """
         if isinstance(input, Proxy):
-            args = (input,) if hx is None else (input, hx)
-            return leaf(self, args, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
+            return leaf(self, input, hx, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
         cell = self.cell
         laid_out: tuple[Tensor, ...] = ()
         if hx is not None or signals or cell.signals or torch.compiler.is_compiling():

@@ -70,10 +70,11 @@ def no_script(module: nn.Module) -> str:
     )
 
 
-def leaf(module: nn.Module, args: tuple, **options: Any):
+def leaf(module: nn.Module, input: Proxy, hx, **options: Any):
     """Record a module as one node, as torch.fx does with the modules of torch.nn."""
+    args = (input,) if hx is None else (input, hx)
     kwargs = {name: value for name, value in options.items() if value is not None and value is not False}
-    tracer = args[0].tracer
+    tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
@@ -127,8 +128,7 @@ class RNNBase(nn.RNNBase):
                 resets: what was expected and what came. RuntimeError if a backend asked for by name cannot run this.
         """
         if isinstance(input, Proxy):
-            args = (input,) if hx is None else (input, hx)
-            return leaf(self, args, lengths=lengths, resets=resets, all_states=all_states)
+            return leaf(self, input, hx, lengths=lengths, resets=resets, all_states=all_states)
         return recurrent(
             self.options(), input, self.weights(), hx, lengths=lengths, resets=resets, all_states=all_states
         )

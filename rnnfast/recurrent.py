@@ -211,8 +211,7 @@ class Recurrent(nn.Module):
             ValueError, RuntimeError, TypeError: what was expected, and what came.
         """
         if isinstance(input, Proxy):
-            args = (input,) if hx is None else (input, hx)
-            return leaf(self, args, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
+            return leaf(self, input, hx, signals=signals, lengths=lengths, resets=resets, all_states=all_states)
         return recurrent(
             self.options(), input, self.weights(), hx, signals=signals, lengths=lengths, resets=resets,
             all_states=all_states,
