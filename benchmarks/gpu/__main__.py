@@ -95,7 +95,7 @@ class Outcome:
 def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run a stage, shared among its processes, and keep what they said."""
     cores = os.cpu_count() or 1
-    processes = min(stage.processes, max(1, cores - 2))
+    processes = min(stage.processes, max(2, cores - 2))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         logs, junits = ([Path(folder, f"{n}.{kind}") for n in range(processes)] for kind in ("txt", "xml"))
