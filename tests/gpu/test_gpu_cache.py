@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import triton
 from conftest import INTERPRETED

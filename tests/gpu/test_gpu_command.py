@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import fake_cuda
 from rnnfast_kernels.gpu import aot, plan

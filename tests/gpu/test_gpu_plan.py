@@ -6,7 +6,7 @@ from itertools import islice, product
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.gpu import aot, plan
