@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu import cache, report
@@ -58,6 +58,7 @@ LAYERS = (
     "autograd/autocast", "autograd/transforms", "autograd/ensembles", "modules/accelerate", "modules/cell_modules",
     "modules/parametrizations", "autograd/compile", "autograd/export", "modules/torch_samples",
 )  # fmt: skip
+KERNELS = Stage("kernels", 80, PROCESSES, ("gpu/gpu_numerics",))
 CALLS = {
     "first": (
         520,
@@ -66,7 +67,7 @@ CALLS = {
             Stage("streams", 45, 4, ("gpu/gpu_device",), STREAMS),
             Stage("probe", 30),
             Stage("warm", 60, PROCESSES),
-            Stage("kernels", 80, PROCESSES, ("gpu/gpu_numerics",)),
+            KERNELS,
             Stage("grid", 125),
             Stage("sweep", 45),
             Stage("plans", 45),
@@ -83,7 +84,12 @@ CALLS = {
         ),
     ),
 }
-FILL = (Stage("probe", 600), Stage("smoke", 3600, 2), Stage("warm", 7200, 2))
+FILL = (
+    Stage("probe", 600),
+    Stage("smoke", 3600, 2),
+    Stage("warm", 7200, 2),
+    replace(KERNELS, seconds=7200, processes=2),
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ def pytest_words(stage: Stage, share: str, junit: Path, environment: dict[str, s
     words += ["-k", stage.which] if stage.which else []
     if importlib.util.find_spec("pytest_timeout"):
         words += ["-o", "timeout=60", "-o", "timeout_method=thread"]
+    if environment.get("STANDS_IN") == "fill":
+        words += ["--compiled-for", "sm_90", "--maxfail=0", "-o", "timeout=3600"]
     return [*words, *("tests/{}/test_{}.py".format(*name.split("/")) for name in stage.tests)]
 
 
@@ -204,7 +212,8 @@ def fill(wanted: Sequence[str]) -> int:
     kernels = cache.pack(triton.__version__)
     size = cache.ARCHIVE.stat().st_size / 2**20
     print(f"{kernels} kernels by Triton {triton.__version__} in {cache.ARCHIVE}, {size:.1f} MiB")
-    return 0 if all(o.state == "done" for o in outcomes) else 1
+    # Of tests whose kernels never run, many fail.
+    return 0 if all(o.state == "done" for o in outcomes if o.stage != KERNELS.name) else 1
 
 
 def main(given: Sequence[str] | None = None) -> int:
