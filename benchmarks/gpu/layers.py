@@ -59,7 +59,7 @@ SIZES = {"": FULL, "fill": FULL, "tiny": TINY}[STANDS_IN]
 
 
 # Seconds that a case may take, with what it compiles, and that the device may take to end what it was given.
-CASE_SECONDS, DEVICE_SECONDS = 60, 15
+CASE_SECONDS, DEVICE_SECONDS = 120, 15
 
 
 def watch(seconds: float) -> None:

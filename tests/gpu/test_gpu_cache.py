@@ -99,6 +99,20 @@ def test_an_archive_has_what_runs_and_nothing_of_the_way_there(tmp_path):
     assert named == {"child_paths": {"k.cubin": str(there / "HASH" / "k.cubin")}}
 
 
+def test_kernels_compiled_since_stay_until_another_archive_comes(tmp_path):
+    folder, archive, there = tmp_path / "kernels", tmp_path / "kernels.tar.gz", tmp_path / "there"
+    folder.mkdir()
+    gpu_cache.pack("3.6.0", archive, folder)
+    for kept in (False, True):
+        assert gpu_cache.unpack(archive, there) == "3.6.0"
+        assert (there / "since").exists() == kept
+        (there / "since").touch()
+    (folder / "k.cubin").touch()
+    gpu_cache.pack("3.6.0", archive, folder)
+    assert gpu_cache.unpack(archive, there) == "3.6.0"
+    assert {path.name for path in there.iterdir()} == {"k.cubin", "release", "unpacked"}
+
+
 def test_a_folder_that_cannot_be_written_leaves_kernels_to_be_compiled(tmp_path):
     (tmp_path / "kernels").mkdir()
     gpu_cache.pack("3.6.0", tmp_path / "kernels.tar.gz", tmp_path / "kernels")
