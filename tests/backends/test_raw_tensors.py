@@ -156,3 +156,14 @@ def test_pre_dispatch_trace():
         graph = make_fx(lambda a: ours(a)[0], tracing_mode="real", pre_dispatch=True)(x)
         other = torch.randn(5, 2, 3)
         torch.testing.assert_close(graph(other), ours(other)[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_dimension_of_size_one_has_any_stride(name, grad_mode):
+    ours, x = LAYERS[name](3, 4), torch.randn(5, 1, 3)
+    odd = x.as_strided((5, 1, 3), (3, 2**62, 1))
+    for _ in range(3):
+        for lengths in (None, torch.tensor([4])):
+            assert torch.equal(ours(odd, lengths=lengths)[0], ours(x, lengths=lengths)[0])
+    for one in (x[:1].as_strided((1, 1, 3), (2**62, 2**61, 1)), x[:1].as_strided((1, 3), (2**62, 1))):
+        assert torch.equal(ours(one)[0].flatten(), ours(x[:1])[0].flatten())

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ from rnnfast_kernels.equations.cell import Cell
 log = logging.getLogger("rnnfast")
 lock = threading.RLock()
 engines: list[binding.ExecutionEngine] = []
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    # A child that is forked while another thread compiles would wait for ever for a thread that it does not have.
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 DIGEST_BYTES = 32
 
@@ -63,6 +67,8 @@ def kernel(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "") 
                 start = time.perf_counter()
                 code = compile_code(CELLS[cell_name], target(dtype, weights), derivatives)
                 log.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+                if sources_on_disk() != sources():
+                    raise RuntimeError("the sources of the kernels have changed on disk; start Python again")
                 write(name, code)
             kernels[wanted] = load(code)
         return kernels[wanted]
@@ -82,12 +88,22 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "")
 
 def key(cell: Cell, chosen: Target, derivatives: int) -> str:
     """A hash of the sources, the cell's derived functions, the compiler and the processor."""
+    everything = f"{sources()}\0{cell.sources(derivatives)}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
+    return hashlib.sha256(everything.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def sources() -> str:
+    """The sources that this process has loaded, whatever has been installed in their place since then."""
+    return sources_on_disk()
+
+
+def sources_on_disk() -> str:
+    """What machine code depends on beside the cell."""
     cpu = Path(__file__).parent.parent
     files = {*cpu.glob("*.py"), *cpu.glob("ir/*.py"), *cpu.glob("loops/*.py"), cpu.parent / "bind.py"}
     files |= {cpu / "runtime" / name for name in ("build.py", "compiled.py", "schedule.py")}
-    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(files))
-    everything = f"{sources}\0{cell.sources(derivatives)}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
-    return hashlib.sha256(everything.encode()).hexdigest()[:24]
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(files))
 
 
 def folders() -> Iterator[Path]:
@@ -112,6 +128,8 @@ def read(name: str) -> bytes | None:
 def content_of(path: Path) -> bytes | None:
     """Return the machine code of a file, None if it is not there, not to be read, or damaged."""
     try:
+        if not path.is_file():  # to open a FIFO waits for who writes to it, and a device may never end
+            return None
         content = path.read_bytes()
     except OSError:
         return None
@@ -142,27 +160,23 @@ def warn_uncached(reason: str) -> None:
 
 def write_whole(path: Path, content: bytes) -> str | None:
     """Write a file at once; return why that failed, or None."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = file.name
-            try:
-                file.write(content)
-                file.flush()
-            except BaseException:
-                file.close()
-                os.unlink(temporary)
-                raise
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with open(descriptor, "wb") as file:
+            file.write(content)
         # Closed before it is moved: Windows moves no file that is open.
-        try:
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
     except OSError as error:
         # Windows replaces no file that another process reads, and such a file is whole.
         return None if content_of(path) else f"{path.parent}: {error.strerror or error}"
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
     return None
 
 

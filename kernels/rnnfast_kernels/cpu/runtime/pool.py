@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +26,11 @@ from rnnfast_kernels.cpu.job import PHASE
 
 tasks: queue.SimpleQueue = queue.SimpleQueue()
 workers: list[threading.Thread] = []
-growing = threading.Lock()
+# A signal handler may call a layer wherever it interrupts the thread that runs one.
+growing = threading.RLock()
 # Cores that calls under way have, by a token of each call.
 reserved: dict[object, int] = {}
-reserving = threading.Lock()
+reserving = threading.RLock()
 forked = False
 known_cores, read_at = 1, -math.inf
 
@@ -84,7 +86,7 @@ def quota(groups: Path, root: Path) -> float:
     groups: the file that lists the process's groups. root: the folder that the groups are folders in.
     """
     try:
-        lines = groups.read_text().splitlines()
+        lines = groups.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return math.inf
     limits = [math.inf]
@@ -206,13 +208,17 @@ def work() -> None:
             del task, countdown
 
 
-def grow(count: int) -> None:
-    """Have at least `count` workers."""
+def grow(count: int) -> int:
+    """Have `count` workers, or as many as may be started, and return how many of them there are."""
     with growing:
         while len(workers) < count:
             worker = threading.Thread(target=work, name=f"rnnfast-{len(workers)}", daemon=True)
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError:  # a limit on threads, or the end of the interpreter
+                break
             workers.append(worker)
+        return min(count, len(workers))
 
 
 def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
@@ -222,11 +228,11 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
     this returns or raises: tasks are queued in one call of C, and so is the wait for them.
     """
     ctypes.c_int64.from_address(phase + 8 * PHASE.names.index("next")).value = 0
-    helpers = threads - 1
+    # Workers do not outlive the interpreter: at its end nobody would take the tasks.
+    helpers = 0 if sys.is_finalizing() else grow(threads - 1)
     if helpers < 1:
         kernel(phase)
         return
-    grow(helpers)
     countdown = Countdown(helpers)
     each = [(functools.partial(kernel, phase), countdown)] * helpers
     done, queued = countdown.done, []
@@ -243,7 +249,7 @@ def forget() -> None:
     """Start afresh in a forked child."""
     global tasks, growing, reserving, forked, crowd
     tasks = queue.SimpleQueue()
-    growing, reserving = threading.Lock(), threading.Lock()
+    growing, reserving = threading.RLock(), threading.RLock()
     workers.clear()
     reserved.clear()
     crowd = Crowd()
