@@ -221,16 +221,21 @@ def cast_for_autocast(call):
     device = call.x.device.type
     if _torch.is_any_autocast_enabled() and is_autocast_on(device):
         dtype = torch.get_autocast_dtype(device)
-        if device == "cpu" and call.options.cell == "gru":
+        if device == "cpu" and call.options.cell == "gru" and is_cast(call.hx[0]):
             # torch's GRU there is made of operators: autocast reaches its products, and not its state.
             dtype = torch.promote_types(dtype, call.hx[0].dtype)
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
+            return tensor.to(dtype) if is_cast(tensor) else tensor
 
         call = call.each(cast)
     one_kind(call)
     return call
+
+
+def is_cast(tensor: Tensor) -> bool:
+    """Say whether autocast changes the dtype of a tensor: neither float64 nor what is no floating point number."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def is_autocast_on(device: str) -> bool:
