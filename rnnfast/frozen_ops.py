@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from rnnfast.changes import versions
-from rnnfast.operator_checks import check_memory, check_signals, expect
+from rnnfast.operator_checks import check_memory, check_rows, check_signals, expect
 from rnnfast.operators import library
 from rnnfast.spec import parameter_name
 from rnnfast.vmap import each, fold, unfold
@@ -94,15 +94,7 @@ def check(
     batch = hx[0].shape[1] if x.dim() == 2 else x.shape[1]
     for n, (state, size) in enumerate(zip(hx, form.state_sizes, strict=True)):
         expect(f"hx[{n}]", state, (form.directions, batch, size), x)
-    steps = x.shape[0]
-    if x.dim() == 2:
-        if batch_sizes is None:
-            raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
-        steps = len(batch_sizes)
-        if int(batch_sizes.sum()) != len(x) or (steps and int(batch_sizes.max()) > batch):
-            raise RuntimeError(f"rnnfast: batch_sizes do not fit {len(x)} rows of {batch} sequences")
-    if batch_sizes is not None:
-        expect("batch_sizes", batch_sizes, (steps,), None, torch.int64)
+    steps = check_rows(x, batch_sizes, batch)
     if resets is not None:
         expect("resets", resets, (steps, batch), None, torch.bool)
     check_signals(form.cell, signals, (steps, batch, form.hidden), x)
