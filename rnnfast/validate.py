@@ -218,24 +218,31 @@ def cast_for_autocast(call):
 
     Raises RuntimeError where they are of several dtypes or devices, inside or outside.
     """
-    device = call.x.device.type
-    if _torch.is_any_autocast_enabled() and is_autocast_on(device):
-        dtype = torch.get_autocast_dtype(device)
-        if device == "cpu" and call.options.cell == "gru" and is_cast(call.hx[0]):
-            # torch's GRU there is made of operators: autocast reaches its products, and not its state.
-            dtype = torch.promote_types(dtype, call.hx[0].dtype)
+    dtype = autocast_dtype(call.options.cell, call.x.device.type, call.hx[0].dtype)
+    if dtype is not None:
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if is_cast(tensor) else tensor
+            return tensor.to(dtype) if is_cast(tensor.dtype) else tensor
 
         call = call.each(cast)
     one_kind(call)
     return call
 
 
-def is_cast(tensor: Tensor) -> bool:
-    """Say whether autocast changes the dtype of a tensor: neither float64 nor what is no floating point number."""
-    return tensor.is_floating_point() and tensor.dtype != torch.float64
+def autocast_dtype(cell: str, device: str, state: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that `torch.autocast` computes in; None where it is not at work. state: of the initial state."""
+    if not (_torch.is_any_autocast_enabled() and is_autocast_on(device)):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and cell == "gru" and is_cast(state):
+        # torch's GRU there is made of operators: autocast reaches its products, and not its state.
+        return torch.promote_types(dtype, state)
+    return dtype
+
+
+def is_cast(dtype: torch.dtype) -> bool:
+    """Say whether autocast changes tensors of a dtype: neither float64 nor what has no floating point numbers."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def is_autocast_on(device: str) -> bool:
