@@ -132,10 +132,13 @@ class Frozen(FrozenWeights):
         if x.stride(-1) != 1 or 0 in x.shape or not context.is_free(tensors):
             return
         threads = pool.usable(torch.get_num_threads())
+        key = key_of(self.batch_first, threads, x, states)
+        if key in self._prepared:  # the call went the other way for what is not in the key
+            return
         if len(self._prepared) >= MOST:
             self._prepared.clear()
         prepared = kernels().Prepared(self.form(), self.panels, x, self.batch_first, not states, threads)
-        self._prepared[key_of(self.batch_first, threads, x, states)] = prepared
+        self._prepared[key] = prepared
 
     def run(self, input, hx, lengths, resets, all_states, signals=()):
         """Check a call and run it. Initial states and signals are in the order and layout of loops."""

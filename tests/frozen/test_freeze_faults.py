@@ -41,6 +41,23 @@ def test_memory_that_is_not_there(calls):
         layer(x)
 
 
+def test_calls_that_are_prepared_already_are_not_prepared_again(monkeypatch):
+    """Those that go another way for what their sizes do not tell."""
+    layer, x, made = frozen(), torch.randn(5, 3, 8), []
+    prepare = rnnfast.frozen_ops.kernels().Prepared
+    monkeypatch.setattr(rnnfast.frozen_ops.kernels(), "Prepared", lambda *args: made.append(args) or prepare(*args))
+    hx = (torch.randn(1, 16, 3).mT, torch.randn(1, 16, 3).mT)
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg()
+    for _ in range(3):
+        layer(x, hx)
+        layer(negative)
+        layer(torch._efficientzerotensor((5, 3, 8)))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x.bfloat16())
+    assert len(made) == 2  # with initial states, and without
+
+
 def test_attributes_that_change():
     layer, x = frozen(), torch.randn(3, 5, 8)
     for _ in range(2):
