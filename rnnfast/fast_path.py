@@ -55,6 +55,7 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
         or True in map(is_neg, tensors)
         or _torch.is_profiled()
         or not x.is_cpu
+        or x.layout is not torch.strided
         or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()

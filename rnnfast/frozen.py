@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import _torch, context, flops, functional, operators, validate
+from rnnfast import _torch, context, fast_path, flops, functional, operators, validate
 from rnnfast.backends import NoMemoryError
 from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
@@ -101,6 +101,7 @@ class Frozen(FrozenWeights):
             torch.compiler.is_dynamo_compiling()
             or self.training
             or type(x) not in context.PLAIN
+            or x.layout is not torch.strided
             or not context.is_undisturbed()
             or _torch.in_dual_level()
             or setting() not in KERNELS
@@ -117,7 +118,7 @@ class Frozen(FrozenWeights):
             return None
         if states and (
             True in map(Tensor.is_neg, states)
-            or not all(map(Tensor.is_contiguous, states))
+            or not fast_path.are_contiguous(states)
             or context.is_differentiated(states)
         ):
             return None
@@ -149,8 +150,7 @@ class Frozen(FrozenWeights):
         states = tuple(hx) if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
         self.refuse_gradient((data, *states, *signals))
         options = self.options()
-        if data.layout is not torch.strided:
-            data = data.to_dense()
+        data = validate.dense(data)
         if _torch.is_any_autocast_enabled():
             data, *others = map(in_float32, (data, *states, *signals))
             hx = hx if hx is None else others[0] if isinstance(hx, Tensor) else tuple(others[: len(states)])

@@ -57,12 +57,17 @@ def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
         if any(states[n].dim() != dims for n in range(count)):
             raise RuntimeError(wrong_hidden_dims([states[n] for n in range(count)], batched))
     several_states(options.cell, hx, count)
-    states = tuple(states)
-    if batched is None:
-        if count > 1:
-            are_tensors(states)
-        return states
-    return states if batched else tuple(s.unsqueeze(1) for s in states)
+    if batched is None and count > 1:
+        are_tensors(states)
+    states = tuple([dense(state) for state in states])
+    return tuple(s.unsqueeze(1) for s in states) if batched is False else states
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a sparse tensor as a dense one: no kernel takes it, and few of torch's operators do."""
+    if torch.compiler.is_compiling() or getattr(tensor, "layout", torch.strided) is torch.strided:
+        return tensor
+    return tensor.to_dense()
 
 
 def are_tensors(given: Sequence[object], argument: int = 2) -> None:
