@@ -67,6 +67,13 @@ def test_attributes_that_change():
     assert layer(x)[1][0].shape == (1, 3, 16)
 
 
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.LSTM(2, 2, dtype=torch.float64)], ids=["none", "refused"])
+def test_a_warning_names_the_line_of_the_caller(model):
+    with pytest.warns(RuntimeWarning, match="freeze: ") as caught:
+        rnnfast.freeze(model)
+    assert [each.filename for each in caught] == [__file__]
+
+
 def test_integers_that_freezing_never_makes():
     layer = frozen("int8")
     state = layer.state_dict()
