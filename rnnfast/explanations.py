@@ -220,9 +220,8 @@ def fits(module: Any, given: Tensor | PackedSequence) -> bool:
 def stand_in(module: Any) -> PackedSequence:
     """Return an input of unknown length for a layer whose class computes it: of one step, in the layer's dtype."""
     weight = next(iter(weights_of(module)))
-    return PackedSequence(
-        torch.empty(1, module.input_size, dtype=weight.dtype, device=weight.device), torch.ones(1, dtype=torch.long)
-    )
+    data = torch.empty(1, module.input_size, dtype=weight.dtype, device=weight.device)
+    return PackedSequence(data, torch.ones(1, dtype=torch.long, device="cpu"))
 
 
 def weights_of(module: Any) -> Iterable[Any]:
