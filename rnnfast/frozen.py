@@ -26,7 +26,7 @@ from rnnfast.layers import through_layers
 from rnnfast.modules import leaf
 from rnnfast.spec import Options, cell_named
 
-# Prepared calls that a layer keeps; forgotten when there are more.
+# Prepared calls that a layer keeps; the oldest are forgotten when there are more.
 MOST = 64
 NONE: tuple[Tensor, ...] = ()
 # Settings under which the kernels run a layer.
@@ -136,10 +136,8 @@ class Frozen(FrozenWeights):
         key = key_of(self.batch_first, threads, x, states)
         if key in self._prepared:  # the call went the other way for what is not in the key
             return
-        if len(self._prepared) >= MOST:
-            self._prepared.clear()
         prepared = kernels().Prepared(self.form(), self.panels, x, self.batch_first, not states, threads)
-        self._prepared[key] = prepared
+        fast_path.keep(self._prepared, key, prepared, MOST)
 
     def run(self, input, hx, lengths, resets, all_states, signals=()):
         """Check a call and run it. Initial states and signals are in the order and layout of loops."""

@@ -58,6 +58,14 @@ def test_calls_that_are_prepared_already_are_not_prepared_again(monkeypatch):
     assert len(made) == 2  # with initial states, and without
 
 
+def test_the_oldest_prepared_calls_are_forgotten(monkeypatch):
+    monkeypatch.setattr(rnnfast.frozen, "MOST", 4)
+    layer = frozen()
+    for steps in range(1, 8):
+        layer(torch.zeros(steps, 3, 8))
+        assert [key[2][0] for key in layer._prepared] == [*range(max(1, steps - 3), steps + 1)]
+
+
 def test_attributes_that_change():
     layer, x = frozen(), torch.randn(3, 5, 8)
     for _ in range(2):
