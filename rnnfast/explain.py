@@ -42,7 +42,8 @@ def explain(
 
     Of a layer or a cell nothing is run. A model is called once, in its present mode; its buffers and torch's random
     state are put back; with frozen layers, without gradients. The setting of `torch.no_grad` matters, as where torch
-    was measured faster in training alone.
+    was measured faster in training alone. A kernel that was not compiled yet is taken to compile: where that fails,
+    the call runs on torch and warns, and `explain` says so from then on.
 
     Args:
         module: a layer or cell of rnnfast, or a frozen layer; or any model that has recurrent layers.
