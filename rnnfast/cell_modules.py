@@ -16,7 +16,7 @@ from rnnfast.backends.dispatch import steps_by_torch
 from rnnfast.functional import is_traced, recurrent, single
 from rnnfast.modules import leaf, no_script
 from rnnfast.spec import Options
-from rnnfast.validate import several_states
+from rnnfast.validate import dense, several_states
 
 if TYPE_CHECKING:
     from rnnfast.signatures import same_as
@@ -47,7 +47,7 @@ class RNNCellBase(nn.RNNCellBase):
     def step(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Take one step: input [B, I] or [I], states [B, H] or [H], zero if None."""
         self.check_dims(input, hx)
-        batched = input.dim() == 2
+        batched, input, hx = input.dim() == 2, dense(input), hx and tuple([dense(state) for state in hx])
         x = input if batched else input.unsqueeze(0)
         if hx is not None and not batched:
             hx = tuple(state.unsqueeze(0) for state in hx)

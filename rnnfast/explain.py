@@ -23,26 +23,34 @@ from rnnfast.recurrent import Recurrent
 @overload
 def explain(
     module: RNNBase | RNNCellBase | Recurrent | Frozen, input: Tensor | PackedSequence, *,
-    resets: Tensor | None = None, all_states: bool = False, measure: bool = False,
+    lengths: Tensor | None = None, resets: Tensor | None = None, all_states: bool = False, measure: bool = False,
 ) -> Explanation: ...  # fmt: skip
 @overload
 def explain(module: nn.Module, input: Any, *, measure: bool = False) -> ModelExplanation: ...
 
 
 def explain(
-    module: nn.Module, input: Any, *, resets: Tensor | None = None, all_states: bool = False, measure: bool = False
+    module: nn.Module,
+    input: Any,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    all_states: bool = False,
+    measure: bool = False,
 ) -> Explanation | ModelExplanation:
     """Say which backend and kernel would run `module(input, ...)` here and now, and why.
 
     Of a layer or a cell nothing is run. A model is called once, in its present mode; its buffers and torch's random
     state are put back; with frozen layers, without gradients. The setting of `torch.no_grad` matters, as where torch
-    was measured faster in training alone.
+    was measured faster in training alone. A kernel that was not compiled yet is taken to compile: where that fails,
+    the call runs on torch and warns, and `explain` says so from then on.
 
     Args:
         module: a layer or cell of rnnfast, or a frozen layer; or any model that has recurrent layers.
         input: what it would be called with. Of a layer's input only sizes, dtype and device are read. For a model, a
             tuple holds its arguments, and a dict those by name.
-        resets, all_states: as given to the call of a layer. torch's operators have neither.
+        lengths, resets, all_states: as given to the call of a layer. torch's operators have neither of the last two,
+            and calls with lengths were not measured against them.
         measure: whether to time each layer's call as well, without gradients, and say what share of the machine's
             limit it reaches; on a busy machine that means little. Takes about a second for each layer. Default False.
 
@@ -57,14 +65,14 @@ def explain(
     if is_ours(module):
         if not isinstance(input, (Tensor, PackedSequence)):
             raise TypeError(f"explain: expected a tensor or a PackedSequence, got {type(input).__name__}")
-        explanation = explain_layer(module, input, resets, all_states)
-        asked = {"resets": resets, "all_states": all_states or None}
+        explanation = explain_layer(module, input, lengths, resets, all_states)
+        asked = {"lengths": lengths, "resets": resets, "all_states": all_states or None}
         keywords = {name: value for name, value in asked.items() if value is not None}
         return with_limit(module, explanation, (input,), keywords) if measure else explanation
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: expected a torch.nn.Module, got {type(module).__name__}")
-    if resets is not None or all_states:
-        raise TypeError("explain: resets and all_states go with a layer of rnnfast, not with a model")
+    if lengths is not None or resets is not None or all_states:
+        raise TypeError("explain: lengths, resets and all_states go with a layer of rnnfast, not with a model")
     if isinstance(input, dict):
         found = explain_model(module, (), input, measure)
     else:

@@ -71,25 +71,39 @@ class ModelExplanation(tuple[LayerExplanation, ...]):
         return "\n".join(map(str, self)) or "no recurrent layer"
 
 
-def explain_layer(module: nn.Module, input: Tensor | PackedSequence, resets=None, all_states=False) -> Explanation:
+def explain_layer(
+    module: nn.Module, input: Tensor | PackedSequence, lengths=None, resets=None, all_states=False
+) -> Explanation:
     """Explain one call of a layer of rnnfast."""
     data = input.data if isinstance(input, PackedSequence) else input
+    needs_ours = resets is not None or all_states
+    if isinstance(module, Frozen):
+        return explain_frozen(module, data, needs_ours)
     if isinstance(module, RNNCellBase):
         cell, projection = module.equations, 0
+        dtype = dtype_of(cell, data)
         choice = choose_step(cell, data.device, data.dtype)
-    elif isinstance(module, Frozen):
-        return explain_frozen(module, data, resets is not None or all_states)
+        if choice.backend != "torch":
+            choice = choose(cell, data.device, dtype, False)
     elif isinstance(module, Recurrent):
         cell, projection = module.cell.identity, 0
-        choice = choose(cell, data.device, data.dtype, resets is not None or all_states)
+        dtype = dtype_of(cell, data)
+        choice = choose(cell, data.device, dtype, needs_ours)
     elif isinstance(module, RNNBase):
         cell, projection = module.options().cell, module.proj_size
-        needs_ours = resets is not None or all_states
-        sizes = None if needs_ours or data is not input else sizes_of(module, input)
-        choice = choose(cell, data.device, data.dtype, needs_ours, sizes)
+        dtype = dtype_of(cell, data)
+        known = data is input and lengths is None and not needs_ours and dtype == data.dtype
+        choice = choose(cell, data.device, dtype, needs_ours, sizes_of(module, data) if known else None)
     else:
         raise TypeError(f"explain: expected a module of rnnfast, got {type(module).__name__}")
-    return Explanation(choice.backend, kernel_of(choice, cell, module.hidden_size, projection, data), choice.reason)
+    kernel = kernel_of(choice, cell, module.hidden_size, projection, data.device, dtype)
+    return Explanation(choice.backend, kernel, choice.reason)
+
+
+def dtype_of(cell: str, data: Tensor) -> torch.dtype:
+    """Return the dtype in which a call without initial states computes: that of autocast where it is at work."""
+    dtype = validate.autocast_dtype(cell, data.device.type, data.dtype) if validate.is_cast(data.dtype) else None
+    return data.dtype if dtype is None else dtype
 
 
 def sizes_of(module: RNNBase, input: Tensor) -> measured.Sizes | None:
@@ -106,18 +120,19 @@ def explain_frozen(module: Frozen, data: Tensor, needs_ours: bool) -> Explanatio
     if reason is None:
         kernel = f"{shown(cell)} loop over packed {module.weights_format} weights"
         return Explanation("numba", kernel, f"weights are frozen in {module.weights_format}")
-    choice = choose(cell, data.device, torch.float32, needs_ours)
-    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data)
+    dtype = validate.autocast_dtype(cell, data.device.type, torch.float32) or torch.float32
+    choice = choose(cell, data.device, dtype, needs_ours)
+    kernel = kernel_of(choice, cell, module.hidden_size, module.proj_size, data.device, dtype)
     return Explanation(choice.backend, kernel, f"weights are made float32 again: {reason}")
 
 
-def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, data: Tensor) -> str:
+def kernel_of(choice: Choice, cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name what a backend launches."""
     if choice.backend == "torch":
         return f"torch.{shown(cell)}"
     if choice.backend == "reference":
         return f"plain loop over {shown(cell)}"
-    return load(choice.backend).describe(cell, hidden, projection, data.device, data.dtype)
+    return load(choice.backend).describe(cell, hidden, projection, device, dtype)
 
 
 def is_ours(module: object) -> bool:
@@ -177,7 +192,8 @@ def explain_called(module: nn.Module, finding: Finding, args: tuple[Any, ...], k
         return Explanation("torch", f"torch.nn.{kind.__name__}", finding.reason)
     input = input_of(module, args, kwargs)
     input = stand_in(module) if input is None else input
-    return explain_layer(module, input, kwargs.get("resets"), kwargs.get("all_states", False))
+    given = kwargs.get("lengths"), kwargs.get("resets"), kwargs.get("all_states", False)
+    return explain_layer(module, input, *given)
 
 
 def input_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | PackedSequence | None:
@@ -204,9 +220,8 @@ def fits(module: Any, given: Tensor | PackedSequence) -> bool:
 def stand_in(module: Any) -> PackedSequence:
     """Return an input of unknown length for a layer whose class computes it: of one step, in the layer's dtype."""
     weight = next(iter(weights_of(module)))
-    return PackedSequence(
-        torch.empty(1, module.input_size, dtype=weight.dtype, device=weight.device), torch.ones(1, dtype=torch.long)
-    )
+    data = torch.empty(1, module.input_size, dtype=weight.dtype, device=weight.device)
+    return PackedSequence(data, torch.ones(1, dtype=torch.long, device="cpu"))
 
 
 def weights_of(module: Any) -> Iterable[Any]:

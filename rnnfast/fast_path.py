@@ -28,7 +28,7 @@ from rnnfast.layers import through_layers
 from rnnfast.spec import Form, Options, Signature, group
 from rnnfast.vmap import takes_batched_gradients
 
-# Recorded calls by their keys; all are forgotten when there are too many.
+# Recorded calls by their keys; the oldest are forgotten when there are too many.
 MOST = 512
 recorded: dict[tuple | None, Callable] = {}
 
@@ -55,6 +55,7 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
         or True in map(is_neg, tensors)
         or _torch.is_profiled()
         or not x.is_cpu
+        or x.layout is not torch.strided
         or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
@@ -103,10 +104,15 @@ def record(
         call = (Training if differentiated else Inference)(backend, options, signatures, x.dim() == 3)
     else:
         return None
-    if len(recorded) >= MOST:
-        recorded.clear()
-    recorded[key] = call
+    keep(recorded, key, call, MOST)
     return call
+
+
+def keep(calls: dict, key: tuple, call: Callable, most: int) -> None:
+    """Add a call to those that are known, of which the oldest go where there are too many."""
+    for oldest in [*calls][: max(0, len(calls) + 1 - most)]:
+        calls.pop(oldest, None)  # another thread may have done that
+    calls[key] = call
 
 
 def can_stack(options: Options) -> bool:

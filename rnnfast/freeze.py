@@ -1,10 +1,10 @@
 """`freeze`: pack the weights of a model's recurrent layers once, for inference on the CPU."""
 
-import warnings
 from typing import Any, Literal
 
 import torch
 from rnnfast_kernels.cpu.formats import FORMATS, Format
+from rnnfast_kernels.warn import warn_user
 from torch import Tensor, nn
 
 from rnnfast import modules
@@ -50,7 +50,7 @@ def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "floa
         if reasons[name] is None:
             check_finite(name, layer, weights)
     if not found:
-        warnings.warn("freeze: the model has no recurrent layer", RuntimeWarning, stacklevel=2)
+        warn_user("freeze: the model has no recurrent layer")
     # All are packed before any is changed.
     packed = {name: held_by(layer, weights) for name, layer in found.items() if reasons[name] is None}
     for name, layer in found.items():
@@ -59,9 +59,7 @@ def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "floa
             convert(layer, weights, packed[name])
         elif not (isinstance(layer, Frozen) and layer.weights_format == weights):
             layer.__dict__[REFUSED] = reason
-            warnings.warn(
-                f"freeze: {name or 'the model itself'} was not frozen: {reason}", RuntimeWarning, stacklevel=2
-            )
+            warn_user(f"freeze: {name or 'the model itself'} was not frozen: {reason}")
     return model
 
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import _torch, context, flops, functional, operators, validate
+from rnnfast import _torch, context, fast_path, flops, functional, operators, validate
 from rnnfast.backends import NoMemoryError
 from rnnfast.backends.dispatch import setting
 from rnnfast.frozen_ops import kernels
@@ -26,7 +26,7 @@ from rnnfast.layers import through_layers
 from rnnfast.modules import leaf
 from rnnfast.spec import Options, cell_named
 
-# Prepared calls that a layer keeps; forgotten when there are more.
+# Prepared calls that a layer keeps; the oldest are forgotten when there are more.
 MOST = 64
 NONE: tuple[Tensor, ...] = ()
 # Settings under which the kernels run a layer.
@@ -101,6 +101,7 @@ class Frozen(FrozenWeights):
             torch.compiler.is_dynamo_compiling()
             or self.training
             or type(x) not in context.PLAIN
+            or x.layout is not torch.strided
             or not context.is_undisturbed()
             or _torch.in_dual_level()
             or setting() not in KERNELS
@@ -117,7 +118,7 @@ class Frozen(FrozenWeights):
             return None
         if states and (
             True in map(Tensor.is_neg, states)
-            or not all(map(Tensor.is_contiguous, states))
+            or not fast_path.are_contiguous(states)
             or context.is_differentiated(states)
         ):
             return None
@@ -132,10 +133,11 @@ class Frozen(FrozenWeights):
         if x.stride(-1) != 1 or 0 in x.shape or not context.is_free(tensors):
             return
         threads = pool.usable(torch.get_num_threads())
-        if len(self._prepared) >= MOST:
-            self._prepared.clear()
+        key = key_of(self.batch_first, threads, x, states)
+        if key in self._prepared:  # the call went the other way for what is not in the key
+            return
         prepared = kernels().Prepared(self.form(), self.panels, x, self.batch_first, not states, threads)
-        self._prepared[key_of(self.batch_first, threads, x, states)] = prepared
+        fast_path.keep(self._prepared, key, prepared, MOST)
 
     def run(self, input, hx, lengths, resets, all_states, signals=()):
         """Check a call and run it. Initial states and signals are in the order and layout of loops."""
@@ -146,8 +148,7 @@ class Frozen(FrozenWeights):
         states = tuple(hx) if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
         self.refuse_gradient((data, *states, *signals))
         options = self.options()
-        if data.layout is not torch.strided:
-            data = data.to_dense()
+        data = validate.dense(data)
         if _torch.is_any_autocast_enabled():
             data, *others = map(in_float32, (data, *states, *signals))
             hx = hx if hx is None else others[0] if isinstance(hx, Tensor) else tuple(others[: len(states)])

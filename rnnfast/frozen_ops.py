@@ -5,18 +5,19 @@ packed when they are first met, and the panels kept for as long as the tensors l
 """
 
 import importlib
-import weakref
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from rnnfast.changes import version_of
-from rnnfast.operator_checks import check_memory, check_signals, expect
+from rnnfast.changes import versions
+from rnnfast.operator_checks import check_memory, check_rows, check_signals, expect
 from rnnfast.operators import library
 from rnnfast.spec import parameter_name
 from rnnfast.vmap import each, fold, unfold
@@ -29,7 +30,18 @@ SCHEMA = (
 )
 library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
-packed: "weakref.WeakKeyDictionary[Tensor, tuple[tuple, Tensor]]" = weakref.WeakKeyDictionary()
+
+class Packed(NamedTuple):
+    """Panels, and the tensors that they were packed from."""
+
+    form: tuple
+    tensors: list[TensorWeakRef]
+    versions: list[int] | None
+    panels: Tensor
+
+
+# By the first of the tensors.
+packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @cache
@@ -82,30 +94,28 @@ def check(
     batch = hx[0].shape[1] if x.dim() == 2 else x.shape[1]
     for n, (state, size) in enumerate(zip(hx, form.state_sizes, strict=True)):
         expect(f"hx[{n}]", state, (form.directions, batch, size), x)
-    steps = x.shape[0]
-    if x.dim() == 2:
-        if batch_sizes is None:
-            raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
-        steps = len(batch_sizes)
-        if int(batch_sizes.sum()) != len(x) or (steps and int(batch_sizes.max()) > batch):
-            raise RuntimeError(f"rnnfast: batch_sizes do not fit {len(x)} rows of {batch} sequences")
-    if batch_sizes is not None:
-        expect("batch_sizes", batch_sizes, (steps,), None, torch.int64)
+    steps = check_rows(x, batch_sizes, batch)
     if resets is not None:
         expect("resets", resets, (steps, batch), None, torch.bool)
     check_signals(form.cell, signals, (steps, batch, form.hidden), x)
 
 
 def panels_of(form, held: Sequence[Tensor]) -> Tensor:
-    """Return the panels of weights, packed once."""
-    key = (form, *((id(tensor), version_of(tensor)) for tensor in held))
-    kept = packed.get(held[0])
-    if kept is None or kept[0] != key:
+    """Return the panels of weights, packed once, and again where a weight was changed in place.
+
+    Tensors made in inference mode do not tell that.
+    """
+    kept, now = packed.get(held[0]), versions(held)
+    if (
+        kept is None
+        or (kept.form, kept.versions) != (form, now)
+        or any(own() is not each for own, each in zip(kept.tensors, held, strict=True))
+    ):
         names = meaning_names(form.cell, form.weights, form.projected, form.biased)
         groups = [held[n : n + len(names)] for n in range(0, len(held), len(names))]
-        kept = key, kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
-        packed[held[0]] = kept
-    return kept[1]
+        panels = kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
+        kept = packed[held[0]] = Packed(form, [TensorWeakRef(each) for each in held], now, panels)
+    return kept.panels
 
 
 def frozen_layer_fake(

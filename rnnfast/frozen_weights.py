@@ -224,14 +224,14 @@ class FrozenWeights(nn.Module):
     def constants(self, wide: bool = False) -> list[dict[str, Tensor]]:
         """Return what `meaning` does as constants of a program that is being exported.
 
-        bfloat16 is int16 there, or float32 if `wide`.
+        bfloat16 is int16 there, or float32 if `wide`. Every call of the program gets the same tensors, which torch
+        would copy if they were lifted.
         """
         if self.__dict__.get("_plain") is not None:
             return self._plain
         arrays = kernels().unpacked(self.form(), self._array)
-        lift = torch.ops.aten.lift_fresh
         widened = kernels().widened if wide else lambda array: array
-        return [{name: lift(torch.from_numpy(widened(each))) for name, each in named.items()} for named in arrays]
+        return [{name: torch.from_dlpack(widened(each)) for name, each in named.items()} for named in arrays]
 
     def dequantised(self, meaning: list[dict[str, Tensor]] | None = None) -> list[Tensor]:
         """Return float32 weights in the order of `torch.nn.LSTM._flat_weights`, or of `rnnfast.Recurrent.weights`."""

@@ -120,7 +120,7 @@ def checked(
 ) -> tuple[Call, bool]:
     """Check a call over a dense input, and return it with whether the input has a batch dimension."""
     batched = validate.input_is_batched(options, input)
-    hx = validate.hidden(options, hx, batched)
+    hx, input = validate.hidden(options, hx, batched), validate.dense(input)
     x = input if batched else input.unsqueeze(0 if options.batch_first else 1)
     x = x.transpose(0, 1) if options.batch_first else x
     steps, batch = x.shape[:2]
@@ -164,6 +164,7 @@ def run_packed(options, packed, weights, hx, lengths, resets, all_states, signal
     """Run a PackedSequence; its rows are already in the order of falling length. run: runs a call, as `run` does."""
     validate.packed(packed, lengths)
     data, batch_sizes, order, inverse = packed
+    data = validate.dense(data)
     batch = int(batch_sizes[0])
     hx = validate.hidden(options, hx, None)
     validate.are_tensors(weights, 3)
@@ -205,7 +206,9 @@ def in_place(order: Tensor) -> bool:
 
 def run(call: Call) -> Outcome:
     """Choose a backend and run every layer on it."""
-    call = validate.cast_for_autocast(dense(call))
+    if not torch.compiler.is_compiling() and any(weight.layout is not torch.strided for weight in call.weights):
+        call = call._replace(weights=[*map(validate.dense, call.weights)])
+    call = validate.cast_for_autocast(call)
     options = call.options
     needs_ours = call.resets is not None or call.all_states or len(call.signals) > 0
     sizes = measured.sizes_of_call(call)
@@ -221,15 +224,6 @@ def run(call: Call) -> Outcome:
     # The output is one of the states of every step: two results, of which each is the caller's own.
     shown = cell_named(options.cell).output
     return Outcome(output, finals, tuple(output.clone() if n == shown else s.flatten(-2) for n, s in enumerate(states)))
-
-
-def dense(call: Call) -> Call:
-    """Return the call with sparse tensors made dense: no kernel, and few of torch's, take them."""
-    if torch.compiler.is_compiling() or all(t.layout is torch.strided for t in (call.x, *call.hx, *call.weights)):
-        return call
-    x, *tensors = (t if t.layout is torch.strided else t.to_dense() for t in (call.x, *call.hx, *call.weights))
-    count = len(call.hx)
-    return call._replace(x=x, hx=tuple(tensors[:count]), weights=tensors[count:])
 
 
 def run_layer(call: Call, backend: str, n: int, x: Tensor, hx, weights) -> tuple[Tensor, States, States]:

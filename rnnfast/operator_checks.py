@@ -32,17 +32,30 @@ def check_layer(layer: Layer) -> None:
                 expect(f"{name} of direction {n}", weight, shape, x)
     for n, state in enumerate(layer.hx):
         expect(f"hx[{n}]", state, (directions, batch, width if n == 0 else hidden), x)
-    if layer.batch_sizes is not None:
-        expect("batch_sizes", layer.batch_sizes, (layer.steps,), None, torch.int64)
-    elif packed:
-        raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
-    if packed and layer.batch_sizes is not None and x.device.type == "cpu":
-        sizes = layer.batch_sizes.tolist()
-        if sum(sizes) != len(x) or any(a < b for a, b in pairwise([batch, *sizes, 0])):
-            raise RuntimeError(f"rnnfast: expected batch_sizes for {len(x)} rows of {batch} sequences, got {sizes}")
+    steps = check_rows(x, layer.batch_sizes, batch)
     if layer.resets is not None:
-        expect("resets", layer.resets, (layer.steps, batch), None, torch.bool)
-    check_signals(layer.cell, layer.signals, (layer.steps, batch, hidden), x)
+        expect("resets", layer.resets, (steps, batch), None, torch.bool)
+    check_signals(layer.cell, layer.signals, (steps, batch, hidden), x)
+
+
+def check_rows(x: Tensor, batch_sizes: Tensor | None, batch: int) -> int:
+    """Raise RuntimeError where batch_sizes are not those of x, padded or packed (`rnnfast.spec`); return T.
+
+    On a GPU their values are not looked at, so as not to wait for it.
+    """
+    packed = x.dim() == 2
+    if batch_sizes is None:
+        if packed:
+            raise RuntimeError("rnnfast: expected batch_sizes with an x of shape [rows, I], got None")
+        return x.shape[0]
+    steps = batch_sizes.shape[:1].numel() if packed else x.shape[0]
+    expect("batch_sizes", batch_sizes, (steps,), None, torch.int64)
+    if x.device.type == "cpu":
+        sizes = batch_sizes.tolist()
+        if (packed and sum(sizes) != len(x)) or any(a < b for a, b in pairwise([batch, *sizes, 0])):
+            rows = f"{len(x)} rows of {batch} sequences" if packed else f"{batch} sequences"
+            raise RuntimeError(f"rnnfast: expected batch_sizes for {rows}, which never grow, got {sizes}")
+    return steps
 
 
 def check_signals(cell: str, signals: Sequence[Tensor], full: tuple[int, int, int], x: Tensor) -> None:

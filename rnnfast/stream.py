@@ -134,26 +134,33 @@ class Stream:
         """Take one step.
 
         Args:
-            x: [B, I], or [I] where B is 1.
+            x: [B, I], or [I] where B is 1, in the dtype of the weights; inside `torch.autocast` in any floating dtype.
 
         Returns:
             The output of the last layer, [B, P], which the next call overwrites.
 
         Raises:
-            TypeError: x is no tensor. ValueError: it has another shape.
+            TypeError: x is no tensor. ValueError: it has another shape, dtype or device.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"Stream: expected an input of type Tensor, got {type(x).__name__}")
         if x.shape != self.input.shape[1:] and (x.shape != self.input.shape[2:] or len(self.output) != 1):
             raise ValueError(f"Stream: expected input of shape {list(self.input.shape[1:])}, got {list(x.shape)}")
+        own = self.input
+        if (x.dtype != own.dtype and not self.is_converted(x)) or x.device != own.device:
+            raise ValueError(f"Stream: expected input of {own.dtype} on {own.device}, got {x.dtype} on {x.device}")
         try:
-            self.input.copy_(x)
+            own.copy_(x)
         except RuntimeError:
             if x.layout is torch.strided:
                 raise
-            self.input.copy_(x.to_dense())
+            own.copy_(x.to_dense())
         self.step()
         return self.output
+
+    def is_converted(self, x: Tensor) -> bool:
+        """Say whether an input of another dtype is taken: where autocast would convert it."""
+        return validate.is_cast(x.dtype) and validate.is_autocast_on(x.device.type)
 
     @property
     def in_order(self) -> tuple[Tensor, ...]:

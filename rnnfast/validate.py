@@ -57,12 +57,17 @@ def hidden(options, hx, batched: bool | None) -> tuple[Tensor, ...] | None:
         if any(states[n].dim() != dims for n in range(count)):
             raise RuntimeError(wrong_hidden_dims([states[n] for n in range(count)], batched))
     several_states(options.cell, hx, count)
-    states = tuple(states)
-    if batched is None:
-        if count > 1:
-            are_tensors(states)
-        return states
-    return states if batched else tuple(s.unsqueeze(1) for s in states)
+    if batched is None and count > 1:
+        are_tensors(states)
+    states = tuple([dense(state) for state in states])
+    return tuple(s.unsqueeze(1) for s in states) if batched is False else states
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a sparse tensor as a dense one: no kernel takes it, and few of torch's operators do."""
+    if torch.compiler.is_compiling() or getattr(tensor, "layout", torch.strided) is torch.strided:
+        return tensor
+    return tensor.to_dense()
 
 
 def are_tensors(given: Sequence[object], argument: int = 2) -> None:
@@ -218,19 +223,31 @@ def cast_for_autocast(call):
 
     Raises RuntimeError where they are of several dtypes or devices, inside or outside.
     """
-    device = call.x.device.type
-    if _torch.is_any_autocast_enabled() and is_autocast_on(device):
-        dtype = torch.get_autocast_dtype(device)
-        if device == "cpu" and call.options.cell == "gru":
-            # torch's GRU there is made of operators: autocast reaches its products, and not its state.
-            dtype = torch.promote_types(dtype, call.hx[0].dtype)
+    dtype = autocast_dtype(call.options.cell, call.x.device.type, call.hx[0].dtype)
+    if dtype is not None:
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.dtype != torch.float64 else tensor
+            return tensor.to(dtype) if is_cast(tensor.dtype) else tensor
 
         call = call.each(cast)
     one_kind(call)
     return call
+
+
+def autocast_dtype(cell: str, device: str, state: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that `torch.autocast` computes in; None where it is not at work. state: of the initial state."""
+    if not (_torch.is_any_autocast_enabled() and is_autocast_on(device)):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and cell == "gru" and is_cast(state):
+        # torch's GRU there is made of operators: autocast reaches its products, and not its state.
+        return torch.promote_types(dtype, state)
+    return dtype
+
+
+def is_cast(dtype: torch.dtype) -> bool:
+    """Say whether autocast changes tensors of a dtype: neither float64 nor what has no floating point numbers."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def is_autocast_on(device: str) -> bool:

@@ -106,13 +106,20 @@ def part(tensor: Tensor, at: int | None, size: int) -> Tensor:
     return tensor if at is None else tensor.unflatten(at, (size, tensor.shape[at] // size))
 
 
-def is_ensemble(backend: str, dims: Layer) -> bool:
+def is_ensemble(backend: str, form: Form, dims: Layer) -> bool:
     """Say whether members with weights of their own can run as one layer.
 
     dims: the mapped dimensions of a layer's tensors, in the layer's places.
     """
-    shared = dims.batch_sizes is None and dims.resets is None and load(backend).TAKES_ENSEMBLES
-    return shared and is_mapped(dims.weights)
+    shared = dims.batch_sizes is None and dims.resets is None and not form.signals
+    return shared and is_mapped(dims.weights) and load(backend).TAKES_ENSEMBLES
+
+
+def runs_one_by_one(form: Form, dims: Layer) -> bool:
+    """Say whether members that are no ensemble run one after another: they differ in weights or lengths, or the layer
+    has signals, which may be broadcast over the batch.
+    """
+    return form.signals > 0 or dims.batch_sizes is not None or is_mapped(dims.weights)
 
 
 def is_mapped(dims) -> bool:
@@ -166,11 +173,11 @@ def map_layer(apply, backend: str, form: Form, size: int, tensors: Sequence[Tens
     """Map a layer. `apply` takes a form and tensors. Returns its results and their mapped dimensions."""
     layer, layer_dims = restore(form, tensors), restore(form, dims)
     at, states = row_place(layer, layer_dims), form.states
-    if is_ensemble(backend, layer_dims):
+    if is_ensemble(backend, form, layer_dims):
         results = apply(*flatten(join_layer(layer, layer_dims, size, layer_dims.x is not None)))
         ats = [None if r.shape == (0,) else 0 if states <= n < 2 * states else at + 1 for n, r in enumerate(results)]
         return tuple(part(r, a, size) for r, a in zip(results, ats, strict=True)), tuple(ats)
-    if layer_dims.batch_sizes is not None or is_mapped(layer_dims.weights):
+    if runs_one_by_one(form, layer_dims):
         return each(lambda *members: apply(form, members), size, tensors, dims)
     results = apply(*flatten(fold_layer(layer, layer_dims, size)))
     # A tensor of shape [0] stands for a result that was not asked for.
@@ -192,10 +199,9 @@ def map_backward(
     tensors, states, saved, gradients = lists
     layer, layer_dims = restore(form, tensors), restore(form, dims[0])
     at, count = row_place(layer, layer_dims), form.states
-    ensemble = is_ensemble(backend, layer_dims)
+    ensemble = is_ensemble(backend, form, layer_dims)
     args, flat_dims = [t for each in lists for t in each], [d for each in dims for d in each]
-    one_by_one = layer_dims.batch_sizes is not None or is_mapped(layer_dims.weights)
-    if not ensemble and (one_by_one or (needs.weights and is_tracked(args))):
+    if not ensemble and (runs_one_by_one(form, layer_dims) or (needs.weights and is_tracked(args))):
         bounds = [0, *accumulate(map(len, lists))]
 
         def apply_to(*args):

@@ -8,7 +8,6 @@ The setting is a context variable: it belongs to the thread or task that made it
 import importlib
 import inspect
 import os
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, partial, wraps
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
+from rnnfast_kernels.warn import warn_user
 
 from rnnfast import _torch
 from rnnfast.backends import BackendName, measured
@@ -135,7 +135,7 @@ def backend_of(
 @cache
 def warn_broken(reason: str) -> None:
     """Warn, once for each reason, that calls do not run on the kernels meant for them."""
-    warnings.warn(f"rnnfast runs without its own kernels: {reason}", RuntimeWarning, stacklevel=2)
+    warn_user(f"rnnfast runs without its own kernels: {reason}")
 
 
 def choose(

@@ -3,7 +3,6 @@
 Dimensions: T steps, B batch rows, H hidden units, C gates with a recurrent part, S states, D directions.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
 from rnnfast_kernels.gpu.barrier import COUNTER_STRIDE, MOST_ARRIVALS
 from rnnfast_kernels.gpu.launch import Extent
 from rnnfast_kernels.gpu.streamed import BackwardCarry, ForwardCarry, ShiftTensors
+from rnnfast_kernels.warn import warn_user
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -152,10 +152,8 @@ def arrange(w_hh: Tensor, recurrence: Recurrence, chosen: plan.Plan, backward: b
 @cache
 def warn_refused(reason: str) -> None:
     """Warn, once per reason, that the driver refused a cooperative launch, so that nothing has run yet."""
-    warnings.warn(
-        f"the device refused a cooperative launch ({reason}); the layer runs step by step instead, which is slower",
-        RuntimeWarning,
-        stacklevel=2,
+    warn_user(
+        f"the device refused a cooperative launch ({reason}); the layer runs step by step instead, which is slower"
     )
 
 

@@ -6,12 +6,12 @@ which takes its precision by the call.
 """
 
 import os
-import warnings
 from ctypes import CDLL, byref, c_float, c_int, c_longlong, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
+from rnnfast_kernels.warn import warn_user
 from torch import Tensor
 
 # Constants of cuBLAS: a type, whether an operand is transposed, how to compute, which algorithm, what a call returns.
@@ -112,9 +112,7 @@ def gemm(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor | None:
 @cache
 def warn_declined(status: int) -> None:
     """Warn, once per reason, that a product is in the precision of torch's other products."""
-    warnings.warn(
+    warn_user(
         f"cuBLAS declined a product in the precision of recurrent layers (status {status}); it follows "
-        "torch.backends.cuda.matmul instead",
-        RuntimeWarning,
-        stacklevel=2,
+        "torch.backends.cuda.matmul instead"
     )

@@ -58,6 +58,15 @@ def test_autocast_leaves_float64_alone_and_mixtures_raise(backend):
             layer(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float64], ids=str)
+def test_autocast_casts_floating_tensors_alone(dtype, backend, device):
+    """Numbers of tokens are no input, nor is a complex one without its imaginary part."""
+    x = torch.ones(5, 4, 3, device=device).to(dtype)
+    for layer in (rnnfast.LSTM(3, 7), rnnfast.GRU(3, 7), rnnfast.Recurrent(rnnfast.cells.janet, 3, 7)):
+        with torch.autocast(device.type, torch.bfloat16), pytest.raises(RuntimeError, match="same dtype"):
+            layer(x)
+
+
 def test_autocast_inside_a_compiled_graph(backend, device):
     layer, x = rnnfast.LSTM(3, 7, device=device), torch.randn(5, 4, 3, device=device)
 

@@ -70,17 +70,30 @@ def test_backward(place, way):
         call(given, left)
 
 
-def test_packed_rows():
-    """Sizes that grow, that exceed the batch, or whose sum is not the number of rows."""
-    others = [torch.randn(6, 3), torch.zeros(1, 3, 4), torch.randn(12, 3), torch.randn(12, 4)]
-    constants = ("numba", "gru", [False], [True, True, *[False] * 4, True, False], False, False)
-    for sizes in ([3, 2, 2], [2, 3, 1], [4, 1, 1], [3, 3]):
-        arguments = (*constants, [*others, torch.tensor(sizes)])
-        if sizes == [3, 3]:
-            torch.ops.rnnfast.layer(*arguments)
-            continue
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "right", "wrong"),
+    [
+        pytest.param((6,), [3, 3], ([3, 2, 2], [2, 3, 1], [4, 1, 1], [3, 4, -1], [3, 3, 1, -1]), id="packed"),
+        pytest.param((2, 3), [3, 1], ([2, 3], [4, 1], [1, -1], [3], [3, 2, 1]), id="padded"),
+    ],
+)
+def test_sizes_of_rows(shape, right, wrong, frozen):
+    """Sizes that grow, that exceed the batch, that are negative, or whose number or sum is another."""
+    x, w_ih, w_hh = torch.randn(*shape, 3), torch.randn(12, 3), torch.randn(12, 4)
+    h = torch.zeros(1, 3, 4)
+
+    def call(sizes):
+        if frozen:
+            constants = ("gru", "float32", 3, 4, 4, False, False, [False], False, "")
+            return torch.ops.rnnfast.frozen_layer(*constants, x, [h], [w_ih, w_hh], torch.tensor(sizes), None, [])
+        constants = ("numba", "gru", [False], [True, True, *[False] * 4, True, False], False, False)
+        return torch.ops.rnnfast.layer(*constants, [x, h, w_ih, w_hh, torch.tensor(sizes)])
+
+    call(right)
+    for sizes in wrong:
         with pytest.raises(RuntimeError, match="batch_sizes"):
-            torch.ops.rnnfast.layer(*arguments)
+            call(sizes)
 
 
 def test_the_number_of_tensors():

@@ -63,7 +63,9 @@ with warnings.catch_warnings(record=True) as caught:
             assert torch.equal(layer(x)[0], output)
         cell(x[0])
         layer(x, resets=torch.zeros(4, 2, dtype=torch.bool))
-found = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+caught = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+found = [str(w.message) for w in caught]
+assert all(w.filename == "<string>" for w in caught), caught  # where the layer is called
 assert any({reason!r} in each for each in found), found
 explained = rnnfast.explain(layer, x)
 assert explained.backend == "torch" and {reason!r} in explained.reason, explained

@@ -1,5 +1,7 @@
 """`auto` steps aside where torch was measured faster: the table, who looks at it, and what is said of it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from closeness import assert_close
@@ -9,8 +11,9 @@ from torch_releases import needs_saving_hooks
 import rnnfast
 from benchmarks import facts
 from benchmarks.cases import Case
+from rnnfast import functional
 from rnnfast.backends import measured, slower
-from rnnfast.backends.dispatch import backend_of
+from rnnfast.backends.dispatch import backend_of, load
 
 pytestmark = pytest.mark.skipif(backends_under_test() != ["numba"], reason="the facts are of the CPU kernels")
 CPU = torch.device("cpu")
@@ -147,6 +150,36 @@ def test_transforms_lengths_and_graphs_run_as_before(table, monkeypatch):
     assert len(calls) == 1
     assert_close("mapped", expected, mapped[0])
     assert_close("compiled", expected, compiled)
+
+
+class Ragged(torch.nn.Module):
+    """Calls a layer with lengths."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, lengths=torch.tensor([2, 5, 0]))[0]
+
+
+@pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["", "autocast"])
+def test_explain_says_what_runs(around, table, monkeypatch):
+    """Calls with lengths, or in another dtype, were not measured."""
+    table(row(T=(1, 9)), row(what="training", T=(1, 9)))
+    layer, cell, x = rnnfast.LSTM(16, 16), rnnfast.LSTMCell(16, 16), torch.randn(5, 3, 16)
+    ran, choose = [], functional.backend_of
+    monkeypatch.setattr(functional, "backend_of", lambda *args: ran.append((choose(*args), args[2])) or ran[-1][0])
+    with around():
+        assert runs_on(layer, x) == ("torch" if around is nullcontext else "numba")
+        Ragged(layer)(x)
+        cell(x[0])
+        told = [rnnfast.explain(layer, x, lengths=torch.tensor([2, 5, 0])), rnnfast.explain(cell, x[0])]
+        (of_model,) = rnnfast.explain(Ragged(layer), x)
+    assert of_model.explanation == told[0]
+    for (backend, dtype), each in zip(ran, told, strict=False):
+        assert each.backend == backend == "numba"
+        assert each.kernel == load("numba").describe("lstm", 16, 0, CPU, dtype)
 
 
 def test_the_stored_rows_are_ones():

@@ -81,6 +81,36 @@ def test_workers_of_a_data_loader_train_as_this_process(method, two_threads):
     assert [each == expected for each in loader] == [True] * 4
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks on this platform")
+def test_a_fork_while_a_kernel_is_compiled():
+    code = """
+        import os, signal, threading, time
+        from rnnfast_kernels.cpu.runtime import compiled
+
+        started = threading.Event()
+
+        def compile_code(*args):
+            started.set()
+            time.sleep(0.5)
+            return b"code"
+
+        compiled.read, compiled.write = lambda name: None, lambda name, code: None
+        compiled.compile_code, compiled.load = compile_code, lambda code: code
+        compiler = threading.Thread(target=compiled.kernel, args=("gru", "float32"))
+        compiler.start()
+        started.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that waits for ever
+            compiled.kernel("lstm", "float32")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        compiled.kernel("lstm", "float32")
+        compiler.join()
+    """
+    succeed(start(code))
+
+
 def test_a_full_disk_costs_a_warning_and_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource", reason="no limits of file sizes on this platform")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))

@@ -1,9 +1,11 @@
 """Tensors whose memory is not what they mean, and what the quick path takes over from the first call."""
 
+import copy
 import warnings
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 from rnnfast import fast_path
@@ -43,6 +45,26 @@ def test_input_state_and_incoming_gradient(name, make, grad_mode):
             grads = torch.autograd.grad(output, list(ours.parameters()), dy_) if grad_mode else ()
             results.append((output, *grads))
         torch.testing.assert_close(*results, msg=lambda text, call=call: f"call {call}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr], ids=["coo", "csr"])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_sparse_inputs_and_states(differentiated, sparse):
+    layer, x, h = rnnfast.GRU(3, 5), torch.randn(4, 3), torch.randn(1, 5)
+    frozen = rnnfast.freeze(copy.deepcopy(layer))
+    with torch.set_grad_enabled(differentiated):
+        expected = layer(x, h)[0]
+        for _ in range(2):
+            torch.testing.assert_close(layer(sparse(x), sparse(h))[0], expected)
+        packed, rows = (PackedSequence(each, torch.tensor([3, 1])) for each in (sparse(x), x))
+        torch.testing.assert_close(layer(packed)[0].data, layer(rows)[0].data)
+        cell = rnnfast.GRUCell(3, 5)
+        torch.testing.assert_close(cell(sparse(x), sparse(x @ torch.ones(3, 5))), cell(x, x @ torch.ones(3, 5)))
+    with torch.no_grad():
+        frozen(x, h)
+        for given in ((sparse(x), h), (x, sparse(h)), (sparse(x), sparse(h))):
+            torch.testing.assert_close(frozen(*given)[0], expected)
 
 
 def test_sparse_weights():

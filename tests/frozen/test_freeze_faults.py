@@ -41,6 +41,31 @@ def test_memory_that_is_not_there(calls):
         layer(x)
 
 
+def test_calls_that_are_prepared_already_are_not_prepared_again(monkeypatch):
+    """Those that go another way for what their sizes do not tell."""
+    layer, x, made = frozen(), torch.randn(5, 3, 8), []
+    prepare = rnnfast.frozen_ops.kernels().Prepared
+    monkeypatch.setattr(rnnfast.frozen_ops.kernels(), "Prepared", lambda *args: made.append(args) or prepare(*args))
+    hx = (torch.randn(1, 16, 3).mT, torch.randn(1, 16, 3).mT)
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg()
+    for _ in range(3):
+        layer(x, hx)
+        layer(negative)
+        layer(torch._efficientzerotensor((5, 3, 8)))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x.bfloat16())
+    assert len(made) == 2  # with initial states, and without
+
+
+def test_the_oldest_prepared_calls_are_forgotten(monkeypatch):
+    monkeypatch.setattr(rnnfast.frozen, "MOST", 4)
+    layer = frozen()
+    for steps in range(1, 8):
+        layer(torch.zeros(steps, 3, 8))
+        assert [key[2][0] for key in layer._prepared] == [*range(max(1, steps - 3), steps + 1)]
+
+
 def test_attributes_that_change():
     layer, x = frozen(), torch.randn(3, 5, 8)
     for _ in range(2):
@@ -48,6 +73,13 @@ def test_attributes_that_change():
     layer.batch_first = True
     assert torch.equal(layer(x)[0], layer(x.clone())[0])
     assert layer(x)[1][0].shape == (1, 3, 16)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.LSTM(2, 2, dtype=torch.float64)], ids=["none", "refused"])
+def test_a_warning_names_the_line_of_the_caller(model):
+    with pytest.warns(RuntimeWarning, match="freeze: ") as caught:
+        rnnfast.freeze(model)
+    assert [each.filename for each in caught] == [__file__]
 
 
 def test_integers_that_freezing_never_makes():

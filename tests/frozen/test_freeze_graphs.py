@@ -48,8 +48,8 @@ def test_compiled(frozen):
 
 @needs_exporting
 @pytest.mark.parametrize("frozen", FORMATS, indirect=True)
-def test_exported(frozen):
-    """The program has integers and scales, which it packs when it first runs, wherever that is."""
+def test_exported(frozen, monkeypatch):
+    """The program has integers and scales, which it packs when it first runs, wherever that is, and once."""
     x = torch.randn(6, 3, 7)
     program = torch.export.export(frozen, (x,), dynamic_shapes=({0: torch.export.Dim("T")},))
     buffer = io.BytesIO()
@@ -59,10 +59,37 @@ def test_exported(frozen):
     shapes = [each.shape for each in loaded.constants.values()]
     assert torch.Size((80, 7)) in shapes
     assert torch.uint8 not in {each.dtype for each in loaded.constants.values()}
-    run = loaded.module()
-    for steps in (6, 11):
-        x = torch.randn(steps, 3, 7)
-        assert torch.equal(run(x)[1], frozen(x)[1])
+    packs, pack = [], frozen_ops.kernels().pack
+    monkeypatch.setattr(frozen_ops.kernels(), "pack", lambda *args: packs.append(args) or pack(*args))
+    with torch.inference_mode():  # tensors made here do not count changes in place
+        buffer.seek(0)
+        inferred = torch.export.load(buffer).module()
+    for run in (loaded.module(), inferred):
+        packs.clear()
+        for steps, inference in ((6, False), (11, False), (6, True)):
+            x = torch.randn(steps, 3, 7)
+            with torch.inference_mode(inference):
+                assert torch.equal(run(x)[1], frozen(x)[1])
+        assert len(packs) == 2  # one for each layer
+
+
+def test_weights_of_an_operator_are_packed_again_where_they_change():
+    layer = rnnfast.freeze(rnnfast.GRU(7, 20).eval())
+    form, x, hx = layer._forms[0], torch.randn(6, 3, 7), [torch.zeros(1, 3, 20)]
+    held = [layer.weight_ih_l0.clone(), layer.weight_hh_l0.clone(), *layer.dequantised()[2:]]
+
+    def call(held):
+        *constants, _, _ = form.cell, form.weights, 7, 20, 20, False, True, [False], False, 0, 0
+        return torch.ops.rnnfast.frozen_layer(*constants, "", x, hx, held, None, None, [])[1]
+
+    expected = layer(x)[1]
+    assert torch.equal(call(held), expected)
+    other = [held[0], held[1] / 2, *held[2:]]
+    assert not torch.equal(call(other), expected)
+    assert torch.equal(call(held), expected)
+    with torch.no_grad():
+        held[1].zero_()
+    assert not torch.equal(call(held), expected)
 
 
 @pytest.mark.parametrize("frozen", ["int8"], indirect=True)

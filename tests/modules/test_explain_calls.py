@@ -57,6 +57,13 @@ def test_a_layer_that_is_not_called_with_its_input(kind, arguments):
     assert (measured.explanation.fraction is None) == (kind is not FromList)
 
 
+def test_a_layer_that_is_not_called_with_its_input_under_another_default_device():
+    model = Model(FromNothing(3, 5))
+    with torch.device("meta"):
+        (told,) = rnnfast.explain(rnnfast.accelerate(model.to("meta")), X)
+    assert told.explanation.backend == "torch"
+
+
 def test_buffers_that_cannot_be_written_or_are_not_there_yet():
     model = nn.Sequential(nn.LazyLinear(3), Model(rnnfast.LSTM(3, 5)), nn.LazyBatchNorm1d())
     model.register_buffer("expanded", torch.arange(4.0).expand(3, 4))

@@ -114,8 +114,23 @@ def test_a_sparse_input(backend):
     other.module.load_state_dict(one.module.state_dict())
     other.refresh()
     assert torch.equal(one(x.to_sparse()), other(x))
-    with pytest.raises(RuntimeError):
-        one(x.to("meta"))
+
+
+@pytest.mark.parametrize("weights", [None, "float32"], ids=["module", "frozen"])
+def test_an_input_of_another_dtype_or_device_is_refused(weights):
+    layer = rnnfast.GRU(5, 3)
+    stream, x = rnnfast.Stream(rnnfast.freeze(layer, weights) if weights else layer), torch.ones(1, 5)
+    expected = stream(x).clone()
+    state = stream.state
+    for wrong in (x.long(), x.double(), x.bfloat16(), x + 0j, x.to("meta")):
+        with pytest.raises(ValueError, match=rf"expected input of torch.float32 on cpu, got {wrong.dtype}"):
+            stream(wrong)
+    assert torch.equal(stream.state, state)
+    stream.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stream(x.bfloat16()), expected)
+        with pytest.raises(ValueError, match=r"got torch.int64"):
+            stream(x.long())
 
 
 def test_the_module_is_untouched(backend):

@@ -58,7 +58,7 @@ def broken(cell: str, dtype: torch.dtype) -> str | None:
 def obstacle(cell: str, dtype: torch.dtype) -> str | None:
     """Say why there can be no machine code, or None where it is kept or can be compiled."""
     try:
-        from rnnfast_kernels.cpu.runtime.compiled import is_kept
+        from rnnfast_kernels.cpu.runtime.compiled import is_kept, lock
 
         if is_kept(cell, DTYPE_NAMES[dtype]):
             return None
@@ -66,10 +66,11 @@ def obstacle(cell: str, dtype: torch.dtype) -> str | None:
         return f"the sources of the kernels cannot be read ({error})"
     except Exception as error:
         return f"kept kernels cannot be looked up ({described(error)})"
-    if find_spec("numba") is None:
-        return "numba is not installed"
     try:
-        from numba import config
+        if find_spec("numba") is None:
+            return "numba is not installed"
+        with lock:  # a child that was forked in the midst of this import would wait for its end
+            from numba import config
     except Exception as error:
         return f"numba cannot be imported ({described(error)})"
     return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None  # type: ignore[attr-defined]

@@ -122,14 +122,19 @@ def shape_of(signature: Signature) -> plan.Shape:
         hidden=hidden,
         width=width,
         reverse=form.reverse,
-        x_row=signature.x_strides[-2] * dtype.itemsize,
-        x_step=signature.x_strides[0] * dtype.itemsize,
+        x_row=distance(signature, -2),
+        x_step=distance(signature, 0),
         projected=present.w_hr,
         threads=threads,
         cuts=signature.cuts if signature.cuts is not None and slices > 1 else policy.even_cuts(batch, slices),
         workers=workers,
         unpacked=rows <= MOST_UNPACKED_ROWS and not present.w_hr and not repeated,
     )
+
+
+def distance(signature: Signature, dim: int) -> int:
+    """Return the stride of x in bytes; 0 along a dimension of size 1, whose stride may be any number."""
+    return signature.x_strides[dim] * signature.dtype.itemsize if signature.x_shape[dim] > 1 else 0
 
 
 def state_names(signature: Signature, form: str) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import os
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,13 +26,14 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.job import JOB, RUN, SHARE, START
 from rnnfast_kernels.cpu.target import Target, processor, target
 from rnnfast_kernels.equations.cell import Cell
+from rnnfast_kernels.warn import warn_user
 
 log = logging.getLogger("rnnfast")
 lock = threading.RLock()
-engines: list[binding.ExecutionEngine] = []
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    # A child that is forked while another thread compiles would wait for ever for a thread that it does not have.
+    # A fork waits for what another thread compiles or loads: the child could not unlock this, nor Numba's and LLVM's.
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+engines: list[binding.ExecutionEngine] = []
 
 DIGEST_BYTES = 32
 
@@ -87,7 +87,11 @@ def is_kept(cell_name: str, dtype: str, derivatives: int = 1, weights: str = "")
 
 
 def key(cell: Cell, chosen: Target, derivatives: int) -> str:
-    """A hash of the sources, the cell's derived functions, the compiler and the processor."""
+    """A hash of the sources, the cell's derived functions, the compiler and the processor.
+
+    Of the compiler only the version of llvmlite, since kept kernels are found where Numba is not installed, too. Numba
+    releases that share an llvmlite share kernels.
+    """
     everything = f"{sources()}\0{cell.sources(derivatives)}\0{chosen}\0{processor()}\0{llvmlite.__version__}"
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 
@@ -150,11 +154,9 @@ def write(name: str, code: bytes) -> None:
 
 @functools.cache
 def warn_uncached(reason: str) -> None:
-    warnings.warn(
+    warn_user(
         f"rnnfast cannot keep compiled kernels on disk, so every process compiles them again ({reason}); "
-        "set NUMBA_CACHE_DIR to a folder that can be written",
-        RuntimeWarning,
-        stacklevel=2,
+        "set NUMBA_CACHE_DIR to a folder that can be written"
     )
 
 
