@@ -86,7 +86,7 @@ def recurrent(
         if is_traced():
             return traced(options, input, weights, hx, lengths, resets, all_states)
         return run_packed(options, input, weights, hx, lengths, resets, all_states, signals, run)
-    key, states = None, None
+    key, states, recorded = None, None, None
     plain = lengths is None and resets is None and not all_states and len(signals) == 0
     if plain and not torch.compiler.is_dynamo_compiling():
         states = () if hx is None else fast_path.states_of(options, hx)
@@ -99,7 +99,7 @@ def recurrent(
     if is_traced():
         return traced(options, input, weights, hx, lengths, resets, all_states)
     call, batched = checked(options, input, weights, hx, resets, all_states, signals)
-    if key is not None and states is not None:
+    if key is not None and states is not None and recorded is None:
         validate.one_kind(call)
         sizes = measured.sizes_of_call(call)
         recorded = fast_path.record(key, input, states, weights, sizes)
