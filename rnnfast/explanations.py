@@ -18,7 +18,7 @@ from rnnfast.backends import measured
 from rnnfast.backends.dispatch import Choice, choose, choose_step, load
 from rnnfast.cell_modules import RNNCellBase
 from rnnfast.frozen import Frozen
-from rnnfast.functional import Call
+from rnnfast.call import Call
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent
 from rnnfast.spec import shown

@@ -94,15 +94,18 @@ def record(
     extents = (*x.shape, options.hidden(weights), options.width(weights))
     if x.stride(-1) != 1 or 0 in extents or not can_stack(options):
         return None
-    whatever_the_size = backend_of(options.cell, x.device, x.dtype, False)
-    backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
-    if backend == "torch" != whatever_the_size and x.dim() == 3:
-        call: Callable = native.recorded(options, x.shape[0 if options.batch_first else 1], options.width(weights))
-    elif records(backend):
-        signatures = signatures_of(options, x, weights, not states, threads)
-        call = (Training if differentiated else Inference)(backend, options, signatures, x.dim() == 3)
-    else:
+    backend = backend_of(options.cell, x.device, x.dtype, False)
+    if not records(backend):
         return None
+    signatures, batched = signatures_of(options, x, weights, not states, threads), x.dim() == 3
+    if backend_of(options.cell, x.device, x.dtype, False, sizes) == "torch":  # measured faster at these sizes
+        if not batched:
+            return None
+        call: Callable = native.recorded(options, signatures[0].batch, options.width(weights))
+    elif differentiated:
+        call = Training(backend, options, signatures)
+    else:
+        call = Inference(backend, options, signatures, batched)
     if len(recorded) >= MOST:
         recorded.clear()
     recorded[key] = call
@@ -167,7 +170,7 @@ class Inference:
 class Training:
     """A call through which a derivative may be taken."""
 
-    def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
+    def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...]):
         self.options, self.backend, self.parameters = options, backend, options.present.parameters
         self.layers = [load(backend).compiled_layer(signature) for signature in signatures]
 

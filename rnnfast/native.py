@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch
+from rnnfast.call import Call
 from rnnfast.spec import Options
 
 
-def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run a `functional.Call` on torch and return the output and the final states."""
+def run(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a call on torch and return the output and the final states."""
     if call.batch_sizes is not None and call.x.dim() == 3:
         return run_padded(call)
     options = call.options
@@ -38,7 +39,7 @@ def recorded(options: Options, batch: int, width: int) -> Callable:
     return call
 
 
-def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
+def run_padded(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the padded layout by packing its live rows. Rows of length zero, which torch refuses, are kept out."""
     steps, batch = call.x.shape[:2]
     live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]

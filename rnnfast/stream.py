@@ -10,7 +10,8 @@ from torch.autograd.graph import increment_version
 from rnnfast import fast_path, validate
 from rnnfast.backends.dispatch import backend_of, load, records
 from rnnfast.frozen import Frozen
-from rnnfast.functional import Call, initial_states, recurrent, single
+from rnnfast.call import Call
+from rnnfast.functional import initial_states, recurrent, single
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent
 
@@ -113,13 +114,7 @@ class Stream:
         signatures = fast_path.signatures_of(options, x, self.weights, zero=False, threads=1)
         stack = load(self.backend).stack(tuple(each._replace(repeated=True) for each in signatures))
         weights = fast_path.stacked_weights(options, self.weights)
-        step = stack.repeat((x, *self.states, *weights), (output[None], *self.states))
-
-        def run() -> None:
-            step()
-            increment_version(output)  # the kernel writes where autograd does not see it
-
-        return run
+        return stack.repeat((x, *self.states, *weights), (output[None], *self.states))
 
     def call_layers(self) -> None:
         """Step by an ordinary call, on backends and dtypes that have no prepared one."""
@@ -153,6 +148,7 @@ class Stream:
                 raise
             self.input.copy_(x.to_dense())
         self.step()
+        increment_version(self.output)  # kernels write where autograd does not see it
         return self.output
 
     @property

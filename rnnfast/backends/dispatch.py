@@ -124,7 +124,7 @@ def backend_of(
 ) -> str:
     """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
     choice = choose(cell, device, dtype, needs_ours, sizes)
-    if choice.backend == "numba" and load("numba").obtain(cell, dtype) is not None:
+    if choice.backend in MODULES and load(choice.backend).obtain(cell, dtype) is not None:
         automatic.cache_clear()
         choice = choose(cell, device, dtype, needs_ours, sizes)
     if choice.broken:
@@ -200,15 +200,13 @@ def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
         module = load(backend)
     except Exception:  # whatever a library raises that cannot be loaded
         return True
-    if not hasattr(module, "broken"):
-        return False
-    return cell in module.CELLS and dtype in module.DTYPE_NAMES and module.broken(cell, dtype) is not None
+    return module.broken(cell, dtype) is not None
 
 
 def differentiates_twice(backend: str, cell: str, dtype: torch.dtype) -> bool:
     """Say whether a backend has kernels for second derivatives; torch's operators do without."""
     module = load(backend)
-    return hasattr(module, "jvp") and (backend != "numba" or module.obtain(cell, dtype, 2) is None)
+    return hasattr(module, "jvp") and module.obtain(cell, dtype, 2) is None
 
 
 def records(backend: str) -> bool:

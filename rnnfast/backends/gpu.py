@@ -42,6 +42,14 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
+def broken(cell: str, dtype: torch.dtype) -> None:
+    """Kernels are compiled when they are launched: nothing is known before."""
+
+
+def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> None:
+    """Kernels are compiled when they are launched."""
+
+
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name the loops of a layer with 16 batch rows."""
     forward, backward = loops(CELLS[cell], hidden, 16, torch.empty(0, dtype=dtype, device=device))

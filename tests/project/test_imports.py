@@ -37,6 +37,7 @@ LAYERS = (
     ("rnnfast.changes", "rnnfast.layers", "rnnfast.operator_checks", "rnnfast.torch_functions", "rnnfast.vmap"),
     ("rnnfast.context",),
     ("rnnfast.backends",),
+    ("rnnfast.call",),
     ("rnnfast.spec",),
     ("rnnfast._torch", "rnnfast.signatures"),
     ("rnnfast_kernels.cpu.plan",),

@@ -48,6 +48,8 @@ obtained: set[tuple[str, torch.dtype, int]] = set()
 
 def broken(cell: str, dtype: torch.dtype) -> str | None:
     """Say what keeps this installation from running kernels, as far as is known without compiling one."""
+    if cell not in CELLS or dtype not in DTYPE_NAMES:
+        return None
     known = failures.get((cell, dtype, 1))
     if known is not None or (cell, dtype, 1) in obtained:
         return known
@@ -65,13 +67,13 @@ def obstacle(cell: str, dtype: torch.dtype) -> str | None:
     except OSError as error:
         return f"the sources of the kernels cannot be read ({error})"
     except Exception as error:
-        return f"kept kernels cannot be looked up ({described(error)})"
+        return f"kept kernels cannot be looked up ({error_text(error)})"
     if find_spec("numba") is None:
         return "numba is not installed"
     try:
         from numba import config
     except Exception as error:
-        return f"numba cannot be imported ({described(error)})"
+        return f"numba cannot be imported ({error_text(error)})"
     return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None  # type: ignore[attr-defined]
 
 
@@ -93,13 +95,13 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
         try:
             kernel(cell, DTYPE_NAMES[dtype], derivatives)
         except Exception as error:
-            failures[wanted] = f"the kernel cannot be compiled or loaded ({described(error)})"
+            failures[wanted] = f"the kernel cannot be compiled or loaded ({error_text(error)})"
         else:
             obtained.add(wanted)
     return failures.get(wanted)
 
 
-def described(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Name an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
