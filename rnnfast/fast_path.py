@@ -15,7 +15,6 @@ from functools import partial
 from operator import attrgetter
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from rnnfast.backends.dispatch import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
 from rnnfast.gradients import Spec, gradients_of
 from rnnfast.layers import through_layers
-from rnnfast.spec import Form, Options, Signature, group
+from rnnfast.spec import Form, Options, Signature, cell_named, group
 from rnnfast.vmap import takes_batched_gradients
 
 # Recorded calls by their keys; all are forgotten when there are too many.
@@ -38,9 +37,10 @@ is_neg = Tensor.is_neg
 
 def states_of(options: Options, hx) -> tuple[Tensor, ...] | None:
     """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
-    if len(CELLS[options.cell].states) == 1:
+    count = len(cell_named(options.cell).states)
+    if count == 1:
         return (hx,) if isinstance(hx, Tensor) else None
-    return tuple(hx) if isinstance(hx, (tuple, list)) and hx else None
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == count else None
 
 
 def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple | None:
@@ -55,7 +55,6 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
         or True in map(is_neg, tensors)
         or _torch.is_profiled()
         or not x.is_cpu
-        or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
         or (asked := setting()) not in ("auto", "numba")
@@ -114,7 +113,7 @@ def record(
 
 def can_stack(options: Options) -> bool:
     """Say whether layers of a cell on top of one another are recorded as one program."""
-    cell = CELLS[options.cell]
+    cell = cell_named(options.cell)
     return len(cell.states) <= 2 and cell.output == 0
 
 

@@ -11,14 +11,13 @@ from functools import cache
 from types import ModuleType
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor
 
 from rnnfast.changes import version_of
 from rnnfast.operator_checks import check_memory, check_signals, expect
 from rnnfast.operators import library
-from rnnfast.spec import parameter_name
+from rnnfast.spec import cell_named, parameter_name
 from rnnfast.vmap import each, fold, unfold
 
 NAME = "frozen_layer"
@@ -40,7 +39,7 @@ def kernels() -> ModuleType:
 
 def meaning_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
     """Name a direction's tensors in order: matrices, their scales, biases, parameters of the cell."""
-    row = CELLS[cell]
+    row = cell_named(cell)
     matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2 if row.recurrent else 1]
     scales = tuple(f"{name}_scale" for name in matrices) if FORMATS[weights].scaled else ()
     biases = ("b_ih", "b_hh")[: 2 if row.recurrent else 1] if biased else ()

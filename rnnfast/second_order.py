@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import reference
@@ -28,7 +27,7 @@ from rnnfast.linearised import (
     total,
     unshifted,
 )
-from rnnfast.spec import Layer, OutputTangents, Tangents, Weights
+from rnnfast.spec import Layer, OutputTangents, Tangents, Weights, cell_named
 
 
 def layer_jvp(layer: Layer, states: States, tangents: Tangents) -> OutputTangents:
@@ -106,7 +105,7 @@ def hvp_steps(
     Returns what comes of it for x, the entering states and the weights that there are.
     """
     by_u = flows.u_gates
-    by_x = by_u if CELLS[cell].one_gradient else gradient_by_x(at, flows)
+    by_x = by_u if cell_named(cell).one_gradient else gradient_by_x(at, flows)
     curved_x, curved_u, curved_direct = hvp_gates(cell, at, flows, along, dentering, dweights)
     x = total(curved_x @ at.weights.w_ih, product(by_x, dweights.w_ih))
     entering = [torch.zeros_like(s) for s in at.entering[1 : at.direct_from]] + curved_direct

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import CELLS, TORCH_CELLS
 from rnnfast_kernels.cpu.runtime import pool
 
 from rnnfast.backends import Layer, Needs, Weights, cpu
@@ -132,7 +132,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / (norm if norm > 0 else 1))
 
 
-cells = pytest.mark.parametrize("cell", CELLS)
+cells = pytest.mark.parametrize("cell", TORCH_CELLS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 

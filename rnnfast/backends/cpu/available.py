@@ -8,7 +8,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 
-from rnnfast.spec import shown
+from rnnfast.spec import cell_named, shown
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -32,12 +32,12 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    gates = CELLS[cell].gates
+    gates = cell_named(cell).gates
     if gates == 0:
         return "the numba backend has no kernels for cells without gates"
     if gates > MOST_GATES:
         return f"the numba backend has no kernels for cells of more than {MOST_GATES} gates, got {gates}"
-    if CELLS[cell].sets_numbers:
+    if cell_named(cell).sets_numbers:
         return "the numba backend has no kernels for cells with a state that is a number"
     return broken(cell, dtype)
 
@@ -83,7 +83,7 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
     derivatives: 2 for those of second derivatives.
     """
     if derivatives == 2:
-        if len(CELLS[cell].states) > 2:
+        if len(cell_named(cell).states) > 2:
             return "there are no kernels for second derivatives of cells of more than two states"
         dtype = WIDER.get(dtype, dtype)
     wanted = cell, dtype, derivatives

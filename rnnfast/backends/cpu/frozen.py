@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.plan import forward as plan_forward
 from rnnfast_kernels.cpu.plan import panels
 from rnnfast_kernels.cpu.plan import shape as plan
@@ -26,7 +25,7 @@ from torch import Tensor
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
 from rnnfast.backends.cpu.executable import STATES, empty, shape_of
 from rnnfast.spec import Form as LayerForm
-from rnnfast.spec import Present, Signature, parameter_name
+from rnnfast.spec import Present, Signature, cell_named, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
@@ -60,12 +59,12 @@ class Form(NamedTuple):
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Return the width of each state."""
-        return (self.width, *[self.hidden] * (len(CELLS[self.cell].states) - 1))
+        return (self.width, *[self.hidden] * (len(cell_named(self.cell).states) - 1))
 
     @property
     def stacks(self) -> bool:
         """Say whether all layers run in one program: cells of at most two states, without signals."""
-        cell = CELLS[self.cell]
+        cell = cell_named(self.cell)
         return len(cell.states) <= 2 and cell.output == 0 and not cell.signals
 
 
@@ -115,14 +114,14 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
             )
         for direction, each in enumerate(parameters_of(one, buffer[place:].numpy())):
             named = weights[n * form.directions + direction]
-            for goal, name in zip(each, CELLS[form.cell].parameters, strict=True):
+            for goal, name in zip(each, cell_named(form.cell).parameters, strict=True):
                 goal[:] = as_array(named[parameter_name(name)])
     return buffer
 
 
 def parameters_of(form: Form, buffer: np.ndarray) -> list[np.ndarray]:
     """Return where one layer's buffer has the parameters of each direction, [P, H]."""
-    count = len(CELLS[form.cell].parameters)
+    count = len(cell_named(form.cell).parameters)
     size = count * form.hidden * panels.PARAMETER_BYTES
     places = layout(form).parameters
     return [buffer[place : place + size].view(np.float32).reshape(count, form.hidden) for place in places]
@@ -154,7 +153,7 @@ def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
                 own[matrix.name.replace("w_", "b_")] = bias
         for own, each in zip(named, parameters_of(one, buffer[place:]), strict=False):
             own |= {
-                parameter_name(name): row.copy() for name, row in zip(CELLS[form.cell].parameters, each, strict=True)
+                parameter_name(name): row.copy() for name, row in zip(cell_named(form.cell).parameters, each, strict=True)
             }
         found += named
     return found
@@ -179,7 +178,7 @@ def shape(
     cuts: tuple[int, ...] | None = None,
 ) -> plan.Shape:
     """The plan's shape of one layer. options: whether there are batch_sizes, and resets."""
-    reverse, biased, cell = (False, True)[: form.directions], form.biased, CELLS[form.cell]
+    reverse, biased, cell = (False, True)[: form.directions], form.biased, cell_named(form.cell)
     recurrent = cell.recurrent > 0
     present = (True, recurrent, biased, biased and recurrent, form.projected, bool(cell.parameters), *options)
     layer = LayerForm(form.cell, reverse, Present(*present))
