@@ -43,6 +43,8 @@ ORIGINAL = "_class_before_accelerate"
 # the class that parametrize made for it before `accelerate`.
 EXACT = "_exact_class_before_accelerate"
 NOT_IN_STATE = ("_kept_weights", EXACT)
+# Those that a layer loses with its parameters: what torch keeps of them too.
+WITH_PARAMETERS = (*NOT_IN_STATE, ORIGINAL, "_flat_weights", "_flat_weights_names", "_all_weights", "_flat_weight_refs")
 
 
 def first_overridden(cls: type) -> str | None:
