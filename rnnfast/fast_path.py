@@ -100,7 +100,7 @@ def record(
     if backend_of(options.cell, x.device, x.dtype, False, sizes) == "torch":  # measured faster at these sizes
         if not batched:
             return None
-        call: Callable = native.recorded(options, signatures[0].batch, options.width(weights))
+        call: Callable = native.record_call(options, signatures[0].batch, options.width(weights))
     elif differentiated:
         call = Training(backend, options, signatures)
     else:

@@ -1,7 +1,7 @@
 """Recurrent layers whose weights are frozen: packed once, for inference on the CPU. `rnnfast.freeze` makes them.
 
 A frozen layer holds its weights once, as panels for this machine's processor. `state_dict`, pickle and copies have
-them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
+them as machine-independent tensors: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
 """
 
 import warnings
@@ -272,7 +272,7 @@ class Frozen(FrozenWeights):
     def held(self) -> tuple[list[list[Tensor]], str]:
         """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
         if _torch.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            directions, names = 2 if self.bidirectional else 1, self.meaning_names()
+            directions, names = 2 if self.bidirectional else 1, self.weight_names()
             flat = [[named[name] for name in names] for named in self.constants()]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""
         return [[self.panels[a:b]] for a, b in self._places], self._processor  # type: ignore[index]

@@ -37,7 +37,7 @@ def kernels() -> ModuleType:
     return importlib.import_module("rnnfast.backends.cpu.frozen")
 
 
-def meaning_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
+def weight_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
     """Name a direction's tensors in order: matrices, their scales, biases, parameters of the cell."""
     row = cell_named(cell)
     matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2 if row.recurrent else 1]
@@ -53,10 +53,10 @@ def frozen_layer(
     """Run one layer: every state of every step, of those but h empty tensors unless asked for, and the final states."""
     check_memory((x, *hx, *held, *signals))
     backend = kernels()
-    form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
+    form = backend.FrozenStack(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
     check(form, x, hx, batch_sizes, resets, signals)
     if processor:
-        here = backend.processor_of(form)
+        here = backend.panel_layout_name(form)
         if processor != here:
             raise RuntimeError(f"rnnfast: weights were packed for {processor}, and this processor is {here}")
         panels = held[0]
@@ -100,7 +100,7 @@ def panels_of(form, held: Sequence[Tensor]) -> Tensor:
     key = (form, *((id(tensor), version_of(tensor)) for tensor in held))
     kept = packed.get(held[0])
     if kept is None or kept[0] != key:
-        names = meaning_names(form.cell, form.weights, form.projected, form.biased)
+        names = weight_names(form.cell, form.weights, form.projected, form.biased)
         groups = [held[n : n + len(names)] for n in range(0, len(held), len(names))]
         kept = key, kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
         packed[held[0]] = kept

@@ -25,7 +25,7 @@ def run(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
     return output, tuple(finals)
 
 
-def recorded(options: Options, batch: int, width: int) -> Callable:
+def record_call(options: Options, batch: int, width: int) -> Callable:
     """Return what runs calls of one layer in one direction: a function of the input, initial states and weights."""
     function = getattr(_torch.operators, options.cell)
     zero, count = (1, batch, width), 2 if options.cell == "lstm" else 1

@@ -1,6 +1,6 @@
 """Layers with frozen weights as calls of the Numba kernels: packing once, then calls that name one buffer of panels.
 
-A `Form` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
+A `FrozenStack` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
 another (see `rnnfast_kernels.cpu.plan.panels`). Their layout depends on the form and the processor, not on the calls.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rnnfast_kernels.cpu.plan import forward as plan_forward
-from rnnfast_kernels.cpu.plan import panels
+from rnnfast_kernels.cpu.plan import panels as plan_panels
 from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import ADDRESSES, Recipe
 from rnnfast_kernels.cpu.runtime import pool
@@ -24,14 +24,13 @@ from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
 from rnnfast.backends.cpu.executable import STATES, empty, shape_of
-from rnnfast.spec import Form as LayerForm
-from rnnfast.spec import Present, Signature, cell_named, parameter_name
+from rnnfast.spec import Form, Present, Signature, cell_named, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
 
 
-class Form(NamedTuple):
+class FrozenStack(NamedTuple):
     """What a stack of frozen layers is. weights: the format. width: P. inputs: I of the first layer."""
 
     cell: str
@@ -44,7 +43,7 @@ class Form(NamedTuple):
     projected: bool
     biased: bool
 
-    def each(self) -> Iterator["Form"]:
+    def each(self) -> Iterator["FrozenStack"]:
         """Yield each layer by itself."""
         inputs = self.inputs
         for _ in range(self.layers):
@@ -69,13 +68,13 @@ class Form(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def layout(form: Form) -> panels.Layout:
+def layout(form: FrozenStack) -> plan_panels.Layout:
     """Where the panels of one layer are."""
-    return panels.layout(form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
+    return plan_panels.layout(form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
 
 
 @functools.lru_cache(maxsize=1024)
-def offsets(form: Form) -> tuple[int, ...]:
+def offsets(form: FrozenStack) -> tuple[int, ...]:
     """Where each layer's panels begin, and where the last ones end."""
     found = [0]
     for one in form.each():
@@ -94,7 +93,7 @@ def widened(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if array.dtype == np.int16 else array
 
 
-def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
+def pack(form: FrozenStack, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     """Pack all layers. weights: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, what of them there is.
 
     Of scaled formats also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters are under `parameter_name`.
@@ -104,7 +103,7 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
             bias, scale = named.get(matrix.name.replace("w_", "b_")), named.get(f"{matrix.name}_scale")
-            panels.pack(
+            plan_panels.pack(
                 form.target,
                 matrix,
                 buffer[place:].numpy(),
@@ -119,15 +118,15 @@ def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     return buffer
 
 
-def parameters_of(form: Form, buffer: np.ndarray) -> list[np.ndarray]:
+def parameters_of(form: FrozenStack, buffer: np.ndarray) -> list[np.ndarray]:
     """Return where one layer's buffer has the parameters of each direction, [P, H]."""
     count = len(cell_named(form.cell).parameters)
-    size = count * form.hidden * panels.PARAMETER_BYTES
+    size = count * form.hidden * plan_panels.PARAMETER_BYTES
     places = layout(form).parameters
     return [buffer[place : place + size].view(np.float32).reshape(count, form.hidden) for place in places]
 
 
-def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
+def unpack(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, Tensor]]:
     """Return what `pack` was given."""
     found = []
     for arrays in unpacked(form, buffer):
@@ -138,13 +137,13 @@ def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
     return found
 
 
-def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
+def unpacked(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Return the same as arrays, bfloat16 as int16."""
     found = []
     for one, place in zip(form.each(), offsets(form), strict=False):
         named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
         for matrix in layout(one).matrices:
-            weight, bias, scale = panels.unpack(form.target, matrix, buffer[place:])
+            weight, bias, scale = plan_panels.unpack(form.target, matrix, buffer[place:])
             own = named[matrix.direction]
             own[matrix.name] = weight
             if scale is not None:
@@ -159,7 +158,7 @@ def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def kernel_of(form: Form) -> Kernel:
+def kernel_of(form: FrozenStack) -> Kernel:
     """Load, or compile, the machine code of a form: over panels like those of a call, that of any layer."""
     if form.target.format is None:
         return kernel(form.cell, "float32", 1)
@@ -168,7 +167,7 @@ def kernel_of(form: Form) -> Kernel:
 
 @functools.lru_cache(maxsize=4096)
 def shape(
-    form: Form,
+    form: FrozenStack,
     x_shape: tuple[int, ...],
     x_strides: tuple[int, ...],
     steps: int,
@@ -181,20 +180,20 @@ def shape(
     reverse, biased, cell = (False, True)[: form.directions], form.biased, cell_named(form.cell)
     recurrent = cell.recurrent > 0
     present = (True, recurrent, biased, biased and recurrent, form.projected, bool(cell.parameters), *options)
-    layer = LayerForm(form.cell, reverse, Present(*present))
+    layer = Form(form.cell, reverse, Present(*present))
     sizes = (steps, batch, form.hidden, form.width, 1, False, threads)
     signature = Signature(layer, torch.float32, x_shape, x_strides, *sizes, cuts=cuts, repeated=True)
     return replace(shape_of(signature), weights=form.weights)
 
 
 class Prepared:
-    """A call of known sizes over the whole stack (see `Form.stacks`): dense, without lengths and resets.
+    """A call of known sizes over the whole stack (see `FrozenStack.stacks`): dense, without lengths and resets.
 
     x: an input of these sizes, [T, B, I] or [B, T, I] or [T, I], with a last stride of 1. zero: whether the initial
     states are zero, and not given.
     """
 
-    def __init__(self, form: Form, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
+    def __init__(self, form: FrozenStack, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
         batched = x.dim() == 3
         self.transposed, self.panels, self.place = batched and batch_first, panels, panels.data_ptr()
         x = x.transpose(0, 1) if self.transposed else x if batched else x[:, None]
@@ -264,13 +263,13 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=1024)
-def recorded(planned: plan.Shape, kept: tuple[str, ...]) -> Recipe:
+def record_layer(planned: plan.Shape, kept: tuple[str, ...]) -> Recipe:
     """Record a layer. kept: names of what it leaves beside h."""
     return plan_forward.forward(planned, False, kept)
 
 
 def run_layer(
-    form: Form,
+    form: FrozenStack,
     x: Tensor,
     initial: Sequence[Tensor],
     panels: Tensor,
@@ -305,7 +304,7 @@ def run_layer(
     tensors |= zip((f"{state}_final" for state in STATES), finals, strict=False)
     signals = [as_signal(each) for each in signals]
     tensors |= zip((f"signal{n}" for n in range(len(signals))), signals, strict=True)
-    recipe = recorded(planned, kept)
+    recipe = record_layer(planned, kept)
     addresses = recipe.addresses(tensors)
     for n, signal in enumerate(signals):
         for name, stride in zip(("step", "row", "unit"), strides_of(signal), strict=True):
@@ -317,7 +316,7 @@ def run_layer(
 
 
 @functools.cache
-def processor_of(form: Form) -> str:
+def panel_layout_name(form: FrozenStack) -> str:
     """Name all that the layout of panels depends on beside the form."""
     chosen = form.target
     return f"{chosen.lanes} lanes, {chosen.registers} registers, {chosen.terms} terms, {chosen.dot or 'fma'}"
