@@ -18,7 +18,7 @@ from rnnfast_kernels.equations import cell as equations
 from rnnfast_kernels.equations import display, trace
 from torch import Tensor
 
-from rnnfast import linearised, reference, step_check, torch_functions
+from rnnfast import reference, step_check, tangent, torch_functions
 from rnnfast.spec import cell_named
 
 CellError = trace.CellError
@@ -241,7 +241,7 @@ def register(made: Cell) -> Cell:
     reference.STEPS[made.identity] = made.step
     if made.kernel.standard:
         reference.FORWARD[made.identity] = bind(made.kernel.forward, torch_functions.FORWARD)
-        linearised.BACKWARD[made.identity] = bind(made.kernel.backward, torch_functions.BACKWARD)
+        tangent.BACKWARD[made.identity] = bind(made.kernel.backward, torch_functions.BACKWARD)
     return made
 
 

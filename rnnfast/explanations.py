@@ -16,9 +16,9 @@ from rnnfast import limits, validate
 from rnnfast.accelerate import Finding, survey
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import Choice, choose, choose_step, load
+from rnnfast.call import Call
 from rnnfast.cell_modules import RNNCellBase
 from rnnfast.frozen import Frozen
-from rnnfast.call import Call
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent
 from rnnfast.spec import shown

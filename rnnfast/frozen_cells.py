@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from rnnfast.frozen import Frozen, Shaped
 from rnnfast.call import Call
+from rnnfast.frozen import Frozen, Shaped
 from rnnfast.modules import leaf
 from rnnfast.recurrent import Recurrent
 from rnnfast.states_and_signals import in_loop_layout, in_user_order

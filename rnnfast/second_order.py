@@ -1,6 +1,6 @@
 """What autograd wants beyond a layer's gradient: its forward-mode derivative and its second derivative.
 
-The forward-mode derivative is the tangent recurrence of `rnnfast.linearised`. The second derivative needs no more than
+The forward-mode derivative is the tangent recurrence of `rnnfast.tangent`. The second derivative needs no more than
 that and the adjoint one. In the terms used there, with all a_t and ds_t in hand, the curvature term is local to a step:
 the second derivative of one step over T*B independent rows. What it says about the entering states goes back through
 time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.linearised import (
+from rnnfast.spec import Layer, OutputTangents, Tangents, Weights, cell_named
+from rnnfast.tangent import (
     Adjoint,
     Linear,
     States,
@@ -27,7 +28,6 @@ from rnnfast.linearised import (
     total,
     unshifted,
 )
-from rnnfast.spec import Layer, OutputTangents, Tangents, Weights, cell_named
 
 
 def layer_jvp(layer: Layer, states: States, tangents: Tangents) -> OutputTangents:

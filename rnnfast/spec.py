@@ -29,7 +29,6 @@ from rnnfast import _torch
 States = tuple[Tensor, ...]
 
 
-@_torch.constant_in_graphs
 def cell_named(name: str) -> Cell:
     """Return a cell of torch by its name, or a declared one by its identity.
 
@@ -45,6 +44,11 @@ def cell_named(name: str) -> Cell:
         but = f"; the cell {shown(name)} that is declared has other equations ({others[0]})" if others else ""
         raise RuntimeError(f"rnnfast: the cell {name} is not declared in this process{but}")
     return CELLS[name]
+
+
+if torch.__version__ < "2.7":
+    # The guards of its graphs cannot look into the table.
+    _torch.constant_in_graphs(cell_named)
 
 
 class Present(NamedTuple):

@@ -9,8 +9,8 @@ from torch.autograd.graph import increment_version
 
 from rnnfast import fast_path, validate
 from rnnfast.backends.dispatch import backend_of, load, records
-from rnnfast.frozen import Frozen
 from rnnfast.call import Call
+from rnnfast.frozen import Frozen
 from rnnfast.functional import initial_states, recurrent, single
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent

@@ -24,8 +24,8 @@ from rnnfast.spec import shown
 P = ParamSpec("P")
 R = TypeVar("R")
 BACKENDS = get_args(BackendName)
-# Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
-QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
+# Cells of which one step on a CPU runs faster on torch's operators (docs/pytorch.md).
+STEPS_FASTER_BY_TORCH = ("rnn_tanh", "rnn_relu")
 MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
 
 
@@ -55,9 +55,9 @@ def default_setting() -> str:
 class use_backend:
     """Run layers on one backend: "auto", "triton", "numba", "reference" or "torch".
 
-    In a `with` statement or as a decorator, those of the block or function; as a statement of its own, all that follow.
-    A named backend that cannot run a case raises RuntimeError; it never falls back silently. The setting holds for the
-    current thread or asyncio task; the environment variable RNNFAST_BACKEND sets it for all.
+    In a `with` statement or as a decorator, those of the block or function; called alone, it sets the backend for the
+    rest of the thread or task. A named backend that cannot run a case raises RuntimeError; it never falls back
+    silently. The environment variable RNNFAST_BACKEND sets the backend for all threads and tasks.
 
     Args:
         name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, and torch's operators where
@@ -162,7 +162,7 @@ def choose(
 
 def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose the backend of one call of a cell module, a single step."""
-    if setting() == "auto" and device.type == "cpu" and cell in QUICKER_BY_TORCH:
+    if setting() == "auto" and device.type == "cpu" and cell in STEPS_FASTER_BY_TORCH:
         return Choice("torch", "for a single step of this cell torch's operator is faster")
     return choose(cell, device, dtype, False)
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("rnnfast.gradients",),
     ("rnnfast.flops", "rnnfast.frozen_ops", "rnnfast.onnx", "rnnfast.second_order"),
     ("rnnfast.declare",),
-    ("rnnfast.operators", "rnnfast.linearised", "rnnfast.reference", "rnnfast.step_check"),
+    ("rnnfast.operators", "rnnfast.tangent", "rnnfast.reference", "rnnfast.step_check"),
     ("rnnfast.changes", "rnnfast.layers", "rnnfast.operator_checks", "rnnfast.torch_functions", "rnnfast.vmap"),
     ("rnnfast.context",),
     ("rnnfast.backends",),

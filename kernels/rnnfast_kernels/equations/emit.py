@@ -93,9 +93,7 @@ def flat(results: Results) -> list[Node]:
     return found
 
 
-def source(
-    name: str, arguments: Sequence[str], names: Mapping[Node, str], results: Results, zero: str = ""
-) -> str:
+def source(name: str, arguments: Sequence[str], names: Mapping[Node, str], results: Results, zero: str = "") -> str:
     """Write a function. zero: the expression of a result that is 0."""
     writer = Writer(names)
     writer.write(flat(results))

@@ -70,7 +70,9 @@ class FrozenStack(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def layout(form: FrozenStack) -> plan_panels.Layout:
     """Where the panels of one layer are."""
-    return plan_panels.layout(form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
+    return plan_panels.layout(
+        form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,7 +154,8 @@ def unpacked(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, np.ndarray
                 own[matrix.name.replace("w_", "b_")] = bias
         for own, each in zip(named, parameters_of(one, buffer[place:]), strict=False):
             own |= {
-                parameter_name(name): row.copy() for name, row in zip(cell_named(form.cell).parameters, each, strict=True)
+                parameter_name(name): row.copy()
+                for name, row in zip(cell_named(form.cell).parameters, each, strict=True)
             }
         found += named
     return found
