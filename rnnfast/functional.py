@@ -283,11 +283,14 @@ def _public(cell: str, name: str, equation: str) -> Any:
             memory, for one more forward pass. Default False.
         lengths: int tensor [B], any order, zeros allowed. Padding past a row's end is ignored, even NaN; the output
             there is 0, the final state is that of the last valid step, the reverse direction starts there.
+            Default None: all steps are valid.
         resets: bool tensor [T, B] ([B, T] with batch_first); where true, the state entering the step is zeroed first.
-        all_states: also return, as a third result, every state of every step of the last layer.
+            Default None: nowhere.
+        all_states: also return, as a third result, every state of every step of the last layer. Default False.
 
     Returns:
-        The output [T, B, D*P], the final state(s), and with `all_states` a tuple of [T, B, D*H] tensors.
+        The output [T, B, D*P], the final state(s), and with `all_states` a tuple of [T, B, D*P] for h and
+        [T, B, D*H] for c.
 
     Raises:
         ValueError, RuntimeError: as torch does for the same mistake; ValueError or TypeError for lengths and resets.

@@ -119,8 +119,8 @@ class RNNBase(nn.RNNBase):
                 that of the last valid step (the initial state for length 0); the reverse direction starts there.
             resets: bool tensor [T, B] ([B, T] with batch_first): where true, the state that enters the step is zeroed
                 first, and its gradient with it. One direction only.
-            all_states: return a third result, a tuple with one [T, B, D*H] tensor per state of the last layer: its
-                value after every step, (h,) or (h, c).
+            all_states: return a third result, the value of each state of the last layer after every step: (h,) or
+                (h, c), of shapes [T, B, D*P] and [T, B, D*H]. Default False.
 
         Returns:
             output [T, B, D*P] and the final state(s) [layers*D, B, P or H], in the layout of the input.

@@ -158,17 +158,17 @@ class Stream:
 
     @property
     def state(self) -> Tensor | tuple[Tensor, ...]:
-        """A copy of the state, as the module returns it: [layers, B, P], for an LSTM (h, c)."""
+        """A copy of the state, as the module returns it: [layers, B, P], for an LSTM (h, c). Assigning to it sets it.
+
+        Raises:
+            TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's. Nothing is
+                changed then.
+        """
         return single(tuple(s.clone() for s in self.in_order))
 
     @state.setter
     @torch.no_grad()
     def state(self, hx: Tensor | tuple[Tensor, ...]) -> None:
-        """Set the state. All of it is checked before any of it changes.
-
-        Raises:
-            TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's.
-        """
         if not isinstance(hx, (Tensor, tuple, list)):
             raise TypeError(f"Stream: expected a state of type Tensor, got {type(hx).__name__}")
         given = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)

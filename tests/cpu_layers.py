@@ -148,15 +148,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
 @contextlib.contextmanager
 def threads(count: int):
     """Use so many threads, also where there are fewer cores; calls that are slow for that reason mean nothing."""
-    before, cores, crowd = torch.get_num_threads(), pool.cores, pool.crowd
+    before, cores, oversubscription = torch.get_num_threads(), pool.cores, pool.oversubscription
     torch.set_num_threads(count)
-    pool.cores, pool.crowd = lambda: max(count, cores()), pool.Crowd()
-    pool.crowd.SLACK = 60.0
+    pool.cores, pool.oversubscription = lambda: max(count, cores()), pool.Oversubscription()
+    pool.oversubscription.SLACK = 60.0
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        pool.cores, pool.crowd = cores, crowd
+        pool.cores, pool.oversubscription = cores, oversubscription
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:

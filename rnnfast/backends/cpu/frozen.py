@@ -162,7 +162,7 @@ def unpacked(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, np.ndarray
 
 
 def kernel_of(form: FrozenStack) -> Kernel:
-    """Load, or compile, the machine code of a form: over panels like those of a call, that of any layer."""
+    """Load or compile a stack's kernels: those of an ordinary layer where the panels are like its own."""
     if form.target.format is None:
         return kernel(form.cell, "float32", 1)
     return kernel(form.cell, "float32", 0, form.weights)
@@ -211,7 +211,7 @@ class Prepared:
         names += [] if zero else [f"{state}_first" for state in states]
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
         self.kernel = kernel_of(form)
-        self.start, self.alone = self.kernel.start, self.recipe.whole.alone
+        self.start, self.serial = self.kernel.start, self.recipe.whole.serial
         self.write = Struct(f"{len(self.recipe.named)}q").pack_into
         self.scratch = -(-self.recipe.scratch // 4)
         # Scratch memory of earlier calls, with the record of a call over it.
@@ -234,7 +234,7 @@ class Prepared:
         except IndexError:  # the first call, or one beside another in another thread
             spare = self.new_spare(x)
         scratch, call, place = spare
-        if self.alone:
+        if self.serial:
             self.write(call, 8 * ADDRESSES, *addresses, self.place)
             self.start(place)
         else:

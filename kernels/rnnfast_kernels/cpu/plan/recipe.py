@@ -35,19 +35,19 @@ class Phase(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Phases in order, where the record that lists them is, and whether one thread runs all of them."""
+    """Phases in order, where the record that lists them is, and whether one thread runs all of them (`serial`)."""
 
     place: Ref
     phases: tuple[Phase, ...]
-    alone: bool
+    serial: bool
 
 
 NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Bases that a recipe gives addresses to by itself.
 FIXED = 3 + len(TEAM)
-# A process that starts in a crowd meets no quick call by a team to tell slow ones by. So the call after this many by a
-# team runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
+# A process that starts oversubscribed has no fast call by a team to compare with. So after this many calls by a team, one
+# runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
 TRIAL, NEVER, LONG = 4, -1, 0.1
 # Where the addresses of the named bases are in a call's record (see `CALL`), after those.
 ADDRESSES = len(CALL.names) + FIXED
@@ -168,11 +168,11 @@ class Recipe:
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone:
+        if program.serial:
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
         whole = self.sizes is None or addresses[self.sizes] == 0
-        if pool.crowd.is_here() or (self.until_trial == 0 and whole):
+        if pool.oversubscription.is_here() or (self.until_trial == 0 and whole):
             begun = time.perf_counter()
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             if whole:
@@ -193,7 +193,7 @@ class Recipe:
                 for phase in program.phases:
                     pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
             if whole:
-                self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
+                self.usual = pool.oversubscription.note(time.perf_counter(), begun, self.usual)
                 self.until_trial -= self.usual < LONG
         finally:
             pool.reserved.pop(token, None)
