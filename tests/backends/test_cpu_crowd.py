@@ -82,7 +82,7 @@ def test_one_call_runs_on_one_thread_to_compare(monkeypatch):
         pool.oversubscription = pool.Oversubscription()  # `threads` takes it away again
         results = [case.run(layer) for _ in range(recipe.TRIAL + 4)]
     assert not any(same(results[0], each) for each in results)
-    # Forward and backward: by a team, once on one thread, by a team, which turns out to be slow twice, then on one thread.
+    # Forward and backward: by a team, once on one thread, by a team, which is slow twice, then on one thread.
     assert by_team == [True] * 2 * recipe.TRIAL + [False, False, True, True, False, False, False, False]
 
 

@@ -128,16 +128,8 @@ class Stack:
 
     def repeat(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Callable[[], None]:
         """Return a function that runs over the same tensors again and again, with the weights packed once."""
-        recipe, kernel = self.executable.recipe, self.executable.kernel
-        scratch = tensors[0].new_empty(recipe.scratch, dtype=torch.uint8)
         addresses = [*addresses_of((*tensors, *results)), *self.executable.fixed]
-        records = recipe.start(kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
-        kernel.run(records + recipe.preparation.place.offset)
-
-        def step(run=kernel.run, program=records + recipe.repeated.place.offset, _kept=(scratch, tensors, results)):
-            run(program)
-
-        return step
+        return executable.repeat(self.executable.recipe, self.executable.kernel, addresses, (*tensors, *results))
 
 
 class CompiledLayer:
@@ -170,8 +162,8 @@ class CompiledLayer:
         results: list[Tensor | None] = recorded.run(saved[0], addresses_of((*saved, *incoming)))  # type: ignore[assignment]
         if self.signature.dtype in WIDER:
             results = [narrowed(each, self.signature.dtype) for each in results]  # type: ignore[arg-type]
-        for place in absent:
-            results.insert(place, None)
+        for n in absent:
+            results.insert(n, None)
         return results
 
     def record_backward(

@@ -16,6 +16,7 @@ from rnnfast_kernels.cpu.plan import forward as plan_forward
 from rnnfast_kernels.cpu.plan import policy
 from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import Recipe
+from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from rnnfast_kernels.cpu.runtime.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS
@@ -92,6 +93,21 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     if tensor.nbytes >= WORTH_IT:
         ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def repeat(recipe: Recipe, code: Kernel, addresses: Sequence[int], tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that runs a recipe over the same tensors again and again, on one thread, packing weights once.
+
+    tensors: what the addresses are of; they live as long as the function.
+    """
+    scratch = tensors[0].new_empty(recipe.scratch, dtype=torch.uint8)
+    records = recipe.start(code, scratch.data_ptr(), addresses, pool.NO_TEAM)
+    code.run(records + recipe.preparation.record.offset)
+
+    def step(run=code.run, program=records + recipe.repeated.record.offset, _kept=(scratch, tensors)):
+        run(program)
+
+    return step
 
 
 def code_of(signature: Signature, derivatives: int = 1) -> Kernel:

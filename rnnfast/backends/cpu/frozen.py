@@ -23,7 +23,7 @@ from rnnfast_kernels.cpu.target import Target, target
 from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
-from rnnfast.backends.cpu.executable import STATES, empty, shape_of
+from rnnfast.backends.cpu.executable import STATES, empty, repeat, shape_of
 from rnnfast.spec import Form, Present, Signature, cell_named, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
@@ -101,22 +101,22 @@ def pack(form: FrozenStack, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     Of scaled formats also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters are under `parameter_name`.
     """
     buffer = empty(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
-    for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
+    for n, (one, offset) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
             bias, scale = named.get(matrix.name.replace("w_", "b_")), named.get(f"{matrix.name}_scale")
             plan_panels.pack(
                 form.target,
                 matrix,
-                buffer[place:].numpy(),
+                buffer[offset:].numpy(),
                 as_array(named[matrix.name]),
                 None if bias is None else as_array(bias),
                 None if scale is None else as_array(scale),
             )
-        for direction, each in enumerate(parameters_of(one, buffer[place:].numpy())):
+        for direction, each in enumerate(parameters_of(one, buffer[offset:].numpy())):
             named = weights[n * form.directions + direction]
-            for goal, name in zip(each, cell_named(form.cell).parameters, strict=True):
-                goal[:] = as_array(named[parameter_name(name)])
+            for out, name in zip(each, cell_named(form.cell).parameters, strict=True):
+                out[:] = as_array(named[parameter_name(name)])
     return buffer
 
 
@@ -124,8 +124,10 @@ def parameters_of(form: FrozenStack, buffer: np.ndarray) -> list[np.ndarray]:
     """Return where one layer's buffer has the parameters of each direction, [P, H]."""
     count = len(cell_named(form.cell).parameters)
     size = count * form.hidden * plan_panels.PARAMETER_BYTES
-    places = layout(form).parameters
-    return [buffer[place : place + size].view(np.float32).reshape(count, form.hidden) for place in places]
+    return [
+        buffer[offset : offset + size].view(np.float32).reshape(count, form.hidden)
+        for offset in layout(form).parameters
+    ]
 
 
 def unpack(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, Tensor]]:
@@ -142,17 +144,17 @@ def unpack(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, Tensor]]:
 def unpacked(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Return the same as arrays, bfloat16 as int16."""
     found = []
-    for one, place in zip(form.each(), offsets(form), strict=False):
+    for one, offset in zip(form.each(), offsets(form), strict=False):
         named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
         for matrix in layout(one).matrices:
-            weight, bias, scale = plan_panels.unpack(form.target, matrix, buffer[place:])
+            weight, bias, scale = plan_panels.unpack(form.target, matrix, buffer[offset:])
             own = named[matrix.direction]
             own[matrix.name] = weight
             if scale is not None:
                 own[f"{matrix.name}_scale"] = scale
             if form.biased and matrix.name != "w_hr":
                 own[matrix.name.replace("w_", "b_")] = bias
-        for own, each in zip(named, parameters_of(one, buffer[place:]), strict=False):
+        for own, each in zip(named, parameters_of(one, buffer[offset:]), strict=False):
             own |= {
                 parameter_name(name): row.copy()
                 for name, row in zip(cell_named(form.cell).parameters, each, strict=True)
@@ -198,7 +200,7 @@ class Prepared:
 
     def __init__(self, form: FrozenStack, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
         batched = x.dim() == 3
-        self.transposed, self.panels, self.place = batched and batch_first, panels, panels.data_ptr()
+        self.transposed, self.panels, self.panels_address = batched and batch_first, panels, panels.data_ptr()
         x = x.transpose(0, 1) if self.transposed else x if batched else x[:, None]
         x_shape, x_strides = tuple(x.shape), (*x.stride()[:2], 1)
         steps, batch, shapes = *x_shape[:2], []
@@ -233,19 +235,19 @@ class Prepared:
             spare = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
             spare = self.new_spare(x)
-        scratch, call, place = spare
+        scratch, call, address = spare
         if self.serial:
-            self.write(call, 8 * ADDRESSES, *addresses, self.place)
-            self.start(place)
+            self.write(call, 8 * ADDRESSES, *addresses, self.panels_address)
+            self.start(address)
         else:
-            self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, self.place])
+            self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, self.panels_address])
         if self.scratch <= MOST_SPARE:
             self.spare.append(spare)
         output, *finals = results
         return output.transpose(0, 1) if self.transposed else output, tuple(finals) if len(finals) > 1 else finals[0]
 
     def new_spare(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
-        """Return scratch memory, the record of a call over it, and where that is."""
+        """Return scratch memory, the record of a call over it, and the address of that."""
         scratch, recipe = empty(x, self.scratch), self.recipe
         call = recipe.filled(scratch.data_ptr(), [0] * len(recipe.named), pool.NO_TEAM, recipe.whole)
         return scratch, call, call.buffer_info()[0]
@@ -255,14 +257,7 @@ class Prepared:
     ) -> Callable[[], None]:
         """Return a function that runs over these tensors again and again, on one thread."""
         tensors = (x, output, *finals, *initial, self.panels)
-        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
-        addresses = [each.data_ptr() for each in tensors]
-        records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
-
-        def step(run=self.kernel.run, program=records + self.recipe.whole.place.offset, _kept=(scratch, tensors)):
-            run(program)
-
-        return step
+        return repeat(self.recipe, self.kernel, [each.data_ptr() for each in tensors], tensors)
 
 
 @functools.lru_cache(maxsize=1024)
