@@ -4,7 +4,9 @@ $STANDS_IN is empty on a machine with a GPU. `tiny` goes through every stage, wi
 mistakes in them; `fill` compiles what the stages will want. Then Triton's own driver runs over a libcuda of the tests.
 """
 
+import faulthandler
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -24,6 +26,7 @@ from triton import knobs
 
 import rnnfast
 from benchmarks.gpu import cache
+from benchmarks.gpu.processes import Progress
 from benchmarks.machine import commit
 from rnnfast.backends import gpu_launch, gpu_products
 
@@ -55,23 +58,60 @@ TINY = Sizes((32, 24), (2, 1), ("bfloat16", "float32"), 4, (3, 5), (32,), (32,),
 SIZES = {"": FULL, "fill": FULL, "tiny": TINY}[STANDS_IN]
 
 
-def synchronize() -> None:
+# Seconds that a case may take, with what it compiles, and that the device may take to end what it was given.
+CASE_SECONDS, DEVICE_SECONDS = 120, 15
+
+
+def watch(seconds: float) -> None:
+    """From now on, a process that still waits after so many seconds says where and ends."""
     if DEVICE == "cuda":
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def synchronize() -> None:
+    """Wait for the device; where it never ends, as behind a barrier that waits forever, the process ends."""
+    if DEVICE == "cuda":
+        watch(DEVICE_SECONDS)
         torch.cuda.synchronize()
+        watch(CASE_SECONDS)
 
 
-def elapsed(run: Callable[[], object]) -> float:
-    """The milliseconds that a run takes on the device."""
+def leave_if_lost() -> None:
+    """End the process where an error of the device stays: nothing runs in it any more, but in the next one."""
+    try:
+        synchronize()
+    except Exception as trouble:
+        raise SystemExit(f"TROUBLE the device runs nothing more for this process: {trouble}"[:300]) from None
+
+
+def raise_clocks() -> None:
+    """Keep the device busy for a moment: one that was idle runs slower at first."""
+    if DEVICE == "cuda":
+        a, until = torch.randn(4096, 4096, device=DEVICE), time.monotonic() + 0.5
+        while time.monotonic() < until:
+            torch.mm(a, a)
+            torch.cuda.synchronize()
+
+
+def elapsed(run: Callable[[], object], count: int = 1) -> list[float]:
+    """The milliseconds that each of some runs takes on the device.
+
+    One follows another as the steps of a training loop do: the host prepares the next meanwhile, so what a call takes
+    on the host counts as far as it is longer.
+    """
     if DEVICE == "cpu":
-        start = time.perf_counter()
+        times = [time.perf_counter()]
+        for _ in range(count):
+            run()
+            times.append(time.perf_counter())
+        return [1e3 * (stop - start) for start, stop in itertools.pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
         run()
-        return 1e3 * (time.perf_counter() - start)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
+        event.record()
+    synchronize()
+    return [start.elapsed_time(stop) for start, stop in itertools.pairwise(events)]
 
 
 @contextmanager
@@ -126,21 +166,26 @@ def note(stage: str, **row) -> dict:
     return row
 
 
+progress = Progress()
+
+
 def in_time(cases) -> Iterator:
-    """The cases, as far as the time goes."""
+    """The cases, as far as the time goes, without those that a process before this one has begun."""
     until = float(os.environ.get("UNTIL", "inf"))
     for case in cases:
         if time.monotonic() > until:
             print("the time is over", flush=True)
             return
-        yield case
+        if progress.begin(case):
+            watch(CASE_SECONDS)
+            yield case
 
 
 def milliseconds(run: Callable[[], object], seconds: float = 0.04, most: int = 20) -> float:
-    """The median of as many runs as fit."""
-    first = elapsed(run)
+    """The median of as many runs as fit, behind one that keeps the device busy while the host prepares the next."""
+    (first,) = elapsed(run)
     count = int(min(most, max(3, 1e3 * seconds / max(first, 1e-3))))
-    return statistics.median(elapsed(run) for _ in range(count))
+    return statistics.median(elapsed(run, 1 + count)[1:])
 
 
 def problem(cell: str, H: int, B: int, dtype: str, backward: bool) -> plan.Problem:
@@ -162,6 +207,9 @@ def pair(cell: str, H: int, dtype: str) -> tuple[torch.nn.Module, torch.nn.Modul
 
 
 def forward_of(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], tuple]:
+    """As for inference: cuDNN keeps what backward needs unless the module is told so, also without gradients."""
+    module.eval()
+
     def run() -> tuple:
         with torch.no_grad():
             return (module(x)[0],)
@@ -170,6 +218,7 @@ def forward_of(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], tuple]:
 
 
 def training_of(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], tuple]:
+    module.train()
     x = x.clone().requires_grad_()
 
     def run() -> tuple:
@@ -183,6 +232,7 @@ def training_of(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> C
 
 def error(got: tuple, expected: tuple) -> float:
     """The largest relative difference of two runs' results, in L2 norm."""
+    synchronize()
 
     def one(a: torch.Tensor, b: torch.Tensor) -> float:
         b = b.detach().double()
@@ -225,6 +275,7 @@ def attempt(what: tuple, run: Callable[[], object]) -> None:
         run()
     except Exception as trouble:
         print("TROUBLE", *what, f"{type(trouble).__name__}: {trouble}"[:200], flush=True)
+        leave_if_lost()
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent.parent
 # What processes may take to end in order once they are told to, and again to be gone once they are killed.
 GRACE_SECONDS = 3
+# Less is not worth the start of another process.
+LEAST_SECONDS = 12
 
 
 def run_all(
@@ -31,7 +33,7 @@ def run_all(
     end = time.monotonic() + seconds
     running = []
     for words, log in zip(commands, logs, strict=True):
-        with log.open("w") as file:
+        with log.open("a") as file:
             command = [sys.executable, "-m", *words]
             running.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -47,6 +49,55 @@ def run_all(
     wait_until(running, time.monotonic() + GRACE_SECONDS)
     left = (", does not end" if process.poll() is None else "" for process in running)
     return [state + more for state, more in zip(states, left, strict=True)]
+
+
+class Progress:
+    """How many cases this process and those before it have begun: a file that is there until all are done."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.count = self.before = 0
+
+    def follow(self, path: Path) -> None:
+        self.path, self.before = path, int(path.read_text()) if path.exists() else 0
+
+    def begin(self, case: object) -> bool:
+        """Note the next case; False where a process before this one has begun it, and perhaps ended at it."""
+        self.count += 1
+        if self.count == self.before:
+            print("TROUBLE a process ended at", str(case)[:150], flush=True)
+        if self.count > self.before and self.path is not None:
+            self.path.write_text(str(self.count))
+        return self.count > self.before
+
+    def end(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def run_on(
+    commands: Sequence[Sequence[str]],
+    seconds: float,
+    logs: Sequence[Path],
+    environment: dict[str, str],
+    progress: Sequence[Path],
+) -> list[str]:
+    """As `run_all`; while time is left, processes that ended within a case are followed by others.
+
+    A process has its file of `progress` (`Progress`) from its first case to its end.
+    """
+    end = time.monotonic() + seconds
+    states, reached = run_all(commands, seconds, logs, environment), [""] * len(commands)
+    while (left := end - time.monotonic()) > LEAST_SECONDS:
+        now = [path.read_text() if path.exists() else "" for path in progress]
+        again = [n for n in range(len(commands)) if now[n] and now[n] != reached[n]]
+        if not again:
+            break
+        reached = now
+        ended_again = run_all([commands[n] for n in again], left, [logs[n] for n in again], environment)
+        for n, state in zip(again, ended_again, strict=True):
+            states[n] = state
+    return states
 
 
 def wait_until(running: Sequence[subprocess.Popen], end: float) -> None:
@@ -91,5 +142,11 @@ def read_tests(junit: Path, log: Path) -> Tests:
         return Tests(Counter(passed=total - failed - skipped, failed=failed, skipped=skipped), True, names)
     lines = log.read_text(errors="replace").splitlines()
     verdicts = [word for line in lines for word in ("passed", "failed", "skipped") if f" {word.upper()}" in line]
-    failures = tuple(line.strip() for line in lines if " FAILED" in line or " ERROR" in line)
-    return Tests(Counter(verdicts), False, failures)
+    failures = [line.strip() for line in lines if " FAILED" in line or " ERROR" in line]
+    begun = ""
+    for line in lines:
+        if line.startswith("tests/") and "::" in line:
+            begun = line.split()[0]
+        if any(word in line for word in ("PASSED", "FAILED", "SKIPPED", "ERROR")):
+            begun = ""
+    return Tests(Counter(verdicts), False, (*failures, *[f"{begun} did not end"] * bool(begun)))

@@ -57,7 +57,8 @@ def table(stages: Sequence[str], failures: Sequence[str], out: Path) -> list[str
             f"{len(plans)} plans, measured over predicted: {min(off, default=0):.2f} to {max(off, default=0):.2f}"
         )
     for row in good(rows, "probe")[-1:]:
-        costs = (f"{name} {row[name]:.2f}" for name in ("counter", "polled", "polled, fence"))
+        names = ("counter", "counter, loads", "polled", "polled, fence")
+        costs = (f"{name} {row[name]:.2f}" for name in names if name in row)
         measured.append(f"exchange of {row['members']} programs, us: {', '.join(costs)}")
     facts = next(iter(rows), {})
     measured.append(

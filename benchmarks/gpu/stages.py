@@ -1,6 +1,6 @@
 """The stages of `benchmarks.gpu` that run layers: each ends by itself in time, and keeps what it has after every row.
 
-    python3 -m benchmarks.gpu.stages STAGE [N/ALL]
+    python3 -m benchmarks.gpu.stages STAGE [N/ALL [PROGRESS]]
 
 smoke   every cell, loop and dtype beside torch.nn in float64 on the CPU
 probe   what the exchange between programs costs at least
@@ -10,7 +10,8 @@ sweep   beside torch.nn: T
 plans   other plans than the model's: prediction beside measurement
 
 Rows go to $OUT/rows.jsonl, each with the device, the versions, the plan and its prediction, and whether cuDNN ran.
-$UNTIL is the time, of the machine's monotonic clock, at which the stage ends by itself.
+$UNTIL is the time, of the machine's monotonic clock, at which the stage ends by itself. A process that the device has
+failed, or that waits for it forever, ends; the next one goes on behind that case, by the file PROGRESS.
 """
 
 import faulthandler
@@ -41,16 +42,20 @@ from benchmarks.gpu.layers import (
     error,
     forward_of,
     in_time,
+    leave_if_lost,
     milliseconds,
     note,
     pair,
     plans_of,
     problem,
+    progress,
+    raise_clocks,
     random,
     standing_in,
     synchronize,
     training_of,
 )
+from benchmarks.gpu.probe import MEMBERS
 from benchmarks.gpu.probe import probe as probe_exchange
 
 
@@ -71,8 +76,8 @@ def compare(stage: str, cell: str, H: int, B: int, T: int, dtype: str) -> None:
     except Exception as trouble:
         row["trouble"] = f"{type(trouble).__name__}: {trouble}"[:300]
     say(note(stage, **row))
-    if "CUDA error" in row.get("trouble", "") or "illegal" in row.get("trouble", ""):
-        raise SystemExit("nothing runs any more in a process that the device has failed")
+    if "trouble" in row:
+        leave_if_lost()
 
 
 def say(row: dict) -> None:
@@ -136,12 +141,15 @@ def smoke(share: tuple[int, int]) -> int:
         if not row["ok"]:
             wrong += 1
             print("WRONG", cell, loop, dtype, row.get("trouble", row.get("error")), flush=True)
+        if "trouble" in row:
+            leave_if_lost()
     print(f"smoke: {wrong} wrong", flush=True)
     return wrong
 
 
 def probe(share: tuple[int, int]) -> None:
-    for row in in_time(probe_exchange(DEVICE, elapsed, SIZES.probe, SIZES.members)):
+    for members in in_time(n for n in MEMBERS if n <= SIZES.members):
+        row = probe_exchange(DEVICE, elapsed, SIZES.probe, members)
         note("probe", **row)
         print("us a step:", {name: round(value, 3) for name, value in row.items()}, flush=True)
 
@@ -230,6 +238,8 @@ def plans(share: tuple[int, int]) -> None:
             row["trouble"] = said = f"{type(trouble).__name__}: {trouble}"[:200]
         note("plans", **row)
         print(f"plan H={H} B={B} {choice} model {predicted:.2f} {said}", flush=True)
+        if "trouble" in row:
+            leave_if_lost()
 
 
 STAGES = {function.__name__: function for function in (smoke, probe, warm, grid, sweep, plans)}
@@ -237,14 +247,18 @@ STAGES = {function.__name__: function for function in (smoke, probe, warm, grid,
 
 def main(words: list[str]) -> int:
     faulthandler.enable()
-    faulthandler.dump_traceback_later(60, repeat=True)
     n, parts = map(int, words[1].split("/")) if len(words) > 1 else (0, 1)
+    if len(words) > 2:
+        progress.follow(Path(words[2]))
     torch.manual_seed(0)
     start = time.monotonic()
     with standing_in() if STANDS_IN else nullcontext(), rnnfast.use_backend("triton"), counted():
         # A layer would run step by step, and be timed as what it is not.
         warnings.filterwarnings("error", message="the device refused")
+        if parts == 1:
+            raise_clocks()
         wrong = STAGES[words[0]]((n, parts))
+    progress.end()
     print(f"{words[0]}: {time.monotonic() - start:.1f} s", flush=True)
     faulthandler.cancel_dump_traceback_later()
     return 1 if wrong else 0

@@ -154,13 +154,10 @@ def test_a_third_derivative():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("create_graph", "order"), [(False, 1), (True, 1), (True, 2)])
 def test_forward_mode_over_backward(create_graph, order):
     """The tangent of a gradient, and of a gradient of a gradient, of x alone."""
     w, start, dx = weights(gru), *torch.randn(2, 4, 2, 2, **F64)
-    if order == 2 and not create_graph:
-        return
     results = []
     for name in ("numba", "reference"):
         with rnnfast.use_backend(name), forward_ad.dual_level():

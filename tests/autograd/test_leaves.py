@@ -8,9 +8,9 @@ from torch import nn
 import rnnfast
 
 LAYERS = {
-    "declared": lambda: rnnfast.Recurrent(rnnfast.cells.entity_aware_lstm, 3, 4),
-    "frozen": lambda: rnnfast.freeze(rnnfast.LSTM(3, 4)),
-    "frozen, declared": lambda: rnnfast.freeze(rnnfast.Recurrent(rnnfast.cells.entity_aware_lstm, 3, 4)),
+    "declared": lambda: rnnfast.Recurrent(rnnfast.cells.augru, 3, 4),
+    "frozen": lambda: rnnfast.freeze(rnnfast.GRU(3, 4)),
+    "frozen, declared": lambda: rnnfast.freeze(rnnfast.Recurrent(rnnfast.cells.augru, 3, 4)),
 }
 
 
@@ -19,16 +19,16 @@ class Model(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x, h, c, i, lengths):
-        options = {"signals": {"i": i}} if isinstance(self.layer, rnnfast.Recurrent) else {}
-        return self.layer(x, (h, c), lengths=lengths, **options)[0]
+    def forward(self, x, h, a, lengths):
+        options = {"signals": {"attention": a}} if isinstance(self.layer, rnnfast.Recurrent) else {}
+        return self.layer(x, h, lengths=lengths, **options)[0]
 
 
 @pytest.mark.skipif(backends_under_test() != ["numba"], reason="frozen layers run on the CPU")
 @pytest.mark.parametrize("name", LAYERS)
 def test_fx_takes_a_layer_for_a_leaf(name):
     model = Model(LAYERS[name]())
-    args = torch.randn(5, 2, 3), *torch.randn(2, 1, 2, 4), torch.rand(5, 2, 4), torch.tensor([3, 5])
+    args = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.rand(5, 2, 1), torch.tensor([3, 5])
     graph = torch.fx.symbolic_trace(model)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["layer"]
     torch.testing.assert_close(graph(*args), model(*args), rtol=0, atol=0)

@@ -97,7 +97,7 @@ from rnnfast.backends.dispatch import automatic, backend_of, choose, steps_by_to
 gpu = torch.device("cuda")
 for triton, reason in (
     (None, "triton cannot be imported"),
-    (SimpleNamespace(__version__="3.2.0"), "the GPU kernels need Triton 3.4 or newer, found 3.2.0"),
+    (SimpleNamespace(__version__="3.2.0"), "the GPU kernels need Triton 3.5 or newer, found 3.2.0"),
 ):
     sys.modules["triton"] = triton
     automatic.cache_clear()

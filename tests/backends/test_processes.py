@@ -52,9 +52,12 @@ def two_threads():
 
 
 METHODS = multiprocessing.get_all_start_methods()
+LONG = (pytest.mark.long,)
 
 
-@pytest.mark.parametrize("method", [m for m in ("spawn", "forkserver") if m in METHODS])
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=LONG * (m != "spawn")) for m in ("spawn", "forkserver") if m in METHODS]
+)
 def test_a_started_process_trains_as_this_one(method):
     context = multiprocessing.get_context(method)
     queue = context.Queue()
@@ -66,7 +69,9 @@ def test_a_started_process_trains_as_this_one(method):
 
 
 # After this process has used its threads, which a forked worker does not have.
-@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in METHODS])
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=LONG * (m != "fork")) for m in ("fork", "spawn") if m in METHODS]
+)
 @pytest.mark.filterwarnings(
     "ignore:This process.*multi-threaded:DeprecationWarning", "ignore:This DataLoader will create 2 worker:UserWarning"
 )

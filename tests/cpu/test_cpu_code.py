@@ -17,8 +17,8 @@ from rnnfast.backends import cpu
     [
         ("avx2", "lstm"),
         pytest.param("avx2", "gru", marks=pytest.mark.long),
-        ("sse", "rnn_tanh"),
         pytest.param("avx2", "rnn_tanh", marks=pytest.mark.long),
+        pytest.param("sse", "rnn_tanh", marks=pytest.mark.long),
         pytest.param("sse", "lstm", marks=pytest.mark.long),
         pytest.param("sse", "gru", marks=pytest.mark.long),
     ],
@@ -38,8 +38,8 @@ def test_other_vector_lengths(processor, cell):
 @pytest.mark.parametrize(
     ("processor", "dtype"),
     [
-        ("avx2", "bfloat16"),
         ("sse", "float16"),
+        pytest.param("avx2", "bfloat16", marks=pytest.mark.long),
         pytest.param("avx2", "float16", marks=pytest.mark.long),
         pytest.param("sse", "bfloat16", marks=pytest.mark.long),
     ],
@@ -93,12 +93,22 @@ def test_without_a_cache_folder(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_damaged_cache_file_is_compiled_again(tmp_path):
+@pytest.fixture
+def damaged(tmp_path):
+    """A cache file of which a part is absent."""
     name, code = kept_code()
     kept = tmp_path / "rnnfast" / name
     kept.parent.mkdir()
     kept.write_bytes((hashlib.sha256(code).digest() + code)[:1000])
-    assert compiled.content_of(kept) is None
+    return kept
+
+
+def test_a_damaged_cache_file_has_no_content(damaged):
+    assert compiled.content_of(damaged) is None
+
+
+@pytest.mark.long
+def test_a_damaged_cache_file_is_compiled_again(damaged, tmp_path):
     done = run_python(
         """
         from cpu_layers import Case
@@ -107,7 +117,7 @@ def test_a_damaged_cache_file_is_compiled_again(tmp_path):
         NUMBA_CACHE_DIR=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert compiled.content_of(kept)
+    assert compiled.content_of(damaged)
 
 
 def test_kept_code_runs_without_importing_numba():

@@ -63,8 +63,7 @@ def test_derived_gradient_is_that_of_autograd(name):
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_every_cell_has_its_source(name):
-    assert "20" in LIBRARY[name].__doc__ or "learned" in LIBRARY[name].__doc__
+def test_every_cell_is_found_by_its_name(name):
     assert LIBRARY[name].identity.startswith(name)
 
 

@@ -11,7 +11,7 @@ from gpu_plans import ALONE, TOGETHER
 
 if INTERPRETED or torch.cuda.is_available():
     pytest.skip("compiles for GPUs that are not there", allow_module_level=True)
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from compiled_kernels import compiled_for
 from rnnfast_kernels.gpu import plan

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from conftest import INTERPRETED
 from rnnfast_kernels.gpu import aot

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from conftest import INTERPRETED
 

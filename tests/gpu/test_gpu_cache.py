@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
+import compiled_kernels
+import fake_cuda
 import triton
 from conftest import INTERPRETED
+from rnnfast_kernels.gpu import aot
 from triton.runtime import cache
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cache as gpu_cache
 
 if INTERPRETED:
@@ -94,6 +99,20 @@ def test_an_archive_has_what_runs_and_nothing_of_the_way_there(tmp_path):
     assert named == {"child_paths": {"k.cubin": str(there / "HASH" / "k.cubin")}}
 
 
+def test_kernels_compiled_since_stay_until_another_archive_comes(tmp_path):
+    folder, archive, there = tmp_path / "kernels", tmp_path / "kernels.tar.gz", tmp_path / "there"
+    folder.mkdir()
+    gpu_cache.pack("3.6.0", archive, folder)
+    for kept in (False, True):
+        assert gpu_cache.unpack(archive, there) == "3.6.0"
+        assert (there / "since").exists() == kept
+        (there / "since").touch()
+    (folder / "k.cubin").touch()
+    gpu_cache.pack("3.6.0", archive, folder)
+    assert gpu_cache.unpack(archive, there) == "3.6.0"
+    assert {path.name for path in there.iterdir()} == {"k.cubin", "release", "unpacked"}
+
+
 def test_a_folder_that_cannot_be_written_leaves_kernels_to_be_compiled(tmp_path):
     (tmp_path / "kernels").mkdir()
     gpu_cache.pack("3.6.0", tmp_path / "kernels.tar.gz", tmp_path / "kernels")
@@ -105,3 +124,19 @@ def test_a_folder_that_cannot_be_written_leaves_kernels_to_be_compiled(tmp_path)
 def test_kernels_are_unpacked_within_the_checkout():
     """Where other users of a machine put nothing, as they may into a folder that all share."""
     assert gpu_cache.FOLDER.is_relative_to(gpu_cache.ROOT)
+
+
+@pytest.mark.skipif(fake_cuda.compiler() is None, reason="needs a C compiler, as Triton's launcher does")
+def test_the_kernels_of_tests_travel_too(monkeypatch):
+    """Where kernels are compiled to travel, tests run over a device that is not there; elsewhere as they always do."""
+    fake_cuda.library()
+    as_ever = compiled_kernels.compiled_for
+    monkeypatch.setattr(compiled_kernels, "compiled_for", as_ever)
+    for stands_in, driver in (("", aot.Driver), ("fill", type(fake_cuda.triton_driver()))):
+        monkeypatch.setenv("STANDS_IN", stands_in)
+        gpu_cache.pytest_sessionstart()
+        with compiled_kernels.compiled_for("sm_90"):
+            assert type(triton.runtime.driver.active) is driver
+    (stage,) = (stage for stage in command.FILL if stage.tests)
+    words = command.pytest_words(stage, "0/1", Path("junit"), {"STANDS_IN": "fill"})
+    assert words[words.index("--compiled-for") + 1] == "sm_90"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import fake_cuda
 from rnnfast_kernels.gpu import aot, plan
@@ -67,7 +67,8 @@ def test_how_processes_ended_is_told(repository, monkeypatch):
 def test_tests_are_counted_also_where_they_were_cut_off(tmp_path):
     log, junit = tmp_path / "log", tmp_path / "junit"
     log.write_text(LOG)
-    cut_off = ({"passed": 1, "failed": 1}, False, ("tests/test_a.py::test_two FAILED [ 20%]",))
+    failures = ("tests/test_a.py::test_two FAILED [ 20%]", "tests/test_a.py::test_three did not end")
+    cut_off = ({"passed": 1, "failed": 1}, False, failures)
     assert processes.read_tests(junit, log) == cut_off
     junit.write_text(JUNIT)
     assert processes.read_tests(junit, log) == (

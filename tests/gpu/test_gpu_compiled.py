@@ -20,7 +20,7 @@ from ptx.memory import Fault, Region
 
 if INTERPRETED or torch.cuda.is_available():
     pytest.skip("compiles for GPUs that are not there", allow_module_level=True)
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import triton
 import triton.language as tl

@@ -238,6 +238,22 @@ def test_products_have_the_precision_of_recurrent_layers(own, others):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def test_a_tile_of_64_rows():
+    """On Hopper its products read shared memory behind a fence of their own (wgmma): the same as in smaller tiles."""
+    layer = rnnfast.LSTM(8, 1024, dtype=torch.bfloat16)
+    x, coming = torch.randn(4, 128, 8).bfloat16().requires_grad_(), torch.randn(4, 128, 1024).bfloat16()
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert (loop_of(layer, 128, True).block_b, loop_of(layer, 128, True).split) == (64, 1)
+
+    def gradients(rows):
+        output = layer(x[:, rows])[0]
+        return torch.autograd.grad(output, (x, *layer.parameters()), coming[:, rows])
+
+    parts = [gradients(slice(first, first + 32)) for first in range(0, 128, 32)]
+    for whole, *each in zip(gradients(slice(128)), *parts, strict=True):
+        assert_close("gradient", sum(part.double() for part in each), whole)
+
+
 @cells
 def test_weights_that_are_views_of_something_larger(cell):
     layer, x = CELLS[cell](16, 256, dtype=torch.bfloat16), torch.randn(20, 4, 16).bfloat16()
@@ -247,3 +263,19 @@ def test_weights_that_are_views_of_something_larger(cell):
     layer.weight_hh_l0 = torch.nn.Parameter(room[1:].view(layer.weight_hh_l0.shape))
     assert layer.weight_hh_l0.data_ptr() % 16 == 2
     assert torch.equal(layer(x)[0], expected)
+
+
+def test_a_grid_beside_one_on_a_stream_of_higher_priority():
+    """Last, as it may wait forever: neither may keep processors that the other one needs to be on the device at all."""
+    layer, x = rnnfast.LSTM(8, 1024, dtype=torch.bfloat16), torch.randn(64, 16, 8, dtype=torch.bfloat16)
+    assert loop_of(layer, 16).loop == "cooperative"
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
+    with torch.no_grad():
+        expected, wrong = layer(x)[0], torch.zeros(2, dtype=torch.int64)
+        torch.cuda.synchronize()
+        for _ in range(200):
+            for n, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    wrong[n] += (layer(x)[0] != expected).any()
+        torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0]

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import fake_cuda
 from conftest import INTERPRETED

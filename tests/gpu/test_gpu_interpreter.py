@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 TESTS = Path(__file__).parents[1]
 KERNELS = ("gpu_numerics",)

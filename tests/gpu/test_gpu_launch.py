@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from gpu_layers import Case, gradients_like, make, run
 from rnnfast_kernels.gpu import launch, plan

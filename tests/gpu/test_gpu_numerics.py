@@ -61,7 +61,7 @@ def test_every_loop(case, loop, device):
     check(gpu, make(case, device))
 
 
-at_once = pytest.mark.skipif(INTERPRETED, reason="programs run one after another")
+at_once = pytest.mark.skipif(INTERPRETED, reason="programs run one after another, in one order")
 
 
 @at_once
@@ -262,6 +262,7 @@ def test_rows_that_a_batch_does_not_have_may_hold_anything(cell, forced, device,
     assert poisoned
 
 
+@at_once
 def test_two_runs_are_bitwise_equal(loop, device):
     layer = make(Case("gru", T=2, B=18), device)
     first, second = run(gpu, layer), run(gpu, layer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_layers import Case, gradients_like, make
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from rnnfast.backends import gpu, gpu_rows
 

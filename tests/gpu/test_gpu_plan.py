@@ -6,10 +6,10 @@ from itertools import islice, product
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from rnnfast_kernels.cells import TORCH_CELLS
-from rnnfast_kernels.gpu import aot, plan
+from rnnfast_kernels.gpu import aot, launch, plan
 from rnnfast_kernels.gpu.vary import varied
 
 H200 = plan.Device("sm_90", 132, 232448)
@@ -209,3 +209,15 @@ def test_tiles_of_which_a_compiler_spilled_are_no_candidates(arch, cell, H, B, b
     refused = plan.cooperative(asked, *tile)
     assert plan.fits(asked, refused)
     assert refused not in plan.candidates(asked)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("B", [1, 65535 * 4, 65535 * 8 + 1, 3_000_000])
+def test_a_grid_has_no_more_programs_along_the_batch_than_a_device_takes(B, dtype):
+    """65,535 in every dimension but the first."""
+    asked = problem(H=40, B=B, dtype=dtype)
+    with plan.override(plan.streamed):
+        step = aot.describe(aot.Case("sm_90", asked, False))
+    shift = launch.shift(step.args[0], None, 40, 2 * B, 1, launch.Extent(2, B, 1, 0))
+    assert max(*step.grid[1:], *shift.grid[1:]) <= 65535
+    assert step.grid[1] * plan.streamed(asked).block_b >= B

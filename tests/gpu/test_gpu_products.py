@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 from gpu_layers import Case, make, run
 from rnnfast_kernels.gpu import launch, plan

@@ -14,7 +14,7 @@ from gpu_layers import Case, exact, make, run
 
 if torch.cuda.is_available():
     pytest.skip("runs kernels on CPU tensors", allow_module_level=True)
-pytest.importorskip("triton", minversion="3.4")
+pytest.importorskip("triton", minversion="3.5")
 
 import triton
 import triton.language as tl

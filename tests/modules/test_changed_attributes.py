@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recurrent_layers import two_speeds
 from torch import nn
 
 import rnnfast
@@ -78,7 +79,7 @@ def test_what_is_no_probability(dropout, calls):
 
 
 def test_a_declared_layer_and_a_stream():
-    layer = rnnfast.Recurrent(rnnfast.cells.janet, 4, 5)
+    layer = rnnfast.Recurrent(two_speeds, 4, 5)
     layer(X)
     layer.hidden_size = 6
     with pytest.raises(RuntimeError, match="expected shape"):

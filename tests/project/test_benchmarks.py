@@ -227,6 +227,7 @@ def test_a_run_measures_stores_and_reports(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor lacks AVX2")
 def test_everyone_is_held_to_a_processor(tmp_path):
     words = ("--processor", "avx2", "--cell", "rnn", "--sizes", "5,2,3,4", "--mode", "inference")
@@ -248,7 +249,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_run_keeps_what_is_measured(stop, tmp_path, interruptible):
     process = run_suite("--question", "sequence-length", "--backend", "reference", folder=tmp_path)
     end = time.monotonic() + 100

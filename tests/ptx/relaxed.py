@@ -14,6 +14,8 @@ from ptx.memory import NOBODY, Device, Fault, Region
 
 WORD = 4
 NOTHING = -1
+# Numbers of stores to a word. A block's threads have views of all words: for wide layers these are most of the memory.
+STORE = np.int16
 
 
 class Words:
@@ -22,7 +24,7 @@ class Words:
     def __init__(self, region: Region, seed: int) -> None:
         self.region, self.random = region, np.random.default_rng(seed)
         self.values = region.content.view(np.uint32)[None].copy()  # [stores, words]
-        self.latest = np.zeros(self.values.shape[1], np.int32)
+        self.latest = np.zeros(self.values.shape[1], STORE)
         self.messages = np.full_like(self.values, NOTHING, dtype=np.int64)  # numbers of published views
         self.published: list[np.ndarray] = []  # views [threads, words]
 
@@ -49,8 +51,8 @@ class Sight:
 
     def __init__(self, words: Words, threads: int) -> None:
         self.words = words
-        self.view = np.zeros((threads, words.latest.size), np.int32)
-        self.read = np.zeros_like(self.view)  # what a fence would make it heed
+        self.view = np.zeros((threads, words.latest.size), STORE)
+        self.read = np.zeros(self.view.shape, STORE)  # what a fence would make it heed
         self.messages = np.full(threads, NOTHING, np.int64)  # what its stores carry
 
     def load(self, threads: np.ndarray, addresses: np.ndarray, count: int) -> tuple[np.ndarray, bool]:
@@ -58,7 +60,7 @@ class Sight:
         words, places, rows = self.words, self.words.places(addresses, count), threads[:, None]
         least, most = self.view[rows, places], words.latest[places]
         latest = words.random.random() < 0.5
-        stores = most if latest else words.random.integers(least, most + 1, dtype=np.int32)
+        stores = most if latest else words.random.integers(least, most + 1, dtype=STORE)
         self.view[rows, places] = stores
         newer = stores > least
         if newer.any():
@@ -76,6 +78,8 @@ class Sight:
             raise Fault(f"threads of one instruction store to one word of {words.region.name}")
         words.latest[places] += 1
         stores = words.latest[places]
+        if stores.min() < 0:
+            raise OverflowError(f"more stores to a word of {words.region.name} than can be numbered")
         if stores.max() == len(words.values):
             words.values = np.concatenate([words.values, words.values[-1:]])
             words.messages = np.concatenate([words.messages, np.full_like(words.messages[-1:], NOTHING)])

@@ -24,5 +24,5 @@ import triton
 # Its major and minor version.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
-if TRITON < (3, 4):
-    raise ImportError(f"the GPU kernels need Triton 3.4 or newer, found {triton.__version__}", name=__name__)
+if TRITON < (3, 5):
+    raise ImportError(f"the GPU kernels need Triton 3.5 or newer, found {triton.__version__}", name=__name__)

@@ -142,7 +142,7 @@ def steps(*described: Any) -> Repeated:
 
 def shift(tensors: NamedTuple, result: Any, width: int, rows: int, towards: int, extent: Extent) -> Launch:
     """Every row's value one step earlier (towards = -1) or later (1) than its own."""
-    block_b, block_n = 16, 64
+    block_b, block_n = max(16, triton.next_power_of_2(triton.cdiv(extent.B, 65535))), 64
     grid = (extent.T, triton.cdiv(extent.B, block_b), extent.D * triton.cdiv(width, block_n))
     chosen = Plan("streamed", block_b, block_n, 4)
     return Launch(

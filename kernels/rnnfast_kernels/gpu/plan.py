@@ -63,8 +63,8 @@ STEP_ROOM = 128
 def streamed(problem: Problem) -> Plan:
     """A library product and a pointwise kernel per step."""
     block_n = min(128, max(16, next_power(problem.H)))
-    # In float64 a thread has room for half as many elements.
-    block_b = min(4 if problem.itemsize == 8 else 8, next_power(problem.B))
+    # In float64 a thread has room for half as many elements. A grid has 65,535 programs at most along the batch.
+    block_b = max(min(4 if problem.itemsize == 8 else 8, next_power(problem.B)), next_power(cdiv(problem.B, 65535)))
     return Plan("streamed", block_b, block_n, 4, problem.precision)
 
 

@@ -86,7 +86,7 @@ def store_gates(
     p_tile = pointer + (first * D + d) * (COUNT * H)
     offsets = b[:, None] * (D * COUNT * H) + n[None, :]
     mask = (b < count)[:, None] & (n < H)[None, :]
-    for g in tl.static_range(min(COUNT, LAST - START)):
+    for g in tl.static_range(COUNT if START + COUNT < LAST else LAST - START):
         tl.store(p_tile + g * H + offsets, tiles[START + g].to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -276,8 +276,9 @@ def finish_products(products, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_
         finished = ()
         for g in tl.static_range(0, COUNT, 4):
             # Absent ones of the four are the last one again.
-            low = tl.join(products[g], products[min(g + 1, COUNT - 1)])
-            high = tl.join(products[min(g + 2, COUNT - 1)], products[min(g + 3, COUNT - 1)])
+            last: tl.constexpr = COUNT - 1
+            low = tl.join(products[g], products[g + 1 if g + 1 < last else last])
+            high = tl.join(products[g + 2 if g + 2 < last else last], products[g + 3 if g + 3 < last else last])
             parts = tl.reshape(tl.join(low, high), (SPLIT, BLOCK_B, BLOCK_N * 4))
             even, odd = tl.split(tl.reshape(add_parts(parts, SPLIT), (BLOCK_B, BLOCK_N, 2, 2)))
             finished = finished + tl.split(even) + tl.split(odd)
