@@ -69,7 +69,7 @@ if (key := found("torch._C.DispatchKey.PreDispatch", None)) is not None:
     is_pre_dispatched = partial(found("torch._C._dispatch_tls_is_dispatch_key_included", always), key)
 
 # Whether forward mode is on, and whether the backward pass under way asks for the gradient that a node accumulates.
-pushes_forward: Callable[[], bool] = found("torch._C._is_fwd_grad_enabled", always)
+forward_grad_enabled: Callable[[], bool] = found("torch._C._is_fwd_grad_enabled", always)
 engine_will_run: Callable[[Any], bool] = found("torch._C._will_engine_execute_node", always)
 
 forward_ad = torch.autograd.forward_ad

@@ -27,7 +27,8 @@ from rnnfast.recurrent import Recurrent
 
 Model = TypeVar("Model", bound=nn.Module)
 COUNTERPARTS = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
-CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+LAYER_NAMES = ("RNN", "LSTM", "GRU")
+CELL_NAMES = ("RNNCell", "LSTMCell", "GRUCell")
 # What ours become where torch's are wanted instead.
 TORCHS = {ours: theirs for theirs, ours in COUNTERPARTS.items()} | {
     cell_modules.RNNCell: nn.RNNCell,
@@ -169,14 +170,14 @@ def survey(model: nn.Module) -> list[Finding]:
 def is_recurrent(module: nn.Module) -> bool:
     """Say whether a module is a recurrent layer, scripted ones among them."""
     if isinstance(module, torch.jit.ScriptModule):
-        return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU")
+        return getattr(module, "original_name", "") in LAYER_NAMES
     return isinstance(module, (nn.RNNBase, Frozen))
 
 
 def is_listed(module: nn.Module) -> bool:
     """Say whether `survey` lists a module: recurrent layers, those of declared cells, and modules of one step."""
     if isinstance(module, torch.jit.ScriptModule):
-        return getattr(module, "original_name", "") in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+        return getattr(module, "original_name", "") in LAYER_NAMES + CELL_NAMES
     return is_recurrent(module) or isinstance(module, (nn.RNNCellBase, Recurrent))
 
 
@@ -198,7 +199,7 @@ def reason_against(layer: nn.Module) -> str | None:
     if isinstance(layer, torch.jit.ScriptModule):
         return "a scripted layer cannot change; accelerate the model before torch.jit.script"
     if isinstance(layer, nn.RNNCellBase):
-        return f"accelerate leaves modules of one step alone; rnnfast has {', '.join(CELLS)}"
+        return f"accelerate leaves modules of one step alone; rnnfast has {', '.join(CELL_NAMES)}"
     if not isinstance(layer, nn.RNNBase):
         return "its cell is a declared one, rnnfast's already"
     if not isinstance(layer, tuple(COUNTERPARTS)):

@@ -90,7 +90,7 @@ def no_more_derivatives(tensors: Sequence[Tensor | None]) -> bool:
     present = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return False
-    pushing = _torch.in_dual_level() and _torch.pushes_forward()
+    pushing = _torch.in_dual_level() and _torch.forward_grad_enabled()
     return is_concrete(present) and not pushing
 
 

@@ -6,7 +6,6 @@ identity, its name and a digest of its equations.
 """
 
 import hashlib
-import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,8 @@ from rnnfast_kernels.equations import cell as equations
 from rnnfast_kernels.equations import display, trace
 from torch import Tensor
 
-from rnnfast import linearised, reference, step_check, torch_functions
+from rnnfast import reference, step_check, tangent, torch_functions
+from rnnfast.spec import cell_named
 
 CellError = trace.CellError
 Names = str | Sequence[str]
@@ -135,17 +135,8 @@ DECLARED: dict[str, Cell] = {}
 
 def found(identity: str) -> Cell:
     """Return a declared cell by its identity."""
-    if identity not in DECLARED:
-        importlib.import_module("rnnfast.cells")
-    if identity not in DECLARED:
-        name = identity.rpartition("-")[0]
-        others = [each for each in DECLARED if each.rpartition("-")[0] == name]
-        but = f"; the cell {name} that is declared has other equations ({others[0]})" if others else ""
-        raise RuntimeError(f"rnnfast: the cell {identity} is not declared in this process{but}")
+    cell_named(identity)  # which declares the library's
     return DECLARED[identity]
-
-
-CELLS.find = found
 
 
 def cell(
@@ -245,12 +236,12 @@ def check_names(cell: str, split: Mapping[str, tuple[str, ...]]) -> None:
 
 def register(made: Cell) -> Cell:
     """Make a cell known to whatever runs layers. One with the same equations and name takes the place of another."""
-    CELLS.declared[made.identity] = made.kernel
+    CELLS[made.identity] = made.kernel
     DECLARED[made.identity] = made
     reference.STEPS[made.identity] = made.step
     if made.kernel.standard:
         reference.FORWARD[made.identity] = bind(made.kernel.forward, torch_functions.FORWARD)
-        linearised.BACKWARD[made.identity] = bind(made.kernel.backward, torch_functions.BACKWARD)
+        tangent.BACKWARD[made.identity] = bind(made.kernel.backward, torch_functions.BACKWARD)
     return made
 
 

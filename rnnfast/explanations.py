@@ -16,9 +16,9 @@ from rnnfast import limits, validate
 from rnnfast.accelerate import Finding, survey
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import Choice, choose, choose_step, load
+from rnnfast.call import Call
 from rnnfast.cell_modules import RNNCellBase
 from rnnfast.frozen import Frozen
-from rnnfast.functional import Call
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent
 from rnnfast.spec import shown
@@ -28,12 +28,15 @@ OURS = (RNNBase, RNNCellBase, Recurrent, Frozen)
 
 @dataclass(frozen=True)
 class Explanation:
-    """Who runs a call. backend: its name. kernel: what it launches. reason: why this backend. Prints as one line.
+    """Who runs a call. Prints as one line.
 
-    milliseconds, fraction: where they were measured, the time of a call without gradients, and the share of the
-    machine's limit that it reaches: of the rate of a large product in this dtype, or of that of a copy of as many
-    bytes as the call reads and writes, whichever needs longer. Else None, as is the share of weights frozen in another
-    format than float32, of which torch has no product to compare with.
+    backend: its name.
+    kernel: what it launches.
+    reason: why this backend.
+    milliseconds: time of a call without gradients, where it was measured, else None.
+    fraction: share of the machine's limit that this call reaches, where it was measured. The limit is the rate of a
+        large product in this dtype, or that of a copy of as many bytes as the call reads and writes, whichever takes
+        longer. None for weights frozen in bfloat16 or int8, of which torch has no product to compare with.
     """
 
     backend: str

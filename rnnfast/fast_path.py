@@ -15,7 +15,6 @@ from functools import partial
 from operator import attrgetter
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from rnnfast.backends.dispatch import backend_of, load, records, setting
 from rnnfast.changes import unpack, versions
 from rnnfast.gradients import Spec, gradients_of
 from rnnfast.layers import through_layers
-from rnnfast.spec import Form, Options, Signature, group
+from rnnfast.spec import Form, Options, Signature, cell_named, group
 from rnnfast.vmap import takes_batched_gradients
 
 # Recorded calls by their keys; the oldest are forgotten when there are too many.
@@ -38,9 +37,10 @@ is_neg = Tensor.is_neg
 
 def states_of(options: Options, hx) -> tuple[Tensor, ...] | None:
     """Return given initial states as a tuple, or None where they do not have the form that the cell takes."""
-    if len(CELLS[options.cell].states) == 1:
+    count = len(cell_named(options.cell).states)
+    if count == 1:
         return (hx,) if isinstance(hx, Tensor) else None
-    return tuple(hx) if isinstance(hx, (tuple, list)) and hx else None
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == count else None
 
 
 def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple | None:
@@ -56,7 +56,6 @@ def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Seque
         or _torch.is_profiled()
         or not x.is_cpu
         or x.layout is not torch.strided
-        or (states and len(states) != len(CELLS[options.cell].states))
         or _torch.is_any_autocast_enabled()
         or _torch.in_dual_level()
         or (asked := setting()) not in ("auto", "numba")
@@ -95,15 +94,18 @@ def record(
     extents = (*x.shape, options.hidden(weights), options.width(weights))
     if x.stride(-1) != 1 or 0 in extents or not can_stack(options):
         return None
-    whatever_the_size = backend_of(options.cell, x.device, x.dtype, False)
-    backend = backend_of(options.cell, x.device, x.dtype, False, sizes)
-    if backend == "torch" != whatever_the_size and x.dim() == 3:
-        call: Callable = native.recorded(options, x.shape[0 if options.batch_first else 1], options.width(weights))
-    elif records(backend):
-        signatures = signatures_of(options, x, weights, not states, threads)
-        call = (Training if differentiated else Inference)(backend, options, signatures, x.dim() == 3)
-    else:
+    backend = backend_of(options.cell, x.device, x.dtype, False)
+    if not records(backend):
         return None
+    signatures, batched = signatures_of(options, x, weights, not states, threads), x.dim() == 3
+    if backend_of(options.cell, x.device, x.dtype, False, sizes) == "torch":  # measured faster at these sizes
+        if not batched:
+            return None
+        call: Callable = native.record_call(options, signatures[0].batch, options.width(weights))
+    elif differentiated:
+        call = Training(backend, options, signatures)
+    else:
+        call = Inference(backend, options, signatures, batched)
     keep(recorded, key, call, MOST)
     return call
 
@@ -117,7 +119,7 @@ def keep(calls: dict, key: tuple, call: Callable, most: int) -> None:
 
 def can_stack(options: Options) -> bool:
     """Say whether layers of a cell on top of one another are recorded as one program."""
-    cell = CELLS[options.cell]
+    cell = cell_named(options.cell)
     return len(cell.states) <= 2 and cell.output == 0
 
 
@@ -173,7 +175,7 @@ class Inference:
 class Training:
     """A call through which a derivative may be taken."""
 
-    def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...], batched: bool):
+    def __init__(self, backend: str, options: Options, signatures: tuple[Signature, ...]):
         self.options, self.backend, self.parameters = options, backend, options.present.parameters
         self.layers = [load(backend).compiled_layer(signature) for signature in signatures]
 

@@ -6,11 +6,10 @@ Torch counts the products of its own layers like this, and nothing that is done 
 import sys
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import _torch, frozen_ops, operators
-from rnnfast.spec import Needs
+from rnnfast.spec import Needs, cell_named
 
 
 def known_sizes(batch_sizes: Tensor | None) -> Tensor | None:
@@ -43,7 +42,7 @@ def of_frozen(
     *others, **options,
 ) -> int:  # fmt: skip
     """Count what `rnnfast::frozen_layer` multiplies and adds, in whatever format."""
-    row = CELLS[cell]
+    row = cell_named(cell)
     each = hidden * (row.gates * inputs + row.recurrent * width) + (width * hidden if projected else 0)
     return 2 * count_rows(x, batch_sizes) * len(reverse) * each
 

@@ -11,7 +11,7 @@ from rnnfast import modules
 from rnnfast.accelerate import COUNTERPARTS, ORIGINAL, REFUSED, Model, is_parametrized, recurrent_layers
 from rnnfast.frozen import Frozen
 from rnnfast.frozen_cells import FrozenRecurrent
-from rnnfast.frozen_weights import FIELDS, NOT_IN_STATE, weight_shapes
+from rnnfast.frozen_weights import FIELDS, weight_shapes
 from rnnfast.recurrent import Recurrent
 from rnnfast.spec import parameter_name
 
@@ -52,11 +52,11 @@ def freeze(model: Model, weights: Literal["float32", "bfloat16", "int8"] = "floa
     if not found:
         warn_user("freeze: the model has no recurrent layer")
     # All are packed before any is changed.
-    packed = {name: held_by(layer, weights) for name, layer in found.items() if reasons[name] is None}
+    packed = {name: frozen_copy(layer, weights) for name, layer in found.items() if reasons[name] is None}
     for name, layer in found.items():
         reason = reasons[name]
         if reason is None:
-            convert(layer, weights, packed[name])
+            layer.__class__, layer.__dict__ = type(packed[name]), packed[name].__dict__
         elif not (isinstance(layer, Frozen) and layer.weights_format == weights):
             layer.__dict__[REFUSED] = reason
             warn_user(f"freeze: {name or 'the model itself'} was not frozen: {reason}")
@@ -147,8 +147,8 @@ def quantised(weight: Tensor, chosen: Format) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round().clamp(-most, most).to(dtype_of(chosen)), scale
 
 
-def held_by(layer: Any, weights: str) -> dict[str, Any]:
-    """Pack a layer's weights: the attributes that a frozen layer has beside those of the layer."""
+def frozen_copy(layer: Any, weights: str) -> Frozen:
+    """Return a frozen layer with all that a layer has, but packed weights in place of its parameters."""
     shorts, chosen = {long: short for short, long in FIELDS.items()}, FORMATS[weights]
     own = layer.cell.parameters if isinstance(layer, Recurrent) else ()
     held = []
@@ -165,26 +165,12 @@ def held_by(layer: Any, weights: str) -> dict[str, Any]:
             else:
                 named[short] = tensor.to(dtype_of(chosen))
         held.append(named)
-    kind = frozen_class(layer)
-    trial = kind.__new__(kind)
-    trial.__dict__.update(layer.__dict__, weights_format=weights)
-    trial.hold(held)
-    return {name: trial.__dict__[name] for name in (*NOT_IN_STATE, "weights_format") if name in trial.__dict__}
-
-
-def frozen_class(layer: nn.Module) -> type[Frozen]:
-    """Return the class of a layer once it is frozen."""
-    return FrozenRecurrent if isinstance(layer, Recurrent) else Frozen
-
-
-def convert(layer: Any, weights: str, held: dict[str, Any]) -> None:
-    """Make a layer a frozen one."""
-    for name in named_weights(layer):
-        layer._parameters.pop(name, None)
-        layer.__dict__.pop(name, None)
-    for name in (ORIGINAL, modules.EXACT, REFUSED, "_flat_weights", "_flat_weights_names", "_all_weights",
-                 "_flat_weight_refs", "_kept_weights"):  # fmt: skip
-        layer.__dict__.pop(name, None)
-    layer.__class__ = frozen_class(layer)
-    layer.__dict__.update(held)
-    layer.training = False
+    parameters = named_weights(layer)
+    kind = FrozenRecurrent if isinstance(layer, Recurrent) else Frozen
+    made = kind.__new__(kind)
+    gone = {*parameters, *modules.WITH_PARAMETERS, REFUSED}
+    made.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in gone})
+    others = {name: each for name, each in layer._parameters.items() if name not in parameters}
+    made.__dict__.update(_parameters=others, weights_format=weights, training=False)
+    made.hold(held)
+    return made

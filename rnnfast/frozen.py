@@ -1,7 +1,7 @@
 """Recurrent layers whose weights are frozen: packed once, for inference on the CPU. `rnnfast.freeze` makes them.
 
 A frozen layer holds its weights once, as panels for this machine's processor. `state_dict`, pickle and copies have
-them as tensors that mean the same anywhere: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
+them as machine-independent tensors: for int8 `weight_ih_l0` [G, H, I] and `weight_ih_l0_scale` [G*H].
 """
 
 import warnings
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch, context, fast_path, flops, functional, operators, validate
 from rnnfast.backends import NoMemoryError
 from rnnfast.backends.dispatch import setting
+from rnnfast.call import Call, Outcome
 from rnnfast.frozen_ops import kernels
 from rnnfast.frozen_weights import FrozenWeights, weight_shapes
 from rnnfast.layers import through_layers
@@ -163,8 +163,6 @@ class Frozen(FrozenWeights):
             flops.register()
         if self.reason_for_plain(data) is not None:
             return self.run_plain(options, input, hx, lengths, resets, all_states, signals)
-        if _torch.is_any_autocast_enabled():
-            validate.one_kind(functional.Call(options, data, tuple(others), self.like_weights(), resets=resets))
         weights = self.like_weights()
         if packed:
             return functional.run_packed(
@@ -215,13 +213,7 @@ class Frozen(FrozenWeights):
     def stepper(self, x: Tensor, output: Tensor, states: Sequence[Tensor]) -> Callable[[], None]:
         """Return a function that takes a step over these tensors: x [1, B, I], output [B, P], states in place."""
         prepared = kernels().Prepared(self.form(), self.panels, x, False, False, 1)
-        step = prepared.stepper(x, output, states, states)
-
-        def run() -> None:
-            step()
-            increment_version(output)  # the kernel writes where autograd does not see it
-
-        return run
+        return prepared.stepper(x, output, states, states)
 
     def run_plain(self, options, input, hx, lengths, resets, all_states, signals=()):
         """Run on float32 weights, as a layer that is not frozen."""
@@ -241,8 +233,10 @@ class Frozen(FrozenWeights):
                 options, input, weights, hx, lengths=lengths, resets=resets, all_states=all_states, signals=signals
             )
 
-    def run_layers(self, call: functional.Call) -> functional.Outcome:
+    def run_layers(self, call: Call) -> Outcome:
         """Call the operator for each layer."""
+        if _torch.is_any_autocast_enabled():
+            validate.one_kind(call)
         options, all_states, signals = call.options, call.all_states, list(call.signals)
         forms, (held, processor), shown = self._forms, self.held(), cell_named(options.cell).output
 
@@ -272,14 +266,14 @@ class Frozen(FrozenWeights):
 
         output, finals, states = through_layers(options, call.x, call.hx, (), run)
         if not all_states:
-            return functional.Outcome(output, finals, ())
+            return Outcome(output, finals, ())
         flat = (output.clone() if n == shown else each.flatten(-2) for n, each in enumerate(states))
-        return functional.Outcome(output, finals, tuple(flat))
+        return Outcome(output, finals, tuple(flat))
 
     def held(self) -> tuple[list[list[Tensor]], str]:
         """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
         if _torch.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            directions, names = 2 if self.bidirectional else 1, self.meaning_names()
+            directions, names = 2 if self.bidirectional else 1, self.weight_names()
             flat = [[named[name] for name in names] for named in self.constants()]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""
         return [[self.panels[a:b]] for a, b in self._places], self._processor  # type: ignore[index]

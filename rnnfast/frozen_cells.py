@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 from torch.fx import Proxy
 
+from rnnfast.call import Call
 from rnnfast.frozen import Frozen, Shaped
-from rnnfast.functional import Call
 from rnnfast.modules import leaf
 from rnnfast.recurrent import Recurrent
 from rnnfast.states_and_signals import in_loop_layout, in_user_order
@@ -70,7 +69,7 @@ class FrozenRecurrent(Frozen, Recurrent):
     def stepper(self, x: Tensor, output: Tensor, states: Sequence[Tensor]) -> Callable[[], None]:
         if self.form().stacks:
             return super().stepper(x, output, states)
-        options, shown = self.options()._replace(batch_first=False), CELLS[self.cell_name].output
+        options, shown = self.options()._replace(batch_first=False), self.cell.kernel.output
 
         def run() -> None:
             outcome = self.run_layers(Call(options, x, tuple(states), (), all_states=shown > 0))

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -19,7 +18,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from rnnfast.changes import versions
 from rnnfast.operator_checks import check_memory, check_rows, check_signals, expect
 from rnnfast.operators import library
-from rnnfast.spec import parameter_name
+from rnnfast.spec import cell_named, parameter_name
 from rnnfast.vmap import each, fold, unfold
 
 NAME = "frozen_layer"
@@ -50,9 +49,9 @@ def kernels() -> ModuleType:
     return importlib.import_module("rnnfast.backends.cpu.frozen")
 
 
-def meaning_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
+def weight_names(cell: str, weights: str, projected: bool, biased: bool) -> tuple[str, ...]:
     """Name a direction's tensors in order: matrices, their scales, biases, parameters of the cell."""
-    row = CELLS[cell]
+    row = cell_named(cell)
     matrices = ("w_ih", "w_hh", "w_hr")[: 3 if projected else 2 if row.recurrent else 1]
     scales = tuple(f"{name}_scale" for name in matrices) if FORMATS[weights].scaled else ()
     biases = ("b_ih", "b_hh")[: 2 if row.recurrent else 1] if biased else ()
@@ -66,10 +65,10 @@ def frozen_layer(
     """Run one layer: every state of every step, of those but h empty tensors unless asked for, and the final states."""
     check_memory((x, *hx, *held, *signals))
     backend = kernels()
-    form = backend.Form(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
+    form = backend.FrozenStack(cell, weights, 1, len(reverse), inputs, hidden, width, projected, biased)
     check(form, x, hx, batch_sizes, resets, signals)
     if processor:
-        here = backend.processor_of(form)
+        here = backend.panel_layout_name(form)
         if processor != here:
             raise RuntimeError(f"rnnfast: weights were packed for {processor}, and this processor is {here}")
         panels = held[0]
@@ -111,7 +110,7 @@ def panels_of(form, held: Sequence[Tensor]) -> Tensor:
         or (kept.form, kept.versions) != (form, now)
         or any(own() is not each for own, each in zip(kept.tensors, held, strict=True))
     ):
-        names = meaning_names(form.cell, form.weights, form.projected, form.biased)
+        names = weight_names(form.cell, form.weights, form.projected, form.biased)
         groups = [held[n : n + len(names)] for n in range(0, len(held), len(names))]
         panels = kernels().pack(form, [dict(zip(names, group, strict=True)) for group in groups])
         kept = packed[held[0]] = Packed(form, [TensorWeakRef(each) for each in held], now, panels)

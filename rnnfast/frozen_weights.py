@@ -1,4 +1,4 @@
-"""The weights of frozen layers: panels for this machine's processor, and tensors that mean the same anywhere."""
+"""The weights of frozen layers: panels for this machine's processor, and machine-independent tensors."""
 
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -9,7 +9,7 @@ from rnnfast_kernels.cpu.formats import FORMATS
 from torch import Tensor, nn
 
 from rnnfast import _torch
-from rnnfast.frozen_ops import kernels, meaning_names
+from rnnfast.frozen_ops import kernels, weight_names
 from rnnfast.modules import CELL_OF_MODE
 from rnnfast.spec import cell_named, parameter_name
 
@@ -24,7 +24,7 @@ FIELDS = {"w_ih": "weight_ih", "w_hh": "weight_hh", "w_hr": "weight_hr", "b_ih":
 
 
 class FrozenWeights(nn.Module):
-    """The weights of a frozen layer: packed for this machine, and as tensors that mean the same anywhere."""
+    """The weights of a frozen layer: packed for this machine, and as machine-independent tensors."""
 
     mode: str
     input_size: int
@@ -50,7 +50,7 @@ class FrozenWeights(nn.Module):
         return self.type_name()
 
     def hold(self, weights: list[dict[str, Tensor]]) -> None:
-        """Pack weights, given for each layer and direction by the names of `meaning_names`."""
+        """Pack weights, given for each layer and direction by the names of `weight_names`."""
         object.__setattr__(self, "_prepared", {})
         object.__setattr__(self, "_elsewhere", {})
         problem = self.obstacle()
@@ -64,7 +64,7 @@ class FrozenWeights(nn.Module):
             form = self.form()
             object.__setattr__(self, "_forms", tuple(form.each()))
             object.__setattr__(self, "_places", tuple(pairwise(kernels().offsets(form))))
-            object.__setattr__(self, "_processor", kernels().processor_of(form))
+            object.__setattr__(self, "_processor", kernels().panel_layout_name(form))
 
     @property
     def cell_name(self) -> str:
@@ -82,7 +82,7 @@ class FrozenWeights(nn.Module):
     def form(self):
         """Describe the layers to the backend."""
         width = self.proj_size or self.hidden_size
-        return kernels().Form(
+        return kernels().FrozenStack(
             self.cell_name,
             self.weights_format,
             self.num_layers,
@@ -94,25 +94,25 @@ class FrozenWeights(nn.Module):
             bool(self.bias),
         )
 
-    def meaning(self) -> list[dict[str, Tensor]]:
+    def portable_weights(self) -> list[dict[str, Tensor]]:
         """Return the weights of each layer and direction, as `hold` was given them."""
         if self.__dict__.get("_plain") is not None:
             return self._plain
         return kernels().unpack(self.form(), self._array)
 
     def names(self) -> Iterator[tuple[int, str, str]]:
-        """Yield, for each tensor of `state_dict`, its place in `meaning`, its name there and its full name."""
+        """Yield, for each tensor of `state_dict`, its place in `portable_weights`, its name there and its full name."""
         directions = 2 if self.bidirectional else 1
         for layer, direction in product(range(self.num_layers), range(directions)):
-            for name in self.meaning_names():
+            for name in self.weight_names():
                 own = name.startswith(PARAMETER)
                 field, scale = (name, "") if own else (name.removesuffix("_scale"), "_scale" * name.endswith("_scale"))
                 known = field.removeprefix(PARAMETER) if own else FIELDS[field]
                 yield layer * directions + direction, name, f"{known}_l{layer}{'_reverse' * direction}{scale}"
 
-    def meaning_names(self) -> tuple[str, ...]:
+    def weight_names(self) -> tuple[str, ...]:
         """Name the tensors of each layer and direction."""
-        return meaning_names(self.cell_name, self.weights_format, self.proj_size > 0, bool(self.bias))
+        return weight_names(self.cell_name, self.weights_format, self.proj_size > 0, bool(self.bias))
 
     def is_weight(self, name: str) -> bool:
         """Say whether an attribute is named like a weight."""
@@ -120,9 +120,9 @@ class FrozenWeights(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return copies of all tensors of `state_dict`. They refuse to be changed in place."""
-        meaning = self.meaning()
+        portable = self.portable_weights()
         with torch.inference_mode():
-            return {full: meaning[place][name].clone() for place, name, full in self.names()}
+            return {full: portable[place][name].clone() for place, name, full in self.names()}
 
     def __getattr__(self, name: str) -> Any:
         if "weights_format" in self.__dict__ and self.is_weight(name):
@@ -158,9 +158,9 @@ class FrozenWeights(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         _torch.save_registered(self, destination, prefix, keep_vars)
-        meaning = self.meaning()
+        portable = self.portable_weights()
         for place, name, full in self.names():
-            destination[prefix + full] = self.stored(name, meaning[place][name]).clone()
+            destination[prefix + full] = self.stored(name, portable[place][name]).clone()
 
     def stored(self, name: str, weight: Tensor) -> Tensor:
         """Return a weight as `state_dict` has it: integers as [G, H, I], so that layers of floats refuse them."""
@@ -172,7 +172,7 @@ class FrozenWeights(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        weights = [dict(named) for named in self.meaning()]
+        weights = [dict(named) for named in self.portable_weights()]
         known, errors, halves, largest = set(), len(error_msgs), [], FORMATS[self.weights_format].largest
         for place, name, full in self.names():
             known.add(prefix + full)
@@ -210,7 +210,7 @@ class FrozenWeights(nn.Module):
         state = self.__dict__.copy()
         for name in NOT_IN_STATE:
             state.pop(name, None)
-        state["_meaning"] = [{name: each.clone() for name, each in named.items()} for named in self.meaning()]
+        state["_meaning"] = [{name: each.clone() for name, each in named.items()} for named in self.portable_weights()]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ class FrozenWeights(nn.Module):
         """Do nothing, for callers of torch's modules."""
 
     def constants(self, wide: bool = False) -> list[dict[str, Tensor]]:
-        """Return what `meaning` does as constants of a program that is being exported.
+        """Return what `portable_weights` does as constants of a program that is being exported.
 
         bfloat16 is int16 there, or float32 if `wide`. Every call of the program gets the same tensors, which torch
         would copy if they were lifted.
@@ -233,11 +233,11 @@ class FrozenWeights(nn.Module):
         widened = kernels().widened if wide else lambda array: array
         return [{name: torch.from_dlpack(widened(each)) for name, each in named.items()} for named in arrays]
 
-    def dequantised(self, meaning: list[dict[str, Tensor]] | None = None) -> list[Tensor]:
+    def dequantised(self, portable: list[dict[str, Tensor]] | None = None) -> list[Tensor]:
         """Return float32 weights in the order of `torch.nn.LSTM._flat_weights`, or of `rnnfast.Recurrent.weights`."""
         found = []
-        parameters = [name for name in self.meaning_names() if name.startswith(PARAMETER)]
-        for named in self.meaning() if meaning is None else meaning:
+        parameters = [name for name in self.weight_names() if name.startswith(PARAMETER)]
+        for named in self.portable_weights() if portable is None else portable:
             for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", *parameters):
                 if name in named:
                     scale, weight = named.get(f"{name}_scale"), named[name]

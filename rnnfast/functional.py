@@ -7,7 +7,7 @@ Calls of sizes that were seen before take the fast path (`rnnfast.fast_path`).
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import _torch, autograd, context, fast_path, native, operators, reference, validate
 from rnnfast.backends import measured
 from rnnfast.backends.dispatch import backend_of
+from rnnfast.call import Call, Outcome, permuted
 from rnnfast.layers import through_layers
 from rnnfast.spec import Layer, Options, States, cell_named, group
 
@@ -28,46 +29,6 @@ __all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
 def __dir__() -> list[str]:
     """List the public names alone."""
     return list(__all__)
-
-
-class Call(NamedTuple):
-    """A validated call in the layout of `rnnfast.spec.Layer`.
-
-    x: [T, B, I], or [rows, I] when packed. hx: one [layers*D, B, P or H] tensor per state. weights: flat, as in
-    `torch.nn.LSTM._flat_weights`. signals: [T or 1, B or 1, H or 1] each.
-    """
-
-    options: Options
-    x: Tensor
-    hx: States
-    weights: Sequence[Tensor]
-    batch_sizes: Tensor | None = None
-    resets: Tensor | None = None
-    all_states: bool = False
-    signals: States = ()
-
-    def over(self, x: Tensor, batch_sizes: Tensor | None, order: Tensor | None) -> "Call":
-        """Return the call with rows of another x, and what goes with them in another order."""
-        resets, signals = self.resets, self.signals
-        if order is not None:
-            resets = None if resets is None else resets.index_select(1, order)
-            signals = tuple([s if s.shape[1] == 1 else s.index_select(1, order) for s in signals])
-        hx = permuted(self.hx, order)
-        return Call(self.options, x, hx, self.weights, batch_sizes, resets, self.all_states, signals)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        """Return the call with its floating tensors changed. (Dynamo could not always trace `_replace`.)"""
-        hx, weights = tuple([change(state) for state in self.hx]), [change(weight) for weight in self.weights]
-        signals = tuple([change(signal) for signal in self.signals])
-        return Call(self.options, change(self.x), hx, weights, self.batch_sizes, self.resets, self.all_states, signals)
-
-
-class Outcome(NamedTuple):
-    """output [*L, D*P]; finals, one [layers*D, B, P or H] per state; states of the last layer, one [*L, D*H] each."""
-
-    output: Tensor
-    finals: States
-    states: States
 
 
 def recurrent(
@@ -260,11 +221,6 @@ def n_states(options: Options) -> int:
     return len(cell_named(options.cell).states)
 
 
-def permuted(states: States, order: Tensor | None) -> States:
-    """Reorder the batch dimension of each [*, B, *] tensor."""
-    return states if order is None else tuple(s.index_select(1, order) for s in states)
-
-
 def single(states: States) -> Tensor | States:
     """Return states the way torch does: a tuple for an LSTM, the tensor alone for a cell with one state."""
     return states if len(states) > 1 else states[0]
@@ -321,11 +277,14 @@ def _public(cell: str, name: str, equation: str) -> Any:
             memory, for one more forward pass. Default False.
         lengths: int tensor [B], any order, zeros allowed. Padding past a row's end is ignored, even NaN; the output
             there is 0, the final state is that of the last valid step, the reverse direction starts there.
+            Default None: all steps are valid.
         resets: bool tensor [T, B] ([B, T] with batch_first); where true, the state entering the step is zeroed first.
-        all_states: also return, as a third result, every state of every step of the last layer.
+            Default None: nowhere.
+        all_states: also return, as a third result, every state of every step of the last layer. Default False.
 
     Returns:
-        The output [T, B, D*P], the final state(s), and with `all_states` a tuple of [T, B, D*H] tensors.
+        The output [T, B, D*P], the final state(s), and with `all_states` a tuple of [T, B, D*P] for h and
+        [T, B, D*H] for c.
 
     Raises:
         ValueError, RuntimeError: as torch does for the same mistake; ValueError or TypeError for lengths and resets.

@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import _torch, flops, operators, reference, second_order
@@ -25,7 +24,7 @@ from rnnfast.context import (
     needed_by_engine,
     no_more_derivatives,
 )
-from rnnfast.spec import Form, Needs, OutputTangents, Tangents, form_of, restore
+from rnnfast.spec import Form, Needs, OutputTangents, Tangents, cell_named, form_of, restore
 from rnnfast.vmap import map_backward, takes_batched_gradients
 
 
@@ -58,7 +57,7 @@ def gradients_of(spec: Spec, tensors: Sequence, left: Sequence, wanted: Sequence
     form = spec.form
     if not create_graph():
         function = LayerBackward.forward
-    elif not CELLS[form.cell].standard:
+    elif not cell_named(form.cell).standard:
         return differentiated_loop(form, tensors, left[-2 * form.states :], wanted)
     else:
         function = by_operator if _torch.is_functionalized() else partial(_torch.apply, LayerBackward)

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rnnfast.spec import Options
+
 Tensors = Sequence[Tensor]
 # Runs layer number n over x, initial states and weights: its output [*L, D*P], its final states, and its states.
 RunLayer = Callable[[int, Tensor, Tensors, Tensors], tuple[Tensor, Tensors, Tensors]]
 
 
 def through_layers(
-    options, x: Tensor, hx: Tensors, weights: Tensors, run: RunLayer
+    options: Options, x: Tensor, hx: Tensors, weights: Tensors, run: RunLayer
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensors]:
     """Run every layer, with dropout between them: output of the last, final states of all, states of the last."""
     layers, directions = options.num_layers, options.directions

@@ -43,6 +43,8 @@ ORIGINAL = "_class_before_accelerate"
 # the class that parametrize made for it before `accelerate`.
 EXACT = "_exact_class_before_accelerate"
 NOT_IN_STATE = ("_kept_weights", EXACT)
+# Those that a layer loses with its parameters: what torch keeps of them too.
+WITH_PARAMETERS = (*NOT_IN_STATE, ORIGINAL, "_flat_weights", "_flat_weights_names", "_all_weights", "_flat_weight_refs")
 
 
 def first_overridden(cls: type) -> str | None:
@@ -117,8 +119,8 @@ class RNNBase(nn.RNNBase):
                 that of the last valid step (the initial state for length 0); the reverse direction starts there.
             resets: bool tensor [T, B] ([B, T] with batch_first): where true, the state that enters the step is zeroed
                 first, and its gradient with it. One direction only.
-            all_states: return a third result, a tuple with one [T, B, D*H] tensor per state of the last layer: its
-                value after every step, (h,) or (h, c).
+            all_states: return a third result, the value of each state of the last layer after every step: (h,) or
+                (h, c), of shapes [T, B, D*P] and [T, B, D*H]. Default False.
 
         Returns:
             output [T, B, D*P] and the final state(s) [layers*D, B, P or H], in the layout of the input.

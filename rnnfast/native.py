@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from rnnfast import _torch
+from rnnfast.call import Call
 from rnnfast.spec import Options
 
 
-def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run a `functional.Call` on torch and return the output and the final states."""
+def run(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a call on torch and return the output and the final states."""
     if call.batch_sizes is not None and call.x.dim() == 3:
-        return run_padded(call)
+        return run_padded(call, call.batch_sizes)
     options = call.options
     function = getattr(_torch.operators, options.cell)
     hx = call.hx if options.cell == "lstm" else call.hx[0]
@@ -24,7 +25,7 @@ def run(call) -> tuple[Tensor, tuple[Tensor, ...]]:
     return output, tuple(finals)
 
 
-def recorded(options: Options, batch: int, width: int) -> Callable:
+def record_call(options: Options, batch: int, width: int) -> Callable:
     """Return what runs calls of one layer in one direction: a function of the input, initial states and weights."""
     function = getattr(_torch.operators, options.cell)
     zero, count = (1, batch, width), 2 if options.cell == "lstm" else 1
@@ -38,14 +39,14 @@ def recorded(options: Options, batch: int, width: int) -> Callable:
     return call
 
 
-def run_padded(call) -> tuple[Tensor, tuple[Tensor, ...]]:
+def run_padded(call: Call, batch_sizes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the padded layout by packing its live rows. Rows of length zero, which torch refuses, are kept out."""
     steps, batch = call.x.shape[:2]
-    live = torch.arange(batch, device=call.x.device) < call.batch_sizes[:, None]  # [T, B]
-    running = int(call.batch_sizes[0]) if steps else 0
+    live = torch.arange(batch, device=call.x.device) < batch_sizes[:, None]  # [T, B]
+    running = int(batch_sizes[0]) if steps else 0
     output = call.x.new_zeros(steps, batch, call.options.directions * call.options.width(call.weights))
     if running:
-        sizes = call.batch_sizes[call.batch_sizes > 0]
+        sizes = batch_sizes[batch_sizes > 0]
         hx = tuple(s[:, :running] for s in call.hx)
         data, found = run(call._replace(x=call.x[live], hx=hx, batch_sizes=sizes))
         output = output.to(data.dtype).masked_scatter(live[..., None], data)

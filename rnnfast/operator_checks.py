@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast.backends.dispatch import load
-from rnnfast.spec import Layer, shown
+from rnnfast.spec import Layer, cell_named, shown
 
 
 def check_layer(layer: Layer) -> None:
@@ -60,7 +59,7 @@ def check_rows(x: Tensor, batch_sizes: Tensor | None, batch: int) -> int:
 
 def check_signals(cell: str, signals: Sequence[Tensor], full: tuple[int, int, int], x: Tensor) -> None:
     """Raise RuntimeError where signals are not those of a cell, broadcastable to [T, B, H]."""
-    names = CELLS[cell].signals
+    names = cell_named(cell).signals
     if len(signals) != len(names):
         raise RuntimeError(f"rnnfast: expected {len(names)} signals of {shown(cell)}, got {len(signals)}")
     for name, signal in zip(names, signals, strict=True):

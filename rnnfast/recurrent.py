@@ -50,6 +50,10 @@ class Recurrent(nn.Module):
     `_l0_reverse`.
 
     recompute: set it to True to have backward run each layer again rather than keep its gates and states.
+
+    Raises:
+        TypeError: `cell` is no declared cell, `initial` no mapping, or a size or flag of another type. ValueError: a
+            cell without gates, a size below 1, dropout outside of [0, 1], or a name in `initial` that the cell lacks.
     """
 
     recompute: bool = False

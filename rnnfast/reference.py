@@ -10,13 +10,13 @@ from itertools import accumulate
 
 import torch
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 from torch import Tensor
 
 from rnnfast import torch_functions
 from rnnfast.spec import Layer, States, Weights, cell_named
 
-FORWARD = {name: bind(cell.forward, torch_functions.FORWARD) for name, cell in CELLS.items()}
+FORWARD = {name: bind(cell_named(name).forward, torch_functions.FORWARD) for name in TORCH_CELLS}
 # Declared cells: the user's own function, step(x, u, state, p, s) -> new states.
 STEPS: dict[str, Callable] = {}
 

@@ -1,6 +1,6 @@
 """What autograd wants beyond a layer's gradient: its forward-mode derivative and its second derivative.
 
-The forward-mode derivative is the tangent recurrence of `rnnfast.linearised`. The second derivative needs no more than
+The forward-mode derivative is the tangent recurrence of `rnnfast.tangent`. The second derivative needs no more than
 that and the adjoint one. In the terms used there, with all a_t and ds_t in hand, the curvature term is local to a step:
 the second derivative of one step over T*B independent rows. What it says about the entering states goes back through
 time by the layer's own backward (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.linearised import (
+from rnnfast.spec import Layer, OutputTangents, Tangents, Weights, cell_named
+from rnnfast.tangent import (
     Adjoint,
     Linear,
     States,
@@ -28,7 +28,6 @@ from rnnfast.linearised import (
     total,
     unshifted,
 )
-from rnnfast.spec import Layer, OutputTangents, Tangents, Weights
 
 
 def layer_jvp(layer: Layer, states: States, tangents: Tangents) -> OutputTangents:
@@ -106,7 +105,7 @@ def hvp_steps(
     Returns what comes of it for x, the entering states and the weights that there are.
     """
     by_u = flows.u_gates
-    by_x = by_u if CELLS[cell].one_gradient else gradient_by_x(at, flows)
+    by_x = by_u if cell_named(cell).one_gradient else gradient_by_x(at, flows)
     curved_x, curved_u, curved_direct = hvp_gates(cell, at, flows, along, dentering, dweights)
     x = total(curved_x @ at.weights.w_ih, product(by_x, dweights.w_ih))
     entering = [torch.zeros_like(s) for s in at.entering[1 : at.direct_from]] + curved_direct

@@ -14,6 +14,7 @@ Ensembles. Layers of equal sizes that run over the same steps are one layer: the
 another. An ensemble of N with inputs of their own: x is [T, B, N*I] or [rows, N*I], member n reads slice n.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +30,19 @@ States = tuple[Tensor, ...]
 
 
 def cell_named(name: str) -> Cell:
-    """Return a cell."""
+    """Return a cell of torch by its name, or a declared one by its identity.
+
+    Raises:
+        RuntimeError: it is not declared in this process.
+    """
+    try:
+        return CELLS[name]
+    except KeyError:
+        importlib.import_module("rnnfast.cells")  # declares the library's
+    if name not in CELLS:
+        others = [each for each in CELLS if each.startswith(f"{shown(name)}-")]
+        but = f"; the cell {shown(name)} that is declared has other equations ({others[0]})" if others else ""
+        raise RuntimeError(f"rnnfast: the cell {name} is not declared in this process{but}")
     return CELLS[name]
 
 

@@ -9,8 +9,9 @@ from torch.autograd.graph import increment_version
 
 from rnnfast import fast_path, validate
 from rnnfast.backends.dispatch import backend_of, load, records
+from rnnfast.call import Call
 from rnnfast.frozen import Frozen
-from rnnfast.functional import Call, initial_states, recurrent, single
+from rnnfast.functional import initial_states, recurrent, single
 from rnnfast.modules import RNNBase
 from rnnfast.recurrent import Recurrent
 
@@ -113,13 +114,7 @@ class Stream:
         signatures = fast_path.signatures_of(options, x, self.weights, zero=False, threads=1)
         stack = load(self.backend).stack(tuple(each._replace(repeated=True) for each in signatures))
         weights = fast_path.stacked_weights(options, self.weights)
-        step = stack.repeat((x, *self.states, *weights), (output[None], *self.states))
-
-        def run() -> None:
-            step()
-            increment_version(output)  # the kernel writes where autograd does not see it
-
-        return run
+        return stack.repeat((x, *self.states, *weights), (output[None], *self.states))
 
     def call_layers(self) -> None:
         """Step by an ordinary call, on backends and dtypes that have no prepared one."""
@@ -156,6 +151,7 @@ class Stream:
                 raise
             own.copy_(x.to_dense())
         self.step()
+        increment_version(self.output)  # kernels write where autograd does not see it
         return self.output
 
     def is_converted(self, x: Tensor) -> bool:
@@ -169,17 +165,17 @@ class Stream:
 
     @property
     def state(self) -> Tensor | tuple[Tensor, ...]:
-        """A copy of the state, as the module returns it: [layers, B, P], for an LSTM (h, c)."""
+        """A copy of the state, as the module returns it: [layers, B, P], for an LSTM (h, c). Assigning to it sets it.
+
+        Raises:
+            TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's. Nothing is
+                changed then.
+        """
         return single(tuple(s.clone() for s in self.in_order))
 
     @state.setter
     @torch.no_grad()
     def state(self, hx: Tensor | tuple[Tensor, ...]) -> None:
-        """Set the state. All of it is checked before any of it changes.
-
-        Raises:
-            TypeError: not tensors. ValueError: another number, shape, dtype or device than the stream's.
-        """
         if not isinstance(hx, (Tensor, tuple, list)):
             raise TypeError(f"Stream: expected a state of type Tensor, got {type(hx).__name__}")
         given = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)

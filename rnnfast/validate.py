@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import _torch
+from rnnfast.call import Call
 from rnnfast.spec import Options, cell_named
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -218,7 +219,7 @@ def resets(options, given: Tensor | None, steps: int, batch: int, batched: bool 
     return given.transpose(0, 1) if batch_first else given
 
 
-def cast_for_autocast(call):
+def cast_for_autocast(call: Call) -> Call:
     """Inside `torch.autocast`, bring input, states and weights to its dtype, as torch's own layers do.
 
     Raises RuntimeError where they are of several dtypes or devices, inside or outside.
@@ -261,7 +262,7 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def one_kind(call) -> None:
+def one_kind(call: Call) -> None:
     """Refuse tensors of several dtypes or devices."""
     tensors = (call.x, *call.hx, *call.weights, *call.signals)
     dtypes = {tensor.dtype for tensor in tensors}

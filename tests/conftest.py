@@ -29,11 +29,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILE = """
 import sys
 from itertools import product
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 from rnnfast_kernels.cpu.runtime.compiled import kernel
 kinds = ("float32", 1), ("bfloat16", 1), ("float64", 1), ("float64", 2), ("float16", 1), ("float32", 2)
 frozen = [("float32", 0, "int8"), ("float32", 0, "bfloat16")]
-wanted = [(cell, *kind) for kind, cell in product(kinds, CELLS)]
+wanted = [(cell, *kind) for kind, cell in product(kinds, TORCH_CELLS)]
 wanted += [("lstm", *frozen[0]), ("gru", *frozen[0]), ("gru", *frozen[1])]
 first, step = map(int, sys.argv[1:])
 for each in wanted[first::step]:

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import CELLS, TORCH_CELLS
 from rnnfast_kernels.cpu.runtime import pool
 
 from rnnfast.backends import Layer, Needs, Weights, cpu
@@ -132,7 +132,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / (norm if norm > 0 else 1))
 
 
-cells = pytest.mark.parametrize("cell", CELLS)
+cells = pytest.mark.parametrize("cell", TORCH_CELLS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
@@ -148,15 +148,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
 @contextlib.contextmanager
 def threads(count: int):
     """Use so many threads, also where there are fewer cores; calls that are slow for that reason mean nothing."""
-    before, cores, crowd = torch.get_num_threads(), pool.cores, pool.crowd
+    before, cores, oversubscription = torch.get_num_threads(), pool.cores, pool.oversubscription
     torch.set_num_threads(count)
-    pool.cores, pool.crowd = lambda: max(count, cores()), pool.Crowd()
-    pool.crowd.SLACK = 60.0
+    pool.cores, pool.oversubscription = lambda: max(count, cores()), pool.Oversubscription()
+    pool.oversubscription.SLACK = 60.0
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        pool.cores, pool.crowd = cores, crowd
+        pool.cores, pool.oversubscription = cores, oversubscription
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -22,19 +22,23 @@ BACKENDS = ("auto", "triton", "numba", "reference", "torch")
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table. packages: import names without which it is skipped."""
+    """A row of the table.
+
+    packages: import names without which it is skipped. follows_processor: whether RNNFAST_CPU limits its instructions.
+    """
 
     name: str
     module: str
     packages: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     options: dict[str, str] = field(default_factory=dict)
+    follows_processor: bool = True
 
     def missing(self, device: str) -> str | None:
         """Say why it cannot take part on this machine, or None."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
-        if self.name == "onnxruntime" and os.environ.get("RNNFAST_CPU"):
+        if not self.follows_processor and os.environ.get("RNNFAST_CPU"):
             return "cannot be held to a processor's instructions"
         absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
         return f"not installed: {', '.join(absent)}" if absent else None
@@ -62,7 +66,13 @@ PEERS = {
     for contender in (
         Contender("torch", "benchmarks.contenders.torch_nn"),
         Contender("torch-compile", "benchmarks.contenders.torch_loop"),
-        Contender("onnxruntime", "benchmarks.contenders.onnx_runtime", ("onnx", "onnxruntime"), ("cpu",)),
+        Contender(
+            "onnxruntime",
+            "benchmarks.contenders.onnx_runtime",
+            ("onnx", "onnxruntime"),
+            ("cpu",),
+            follows_processor=False,
+        ),
         Contender("jax", "benchmarks.contenders.jax_scan", ("jax",), ("cpu",)),
         Contender("numpy", "benchmarks.contenders.numpy_loop", (), ("cpu",)),
         Contender("torch-int8", "benchmarks.contenders.torch_int8", (), ("cpu",)),

@@ -4,8 +4,6 @@ A step is called with x and u, the input part `W_ih x + b_ih` and the recurrent 
 torch's order, and the states, the output h first; it returns the new states.
 """
 
-from collections.abc import Callable, Iterable
-
 from rnnfast_kernels.equations.cell import Cell
 
 
@@ -37,29 +35,14 @@ def gru(x, u, state):
     return n + z * (state[0] - n)
 
 
-class Table(dict[str, Cell]):
-    """Cells by name. Iteration goes over those of torch alone; declared ones are found by their identity."""
-
-    def __init__(self, cells: Iterable[Cell]):
-        super().__init__((cell.name, cell) for cell in cells)
-        self.declared: dict[str, Cell] = {}
-        # Called with the identity of a cell that is not declared yet: declares it, or raises.
-        self.find: Callable[[str], object] | None = None
-
-    def __missing__(self, name: str) -> Cell:
-        if name not in self.declared and self.find is not None:
-            self.find(name)
-        return self.declared[name]
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in self.declared
-
-
-CELLS = Table(
-    (
+# Cells by name: those of torch, and declared ones by their identity (`rnnfast.declare`).
+CELLS = {
+    cell.name: cell
+    for cell in (
         Cell("rnn_tanh", rnn_tanh, "h", "h"),
         Cell("rnn_relu", rnn_relu, "h", "h"),
         Cell("lstm", lstm, "ifgo", "hc"),
         Cell("gru", gru, "rzn", "h"),
     )
-)
+}
+TORCH_CELLS = tuple(CELLS)

@@ -72,6 +72,12 @@ class Backend(Protocol):
     def unsupported(self, cell: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Say why this backend cannot run the case, or None where it can."""
 
+    def broken(self, cell: str, dtype: torch.dtype) -> str | None:
+        """Say what keeps this installation from running kernels, as far as is known without compiling one."""
+
+    def obtain(self, cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
+        """Load or compile the kernels of a case, once; say why that failed, or None. derivatives: 2 for second ones."""
+
     def describe(self, cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
         """Name the kernel that runs a layer of this size, for `rnnfast.explain`."""
 
@@ -125,18 +131,27 @@ class CompiledLayer(Protocol):
         """
 
 
+class Stack(Protocol):
+    """Layers on top of one another, with nothing kept for backward."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the output [T, B, D*P] and the final states.
+
+        tensors: x, one [layers*D, B, P or H] tensor per state unless they are zero, and flat weights.
+        """
+
+    def repeat(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Callable[[], None]:
+        """Return a function that runs over the same tensors again and again, with the weights packed once."""
+
+
 class CompilingBackend(Backend, Protocol):
     """A backend with these functions too, for signatures that it may be asked for again and again.
 
     What they return raises `NoMemoryError` where a tensor has no memory.
     """
 
-    def stack(self, signatures: tuple[Signature, ...]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """Return a function that runs layers on top of one another, with nothing kept for backward.
-
-        It takes x, one [layers*D, B, P or H] tensor per state unless they are zero, and flat weights, and returns the
-        output [T, B, D*P] and the final states.
-        """
+    def stack(self, signatures: tuple[Signature, ...], batched: bool = True) -> Stack:
+        """Return layers on top of one another. batched: whether results have a batch dimension."""
 
     def compiled_layer(self, signature: Signature) -> CompiledLayer:
         """Return one layer."""

@@ -24,8 +24,8 @@ from rnnfast.spec import shown
 P = ParamSpec("P")
 R = TypeVar("R")
 BACKENDS = get_args(BackendName)
-# Cells of which one step on a CPU is faster by torch's operators (docs/pytorch.md).
-QUICKER_BY_TORCH = ("rnn_tanh", "rnn_relu")
+# Cells of which one step on a CPU runs faster on torch's operators (docs/pytorch.md).
+STEPS_FASTER_BY_TORCH = ("rnn_tanh", "rnn_relu")
 MODULES = {"triton": "rnnfast.backends.gpu", "numba": "rnnfast.backends.cpu"}
 
 
@@ -55,9 +55,9 @@ def default_setting() -> str:
 class use_backend:
     """Run layers on one backend: "auto", "triton", "numba", "reference" or "torch".
 
-    In a `with` statement or as a decorator, those of the block or function; as a statement of its own, all that follow.
-    A named backend that cannot run a case raises RuntimeError; it never falls back silently. The setting holds for the
-    current thread or asyncio task; the environment variable RNNFAST_BACKEND sets it for all.
+    In a `with` statement or as a decorator, those of the block or function; called alone, it sets the backend for the
+    rest of the thread or task. A named backend that cannot run a case raises RuntimeError; it never falls back
+    silently. The environment variable RNNFAST_BACKEND sets the backend for all threads and tasks.
 
     Args:
         name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, and torch's operators where
@@ -124,7 +124,7 @@ def backend_of(
 ) -> str:
     """Return the name that `choose` chooses. A compiled graph keeps the answer it was traced with."""
     choice = choose(cell, device, dtype, needs_ours, sizes)
-    if choice.backend == "numba" and load("numba").obtain(cell, dtype) is not None:
+    if choice.backend in MODULES and load(choice.backend).obtain(cell, dtype) is not None:
         automatic.cache_clear()
         choice = choose(cell, device, dtype, needs_ours, sizes)
     if choice.broken:
@@ -162,7 +162,7 @@ def choose(
 
 def choose_step(cell: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose the backend of one call of a cell module, a single step."""
-    if setting() == "auto" and device.type == "cpu" and cell in QUICKER_BY_TORCH:
+    if setting() == "auto" and device.type == "cpu" and cell in STEPS_FASTER_BY_TORCH:
         return Choice("torch", "for a single step of this cell torch's operator is faster")
     return choose(cell, device, dtype, False)
 
@@ -200,15 +200,13 @@ def is_broken(backend: str, cell: str, dtype: torch.dtype) -> bool:
         module = load(backend)
     except Exception:  # whatever a library raises that cannot be loaded
         return True
-    if not hasattr(module, "broken"):
-        return False
-    return cell in module.CELLS and dtype in module.DTYPE_NAMES and module.broken(cell, dtype) is not None
+    return module.broken(cell, dtype) is not None
 
 
 def differentiates_twice(backend: str, cell: str, dtype: torch.dtype) -> bool:
     """Say whether a backend has kernels for second derivatives; torch's operators do without."""
     module = load(backend)
-    return hasattr(module, "jvp") and (backend != "numba" or module.obtain(cell, dtype, 2) is None)
+    return hasattr(module, "jvp") and module.obtain(cell, dtype, 2) is None
 
 
 def records(backend: str) -> bool:

@@ -23,7 +23,7 @@ from rnnfast.backends import gpu_projection as projection
 from rnnfast.backends.gpu_launch import loops, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_products import multiply, multiply_add
 from rnnfast.backends.gpu_rows import Call, lay_out
-from rnnfast.spec import shown
+from rnnfast.spec import cell_named, shown
 
 TAKES_ENSEMBLES = False
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,21 +37,29 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it computes in float32, float64, bfloat16 and float16, not {dtype}"
     if cell not in CELLS:
         return f"it has no cell {shown(cell)!r}"
-    if CELLS[cell].sets_numbers:
+    if cell_named(cell).sets_numbers:
         return "it has no kernels for cells with a state that is a number"
     return None
 
 
+def broken(cell: str, dtype: torch.dtype) -> None:
+    """Kernels are compiled when they are launched: nothing is known before."""
+
+
+def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> None:
+    """Kernels are compiled when they are launched."""
+
+
 def describe(cell: str, hidden: int, projection: int, device: torch.device, dtype: torch.dtype) -> str:
     """Name the loops of a layer with 16 batch rows."""
-    forward, backward = loops(CELLS[cell], hidden, 16, torch.empty(0, dtype=dtype, device=device))
+    forward, backward = loops(cell_named(cell), hidden, 16, torch.empty(0, dtype=dtype, device=device))
     named = f"Triton kernels of {shown(cell)}, forward {forward}, backward {backward} at a batch of 16"
-    return named if CELLS[cell].standard else f"{named}; other derivatives and transforms by the plain loop"
+    return named if cell_named(cell).standard else f"{named}; other derivatives and transforms by the plain loop"
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes of what `forward` saves: the activated gates, what a cell saves beyond them, the unprojected output."""
-    cell, lead, D = CELLS[layer.cell], layer.x.shape[:-1], len(layer.reverse)
+    cell, lead, D = layer.definition, layer.x.shape[:-1], len(layer.reverse)
     H = layer.weights[0].w_ih.shape[0] // cell.gates
     shapes: list[tuple[int, ...]] = []
     if cell.saved:

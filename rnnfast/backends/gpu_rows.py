@@ -6,7 +6,7 @@ T steps, B batch rows, H hidden units, D directions, R rows of all steps togethe
 from dataclasses import dataclass
 
 import torch
-from rnnfast_kernels.cells import CELLS, Cell
+from rnnfast_kernels.equations.cell import Cell
 from rnnfast_kernels.gpu.launch import Extent
 from torch import Tensor
 
@@ -129,5 +129,5 @@ class Call:
 
 
 def lay_out(layer: Layer) -> Call:
-    cell = CELLS[layer.cell]
+    cell = layer.definition
     return Call(layer, cell, find_rows(layer), layer.weights[0].w_ih.shape[0] // cell.gates)

@@ -12,6 +12,7 @@ import torch
 
 from rnnfast import _torch
 from rnnfast.backends.slower import MEASURED
+from rnnfast.call import Call
 
 # Measured with as many inputs as hidden units; how many times more or fewer there may be.
 INPUTS_PER_HIDDEN = 2
@@ -81,8 +82,8 @@ def slower(cell: str, sizes: Sizes) -> Fact | None:
     return None
 
 
-def sizes_of_call(call) -> Sizes | None:
-    """Return the sizes of a `functional.Call` of which there may be facts: eager, plain tensors, no option of ours."""
+def sizes_of_call(call: Call) -> Sizes | None:
+    """Return the sizes of a call of which there may be facts: eager, plain tensors, no option of ours."""
     if torch.compiler.is_compiling() or call.batch_sizes is not None or call.resets is not None or call.all_states:
         return None
     options, x, tensors = call.options, call.x, (call.x, *call.hx, *call.weights)

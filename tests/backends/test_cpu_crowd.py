@@ -48,25 +48,25 @@ def test_no_more_threads_than_cores(monkeypatch):
     assert pool.usable(1) == 1
 
 
-def test_slow_calls_mean_a_crowd():
-    """One may be chance; two are not. Time alone doubles until a team is quick again."""
-    crowd, usual = pool.Crowd(), math.inf
+def test_slow_calls_mean_oversubscription():
+    """One may be chance; two are not. Time on one thread doubles until a team is quick again."""
+    state, usual = pool.Oversubscription(), math.inf
     for now in (1.0, 1.1):
-        usual = crowd.note(now, now - 0.001, usual)
+        usual = state.note(now, now - 0.001, usual)
     assert usual == pytest.approx(0.001)
-    assert crowd.note(1.2, 1.19, usual) == usual
-    assert crowd.alone_until == -math.inf
-    crowd.note(1.3, 1.29, usual)
-    assert crowd.alone_until == pytest.approx(1.3 + crowd.SHORTEST)
-    crowd.note(2.0, 1.99, usual)
-    assert crowd.alone_until == pytest.approx(2.0 + 2 * crowd.SHORTEST)
-    crowd.note(2.5, 2.499, usual)
-    assert crowd.alone_until == -math.inf
-    assert crowd.pause == crowd.SHORTEST
+    assert state.note(1.2, 1.19, usual) == usual
+    assert state.serial_until == -math.inf
+    state.note(1.3, 1.29, usual)
+    assert state.serial_until == pytest.approx(1.3 + state.SHORTEST)
+    state.note(2.0, 1.99, usual)
+    assert state.serial_until == pytest.approx(2.0 + 2 * state.SHORTEST)
+    state.note(2.5, 2.499, usual)
+    assert state.serial_until == -math.inf
+    assert state.pause == state.SHORTEST
 
 
 def test_one_call_runs_on_one_thread_to_compare(monkeypatch):
-    """A process that starts in a crowd knows no quick call by a team."""
+    """A process that starts oversubscribed knows no quick call by a team."""
     case = Case("lstm", 40, 2, 30, 300)
     layer = case.layer()
     by_team, now, start = [], [0.0], recipe.Recipe.start
@@ -79,19 +79,19 @@ def test_one_call_runs_on_one_thread_to_compare(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(recipe.Recipe, "start", slow_by_team)
     with threads(2):
-        pool.crowd = pool.Crowd()  # `threads` takes it away again
+        pool.oversubscription = pool.Oversubscription()  # `threads` takes it away again
         results = [case.run(layer) for _ in range(recipe.TRIAL + 4)]
     assert not any(same(results[0], each) for each in results)
-    # Forward and backward: by a team, once alone, by a team, which turns out to be slow twice, then alone.
+    # Forward and backward: by a team, once on one thread, by a team, which is slow twice, then on one thread.
     assert by_team == [True] * 2 * recipe.TRIAL + [False, False, True, True, False, False, False, False]
 
 
-def test_a_crowd_changes_no_bit(monkeypatch):
+def test_oversubscription_changes_no_bit(monkeypatch):
     case = Case("lstm", 40, 2, 30, 300)
     layer = case.layer()
     with threads(2):
         expected = case.run(layer)
-        monkeypatch.setattr(pool.crowd, "is_here", lambda: True)
+        monkeypatch.setattr(pool.oversubscription, "is_here", lambda: True)
         monkeypatch.setattr(pool, "team", None)
         assert not same(expected, case.run(layer))
 

@@ -101,8 +101,8 @@ def test_what_torch_lacks_and_what_was_not_measured_stays_with_the_kernels(table
 
 def count_torch(monkeypatch) -> list:
     """Count calls that are recorded for torch's operator."""
-    calls, recorded = [], rnnfast.native.recorded
-    monkeypatch.setattr(rnnfast.native, "recorded", lambda *args: calls.append(args) or recorded(*args))
+    calls, recorded = [], rnnfast.native.record_call
+    monkeypatch.setattr(rnnfast.native, "record_call", lambda *args: calls.append(args) or recorded(*args))
     return calls
 
 

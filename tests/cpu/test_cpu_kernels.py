@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cpu_layers import ALL, TOLERANCE, Case, cells, dtypes, relative, replaced, same, threads
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 
 from rnnfast import reference
 from rnnfast.backends import Weights, cpu
@@ -236,7 +236,7 @@ def test_strides_of_the_input(cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_saved_memory(cell, dtype):
     """What `saved_like` promises is what is saved, and an LSTM keeps at most 7 tensors of the size of its output."""
     layer = Case(cell, 4, 3, 5, 20, dtype=dtype).layer()

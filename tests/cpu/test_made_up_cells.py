@@ -7,7 +7,7 @@ from conftest import backends_under_test
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS, Cell
 
-from rnnfast import functional, linearised, reference, torch_functions, use_backend
+from rnnfast import functional, reference, tangent, torch_functions, use_backend
 from rnnfast.backends.dispatch import load
 from rnnfast.spec import Layer, Options, group
 
@@ -44,7 +44,7 @@ def registered(monkeypatch):
     for name, cell in MADE_UP.items():
         monkeypatch.setitem(CELLS, name, cell)
         monkeypatch.setitem(reference.FORWARD, name, bind(cell.forward, torch_functions.FORWARD))
-        monkeypatch.setitem(linearised.BACKWARD, name, bind(cell.backward, torch_functions.BACKWARD))
+        monkeypatch.setitem(tangent.BACKWARD, name, bind(cell.backward, torch_functions.BACKWARD))
         if backends_under_test() == ["triton"]:
             from rnnfast_kernels.gpu import activations
 

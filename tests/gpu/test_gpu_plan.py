@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.5")
 
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 from rnnfast_kernels.gpu import aot, launch, plan
 from rnnfast_kernels.gpu.vary import varied
 
@@ -32,7 +32,9 @@ def problem(cell="lstm", H=512, B=16, D=1, dtype="bfloat16", precision="ieee", b
 
 def grid(device):
     kinds = (("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"))
-    for cell, H, B, D, (dtype, precision), backward in product(CELLS, WIDTHS, BATCHES, (1, 2), kinds, (False, True)):
+    for cell, H, B, D, (dtype, precision), backward in product(
+        TORCH_CELLS, WIDTHS, BATCHES, (1, 2), kinds, (False, True)
+    ):
         yield problem(cell, H, B, D, dtype, precision, backward, device)
 
 

@@ -85,9 +85,9 @@ def test_without_files_of_sources_torch_runs(form, tmp_path):
 
 
 NAMES = """
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 from rnnfast_kernels.cpu.runtime.compiled import file_name
-print(*(f"{cell} {file_name(cell, 'float32', order)}" for cell in CELLS for order in (1, 2)), sep="\\n")
+print(*(f"{cell} {file_name(cell, 'float32', order)}" for cell in TORCH_CELLS for order in (1, 2)), sep="\\n")
 """
 
 

@@ -41,8 +41,8 @@ class Record:
         return record_at
 
 
-# A call: its records are filled in, each integer being one of `values` plus the base that `which` names, and then the
-# program at the address `program` is run, if that is not 0. The bases follow.
+# A call: fill in `records[i] = values[i] + bases[which[i]]` for `count` integers, then run the program at the address
+# `program`, unless that is 0. The bases follow.
 CALL = Record("values", "which", "count", "records", "program")
 # A phase of a call: the task, whether a team shares it, the next job, and how many there are; the jobs' addresses
 # follow. With `serial`, all jobs must run at the same time; `team_size` is the address of omp_get_num_threads, and

@@ -22,7 +22,7 @@ def text(cell: Cell, read: str, doc: str | None) -> str:
     forward = Writer(given, hints)
     forward.write(list(traced.new_state))
     results = [f"{name} = {forward.text(node)}" for node, name in new.items() if not node.operands]
-    kept = [named(node, forward) for node in cell.kept_nodes]
+    kept = [forward.text(node) for node in cell.kept_nodes]
     known = given | {node: forward.inner(node, ATOM) for node in cell.kept_nodes}
     known |= {node: forward.names.get(node, name) for node, name in new.items()}
     known |= {seed: f"d{name}_new" for seed, name in zip(cell.seeds, cell.states, strict=True)}
@@ -45,11 +45,6 @@ def header(cell: Cell, read: str) -> str:
     parts += [f"output {output}"] * (cell.output != 0)
     parts += [f"product of {read}"] * (cell.recurrent > 0 and read != output)
     return f"{cell.name}: {'; '.join(parts)}"
-
-
-def named(node: Node, writer: Writer) -> str:
-    """Return the name or the expression of a node."""
-    return writer.text(node)
 
 
 def gradient(cell: Cell, known: Mapping[Node, str]) -> list[str]:

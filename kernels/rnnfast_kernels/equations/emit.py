@@ -93,14 +93,12 @@ def flat(results: Results) -> list[Node]:
     return found
 
 
-def source(
-    name: str, arguments: Sequence[str], names: Mapping[Node, str], results: Results, zero: str = "", doc: str = ""
-) -> str:
+def source(name: str, arguments: Sequence[str], names: Mapping[Node, str], results: Results, zero: str = "") -> str:
     """Write a function. zero: the expression of a result that is 0."""
     writer = Writer(names)
     writer.write(flat(results))
     returned = writer.results(results, zero)
-    body = [f'"""{doc}"""'] * bool(doc) + [*writer.lines, f"return {returned}"]
+    body = [*writer.lines, f"return {returned}"]
     return f"def {name}({', '.join(arguments)}):\n" + "".join(f"    {line}\n" for line in body)
 
 

@@ -211,10 +211,6 @@ def hardsigmoid(input, inplace=False) -> Node:
     return call("bounded", node_of(input) + 3.0, 0.0, 6.0) / 6.0
 
 
-def activation(name: str) -> Callable:
-    return lambda input, inplace=False: call(name, node_of(input))
-
-
 def like(number: float) -> Callable:
     return lambda input, **options: node_of(input).graph.number(number)
 
@@ -257,7 +253,7 @@ FUNCTIONS: dict[str, Callable] = {
     **dict.fromkeys(("abs", "absolute"), unary("abs")),
     **dict.fromkeys(("sign", "sgn"), unary("sign")),
     **{name: unary(name) for name in ("sigmoid", "tanh")},
-    "relu": activation("relu"),
+    "relu": lambda input, inplace=False: call("relu", node_of(input)),
     **dict.fromkeys(("maximum", "max"), of_conditions(extremum("maximum"), logical_or)),
     **dict.fromkeys(("minimum", "min"), of_conditions(extremum("minimum"), logical_and)),
     **dict.fromkeys(("clamp", "clip"), clamp),

@@ -77,8 +77,6 @@ class Symbol:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", str(function))
-        if not any(isinstance(each, Symbol) for each in args):
-            args = tuple(args)
         name = name.strip("_") if name.startswith("__") else name
         reflected = name.startswith("r") and name[1:] in FUNCTIONS and name not in FUNCTIONS
         if reflected:

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import CELLS, TORCH_CELLS
 from rnnfast_kernels.gpu import launch, plan
 from rnnfast_kernels.gpu.arguments import BackwardTensors, ForwardTensors
 from rnnfast_kernels.gpu.launch import Extent, Launch
@@ -225,13 +225,13 @@ def problems(target: str, quick: bool) -> Iterator[plan.Problem]:
     """Every cell, precision, width, batch and direction of the pass."""
     device = TARGETS[target][1]
     widths, batches = ((24, 128, 650), (16,)) if quick else (WIDTHS, BATCHES)
-    for cell, (dtype, precision), H, B, backward in product(CELLS, PRECISIONS, widths, batches, (False, True)):
+    for cell, (dtype, precision), H, B, backward in product(TORCH_CELLS, PRECISIONS, widths, batches, (False, True)):
         if device.arch.startswith("gfx") and precision == "tf32":
             continue
         if quick and (cell == "rnn_relu" or dtype == "float16"):
             continue
         yield plan.Problem(cell, H, B, 1, dtype, precision, backward, device)
-    for cell, backward in product(CELLS, (False, True)):
+    for cell, backward in product(TORCH_CELLS, (False, True)):
         yield plan.Problem(cell, 64, 16, 1, "float64", "ieee", backward, device)
 
 

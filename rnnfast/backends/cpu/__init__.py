@@ -7,14 +7,12 @@ of a layer for a signature.
 from collections.abc import Callable, Sequence
 
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from torch import Tensor
 
 from rnnfast.backends.cpu import executable
 from rnnfast.backends.cpu.arguments import addresses_of, apart, described, present, together
 from rnnfast.backends.cpu.available import (
-    DTYPE_NAMES,
     WIDER,
     broken,
     describe,
@@ -26,8 +24,6 @@ from rnnfast.backends.cpu.tangents import hvp, jvp
 from rnnfast.spec import Gradients, Layer, Needs, Result, Signature, States, Weights
 
 __all__ = [
-    "CELLS",
-    "DTYPE_NAMES",
     "TAKES_ENSEMBLES",
     "backward",
     "broken",
@@ -47,18 +43,10 @@ TAKES_ENSEMBLES = True
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shape and dtype of each tensor that `forward(layer, save=True)` puts into `saved`.
-
-    gates [*L, D, kept * H]: what the cell wants back, in float32 at least. unprojected [*L, D, H].
-    """
-    cell, dtype, hidden = layer.definition, layer.x.dtype, layer.hidden
-    lead = (*layer.x.shape[:-1], len(layer.reverse))
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if cell.saved:
-        shapes.append(((*lead, cell.kept * hidden), WIDER.get(dtype, dtype)))
-    if layer.weights[0].w_hr is not None:
-        shapes.append(((*lead, hidden), dtype))
-    return tuple(shapes)
+    """Shape and dtype of each tensor that `forward(layer, save=True)` puts into `saved`, see `executable.residuals`."""
+    lead, dtype = (*layer.x.shape[:-1], len(layer.reverse)), layer.x.dtype
+    found = executable.residuals(layer.definition, lead, layer.hidden, dtype, layer.weights[0].w_hr is not None)
+    return tuple((each.shape, each.dtype or dtype) for each in found.values())
 
 
 def forward(layer: Layer, *, save: bool, all_states: bool) -> Result:
@@ -123,16 +111,13 @@ def reduced(layer: Layer, gradient: Tensor, signal: Tensor) -> Tensor:
     return gradient.sum_to_size(signal.shape).clone(memory_format=torch.contiguous_format)
 
 
-def stack(signatures: tuple[Signature, ...], batched: bool = True) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Return a function that runs layers on top of one another, with nothing kept (`rnnfast.backends`).
-
-    batched: whether results have a batch dimension. It has an attribute `repeat`.
-    """
+def stack(signatures: tuple[Signature, ...], batched: bool = True) -> "Stack":
+    """Return layers on top of one another (`rnnfast.backends`). batched: whether results have a batch dimension."""
     return Stack(executable.stack(signatures, batched))
 
 
 class Stack:
-    """Layers on top of one another."""
+    """Layers on top of one another, see `rnnfast.backends.Stack`."""
 
     def __init__(self, recorded: executable.Executable):
         self.executable = recorded
@@ -142,18 +127,9 @@ class Stack:
         return self.executable.run(tensors[0], addresses_of(tensors))
 
     def repeat(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Callable[[], None]:
-        """Return a function that runs over the same tensors again and again, on one thread, with the weights packed
-        once."""
-        recipe, kernel = self.executable.recipe, self.executable.kernel
-        scratch = tensors[0].new_empty(recipe.scratch, dtype=torch.uint8)
+        """Return a function that runs over the same tensors again and again, with the weights packed once."""
         addresses = [*addresses_of((*tensors, *results)), *self.executable.fixed]
-        records = recipe.start(kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
-        kernel.run(records + recipe.preparation.place.offset)
-
-        def step(run=kernel.run, program=records + recipe.repeated.place.offset, _kept=(scratch, tensors, results)):
-            run(program)
-
-        return step
+        return executable.repeat(self.executable.recipe, self.executable.kernel, addresses, (*tensors, *results))
 
 
 class CompiledLayer:
@@ -186,8 +162,8 @@ class CompiledLayer:
         results: list[Tensor | None] = recorded.run(saved[0], addresses_of((*saved, *incoming)))  # type: ignore[assignment]
         if self.signature.dtype in WIDER:
             results = [narrowed(each, self.signature.dtype) for each in results]  # type: ignore[arg-type]
-        for place in absent:
-            results.insert(place, None)
+        for n in absent:
+            results.insert(n, None)
         return results
 
     def record_backward(

@@ -8,7 +8,7 @@ from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.target import has_float16, processor, target
 
-from rnnfast.spec import shown
+from rnnfast.spec import cell_named, shown
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -32,12 +32,12 @@ def unsupported(cell: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"the numba backend computes float32, float64, bfloat16 and float16, not {dtype}"
     if dtype == torch.float16 and not has_float16():
         return "the processor cannot convert float16"
-    gates = CELLS[cell].gates
+    gates = cell_named(cell).gates
     if gates == 0:
         return "the numba backend has no kernels for cells without gates"
     if gates > MOST_GATES:
         return f"the numba backend has no kernels for cells of more than {MOST_GATES} gates, got {gates}"
-    if CELLS[cell].sets_numbers:
+    if cell_named(cell).sets_numbers:
         return "the numba backend has no kernels for cells with a state that is a number"
     return broken(cell, dtype)
 
@@ -48,6 +48,8 @@ obtained: set[tuple[str, torch.dtype, int]] = set()
 
 def broken(cell: str, dtype: torch.dtype) -> str | None:
     """Say what keeps this installation from running kernels, as far as is known without compiling one."""
+    if cell not in CELLS or dtype not in DTYPE_NAMES:
+        return None
     known = failures.get((cell, dtype, 1))
     if known is not None or (cell, dtype, 1) in obtained:
         return known
@@ -65,14 +67,14 @@ def obstacle(cell: str, dtype: torch.dtype) -> str | None:
     except OSError as error:
         return f"the sources of the kernels cannot be read ({error})"
     except Exception as error:
-        return f"kept kernels cannot be looked up ({described(error)})"
+        return f"kept kernels cannot be looked up ({error_text(error)})"
     try:
         if find_spec("numba") is None:
             return "numba is not installed"
         with lock:  # a child that was forked in the midst of this import would wait for its end
             from numba import config
     except Exception as error:
-        return f"numba cannot be imported ({described(error)})"
+        return f"numba cannot be imported ({error_text(error)})"
     return "NUMBA_DISABLE_JIT is set, and no kernels are kept on disk" if config.DISABLE_JIT else None  # type: ignore[attr-defined]
 
 
@@ -82,7 +84,7 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
     derivatives: 2 for those of second derivatives.
     """
     if derivatives == 2:
-        if len(CELLS[cell].states) > 2:
+        if len(cell_named(cell).states) > 2:
             return "there are no kernels for second derivatives of cells of more than two states"
         dtype = WIDER.get(dtype, dtype)
     wanted = cell, dtype, derivatives
@@ -94,13 +96,13 @@ def obtain(cell: str, dtype: torch.dtype, derivatives: int = 1) -> str | None:
         try:
             kernel(cell, DTYPE_NAMES[dtype], derivatives)
         except Exception as error:
-            failures[wanted] = f"the kernel cannot be compiled or loaded ({described(error)})"
+            failures[wanted] = f"the kernel cannot be compiled or loaded ({error_text(error)})"
         else:
             obtained.add(wanted)
     return failures.get(wanted)
 
 
-def described(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Name an exception and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -16,9 +16,11 @@ from rnnfast_kernels.cpu.plan import forward as plan_forward
 from rnnfast_kernels.cpu.plan import policy
 from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import Recipe
+from rnnfast_kernels.cpu.runtime import pool
 from rnnfast_kernels.cpu.runtime.compiled import Kernel, kernel
 from rnnfast_kernels.cpu.runtime.pages import WORTH_IT, ask_for_large_pages
 from rnnfast_kernels.cpu.target import MOST_UNPACKED_ROWS
+from rnnfast_kernels.equations.cell import Cell
 from torch import Tensor
 
 from rnnfast.backends.cpu.available import DTYPE_NAMES, WIDER
@@ -91,6 +93,21 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     if tensor.nbytes >= WORTH_IT:
         ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def repeat(recipe: Recipe, code: Kernel, addresses: Sequence[int], tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that runs a recipe over the same tensors again and again, on one thread, packing weights once.
+
+    tensors: what the addresses are of; they live as long as the function.
+    """
+    scratch = tensors[0].new_empty(recipe.scratch, dtype=torch.uint8)
+    records = recipe.start(code, scratch.data_ptr(), addresses, pool.NO_TEAM)
+    code.run(records + recipe.preparation.record.offset)
+
+    def step(run=code.run, program=records + recipe.repeated.record.offset, _kept=(scratch, tensors)):
+        run(program)
+
+    return step
 
 
 def code_of(signature: Signature, derivatives: int = 1) -> Kernel:
@@ -179,19 +196,21 @@ def state_buffers(signature: Signature, form: str, lead: tuple[int, ...]) -> dic
     return {name: Buffer(shape) for name, shape in zip(state_names(signature, form), shapes, strict=False)}
 
 
-def residual_buffers(signature: Signature) -> dict[str, Buffer]:
+def residuals(
+    cell: Cell, lead: Sequence[int], hidden: int, dtype: torch.dtype, projected: bool, zeroed: bool = False
+) -> dict[str, Buffer]:
     """Describe what backward wants beside the states.
 
-    gates [*L, D, kept * H]: what the cell wants back, gate by gate, in float32 at least. unprojected [*L, D, H].
+    gates [*lead, kept * H]: what the cell wants back, gate by gate, in float32 at least. unprojected [*lead, H].
     """
-    cell, hidden, zeroed = signature.cell, signature.hidden, signature.padded
-    found = {}
-    if cell.saved:
-        wide = WIDER.get(signature.dtype)
-        found["gates"] = Buffer((*signature.lead, cell.kept * hidden), wide, zeroed)
-    if signature.form.present.w_hr:
-        found["unprojected"] = Buffer((*signature.lead, hidden), None, zeroed)
-    return found
+    found = {"gates": Buffer((*lead, cell.kept * hidden), WIDER.get(dtype), zeroed)} if cell.saved else {}
+    return found | {"unprojected": Buffer((*lead, hidden), None, zeroed)} if projected else found
+
+
+def residual_buffers(signature: Signature) -> dict[str, Buffer]:
+    """Describe the residuals of a signature, zeroed where kernels skip padding."""
+    projected = signature.form.present.w_hr
+    return residuals(signature.cell, signature.lead, signature.hidden, signature.dtype, projected, signature.padded)
 
 
 @functools.lru_cache(maxsize=1024)

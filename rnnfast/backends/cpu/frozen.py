@@ -1,6 +1,6 @@
 """Layers with frozen weights as calls of the Numba kernels: packing once, then calls that name one buffer of panels.
 
-A `Form` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
+A `FrozenStack` says all of a stack but its numbers. Panels of all its layers stand in one uint8 tensor, one layer after
 another (see `rnnfast_kernels.cpu.plan.panels`). Their layout depends on the form and the processor, not on the calls.
 """
 
@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rnnfast_kernels.cells import CELLS
 from rnnfast_kernels.cpu.plan import forward as plan_forward
-from rnnfast_kernels.cpu.plan import panels
+from rnnfast_kernels.cpu.plan import panels as plan_panels
 from rnnfast_kernels.cpu.plan import shape as plan
 from rnnfast_kernels.cpu.plan.recipe import ADDRESSES, Recipe
 from rnnfast_kernels.cpu.runtime import pool
@@ -24,15 +23,14 @@ from rnnfast_kernels.cpu.target import Target, target
 from torch import Tensor
 
 from rnnfast.backends.cpu.arguments import addresses_of, apart, as_signal, present, row_cuts, strides_of, together
-from rnnfast.backends.cpu.executable import STATES, empty, shape_of
-from rnnfast.spec import Form as LayerForm
-from rnnfast.spec import Present, Signature, parameter_name
+from rnnfast.backends.cpu.executable import STATES, empty, repeat, shape_of
+from rnnfast.spec import Form, Present, Signature, cell_named, parameter_name
 
 # Elements of the scratch memory that a prepared call keeps.
 MOST_SPARE = 1 << 18
 
 
-class Form(NamedTuple):
+class FrozenStack(NamedTuple):
     """What a stack of frozen layers is. weights: the format. width: P. inputs: I of the first layer."""
 
     cell: str
@@ -45,7 +43,7 @@ class Form(NamedTuple):
     projected: bool
     biased: bool
 
-    def each(self) -> Iterator["Form"]:
+    def each(self) -> Iterator["FrozenStack"]:
         """Yield each layer by itself."""
         inputs = self.inputs
         for _ in range(self.layers):
@@ -60,23 +58,25 @@ class Form(NamedTuple):
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Return the width of each state."""
-        return (self.width, *[self.hidden] * (len(CELLS[self.cell].states) - 1))
+        return (self.width, *[self.hidden] * (len(cell_named(self.cell).states) - 1))
 
     @property
     def stacks(self) -> bool:
         """Say whether all layers run in one program: cells of at most two states, without signals."""
-        cell = CELLS[self.cell]
+        cell = cell_named(self.cell)
         return len(cell.states) <= 2 and cell.output == 0 and not cell.signals
 
 
 @functools.lru_cache(maxsize=1024)
-def layout(form: Form) -> panels.Layout:
+def layout(form: FrozenStack) -> plan_panels.Layout:
     """Where the panels of one layer are."""
-    return panels.layout(form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions)
+    return plan_panels.layout(
+        form.target, form.cell, form.inputs, form.hidden, form.width, form.projected, form.directions
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def offsets(form: Form) -> tuple[int, ...]:
+def offsets(form: FrozenStack) -> tuple[int, ...]:
     """Where each layer's panels begin, and where the last ones end."""
     found = [0]
     for one in form.each():
@@ -95,40 +95,42 @@ def widened(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if array.dtype == np.int16 else array
 
 
-def pack(form: Form, weights: Sequence[dict[str, Tensor]]) -> Tensor:
+def pack(form: FrozenStack, weights: Sequence[dict[str, Tensor]]) -> Tensor:
     """Pack all layers. weights: for each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, what of them there is.
 
     Of scaled formats also w_ih_scale, w_hh_scale and w_hr_scale. The cell's own parameters are under `parameter_name`.
     """
     buffer = empty(torch.empty(0, device="cpu"), offsets(form)[-1], dtype=torch.uint8).zero_()
-    for n, (one, place) in enumerate(zip(form.each(), offsets(form), strict=False)):
+    for n, (one, offset) in enumerate(zip(form.each(), offsets(form), strict=False)):
         for matrix in layout(one).matrices:
             named = weights[n * form.directions + matrix.direction]
             bias, scale = named.get(matrix.name.replace("w_", "b_")), named.get(f"{matrix.name}_scale")
-            panels.pack(
+            plan_panels.pack(
                 form.target,
                 matrix,
-                buffer[place:].numpy(),
+                buffer[offset:].numpy(),
                 as_array(named[matrix.name]),
                 None if bias is None else as_array(bias),
                 None if scale is None else as_array(scale),
             )
-        for direction, each in enumerate(parameters_of(one, buffer[place:].numpy())):
+        for direction, each in enumerate(parameters_of(one, buffer[offset:].numpy())):
             named = weights[n * form.directions + direction]
-            for goal, name in zip(each, CELLS[form.cell].parameters, strict=True):
-                goal[:] = as_array(named[parameter_name(name)])
+            for out, name in zip(each, cell_named(form.cell).parameters, strict=True):
+                out[:] = as_array(named[parameter_name(name)])
     return buffer
 
 
-def parameters_of(form: Form, buffer: np.ndarray) -> list[np.ndarray]:
+def parameters_of(form: FrozenStack, buffer: np.ndarray) -> list[np.ndarray]:
     """Return where one layer's buffer has the parameters of each direction, [P, H]."""
-    count = len(CELLS[form.cell].parameters)
-    size = count * form.hidden * panels.PARAMETER_BYTES
-    places = layout(form).parameters
-    return [buffer[place : place + size].view(np.float32).reshape(count, form.hidden) for place in places]
+    count = len(cell_named(form.cell).parameters)
+    size = count * form.hidden * plan_panels.PARAMETER_BYTES
+    return [
+        buffer[offset : offset + size].view(np.float32).reshape(count, form.hidden)
+        for offset in layout(form).parameters
+    ]
 
 
-def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
+def unpack(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, Tensor]]:
     """Return what `pack` was given."""
     found = []
     for arrays in unpacked(form, buffer):
@@ -139,29 +141,30 @@ def unpack(form: Form, buffer: np.ndarray) -> list[dict[str, Tensor]]:
     return found
 
 
-def unpacked(form: Form, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
+def unpacked(form: FrozenStack, buffer: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Return the same as arrays, bfloat16 as int16."""
     found = []
-    for one, place in zip(form.each(), offsets(form), strict=False):
+    for one, offset in zip(form.each(), offsets(form), strict=False):
         named: list[dict[str, np.ndarray]] = [{} for _ in range(form.directions)]
         for matrix in layout(one).matrices:
-            weight, bias, scale = panels.unpack(form.target, matrix, buffer[place:])
+            weight, bias, scale = plan_panels.unpack(form.target, matrix, buffer[offset:])
             own = named[matrix.direction]
             own[matrix.name] = weight
             if scale is not None:
                 own[f"{matrix.name}_scale"] = scale
             if form.biased and matrix.name != "w_hr":
                 own[matrix.name.replace("w_", "b_")] = bias
-        for own, each in zip(named, parameters_of(one, buffer[place:]), strict=False):
+        for own, each in zip(named, parameters_of(one, buffer[offset:]), strict=False):
             own |= {
-                parameter_name(name): row.copy() for name, row in zip(CELLS[form.cell].parameters, each, strict=True)
+                parameter_name(name): row.copy()
+                for name, row in zip(cell_named(form.cell).parameters, each, strict=True)
             }
         found += named
     return found
 
 
-def kernel_of(form: Form) -> Kernel:
-    """Load, or compile, the machine code of a form: over panels like those of a call, that of any layer."""
+def kernel_of(form: FrozenStack) -> Kernel:
+    """Load or compile a stack's kernels: those of an ordinary layer where the panels are like its own."""
     if form.target.format is None:
         return kernel(form.cell, "float32", 1)
     return kernel(form.cell, "float32", 0, form.weights)
@@ -169,7 +172,7 @@ def kernel_of(form: Form) -> Kernel:
 
 @functools.lru_cache(maxsize=4096)
 def shape(
-    form: Form,
+    form: FrozenStack,
     x_shape: tuple[int, ...],
     x_strides: tuple[int, ...],
     steps: int,
@@ -179,25 +182,25 @@ def shape(
     cuts: tuple[int, ...] | None = None,
 ) -> plan.Shape:
     """The plan's shape of one layer. options: whether there are batch_sizes, and resets."""
-    reverse, biased, cell = (False, True)[: form.directions], form.biased, CELLS[form.cell]
+    reverse, biased, cell = (False, True)[: form.directions], form.biased, cell_named(form.cell)
     recurrent = cell.recurrent > 0
     present = (True, recurrent, biased, biased and recurrent, form.projected, bool(cell.parameters), *options)
-    layer = LayerForm(form.cell, reverse, Present(*present))
+    layer = Form(form.cell, reverse, Present(*present))
     sizes = (steps, batch, form.hidden, form.width, 1, False, threads)
     signature = Signature(layer, torch.float32, x_shape, x_strides, *sizes, cuts=cuts, repeated=True)
     return replace(shape_of(signature), weights=form.weights)
 
 
 class Prepared:
-    """A call of known sizes over the whole stack (see `Form.stacks`): dense, without lengths and resets.
+    """A call of known sizes over the whole stack (see `FrozenStack.stacks`): dense, without lengths and resets.
 
     x: an input of these sizes, [T, B, I] or [B, T, I] or [T, I], with a last stride of 1. zero: whether the initial
     states are zero, and not given.
     """
 
-    def __init__(self, form: Form, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
+    def __init__(self, form: FrozenStack, panels: Tensor, x: Tensor, batch_first: bool, zero: bool, threads: int):
         batched = x.dim() == 3
-        self.transposed, self.panels, self.place = batched and batch_first, panels, panels.data_ptr()
+        self.transposed, self.panels, self.panels_address = batched and batch_first, panels, panels.data_ptr()
         x = x.transpose(0, 1) if self.transposed else x if batched else x[:, None]
         x_shape, x_strides = tuple(x.shape), (*x.stride()[:2], 1)
         steps, batch, shapes = *x_shape[:2], []
@@ -210,7 +213,7 @@ class Prepared:
         names += [] if zero else [f"{state}_first" for state in states]
         self.recipe = plan_forward.stack(tuple(shapes), (*names, "panels"), False, zero)
         self.kernel = kernel_of(form)
-        self.start, self.alone = self.kernel.start, self.recipe.whole.alone
+        self.start, self.serial = self.kernel.start, self.recipe.whole.serial
         self.write = Struct(f"{len(self.recipe.named)}q").pack_into
         self.scratch = -(-self.recipe.scratch // 4)
         # Scratch memory of earlier calls, with the record of a call over it.
@@ -232,19 +235,19 @@ class Prepared:
             spare = self.spare.pop()
         except IndexError:  # the first call, or one beside another in another thread
             spare = self.new_spare(x)
-        scratch, call, place = spare
-        if self.alone:
-            self.write(call, 8 * ADDRESSES, *addresses, self.place)
-            self.start(place)
+        scratch, call, address = spare
+        if self.serial:
+            self.write(call, 8 * ADDRESSES, *addresses, self.panels_address)
+            self.start(address)
         else:
-            self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, self.place])
+            self.recipe.call(self.kernel, scratch.data_ptr(), [*addresses, self.panels_address])
         if self.scratch <= MOST_SPARE:
             self.spare.append(spare)
         output, *finals = results
         return output.transpose(0, 1) if self.transposed else output, tuple(finals) if len(finals) > 1 else finals[0]
 
     def new_spare(self, x: Tensor) -> tuple[Tensor, "array[int]", int]:
-        """Return scratch memory, the record of a call over it, and where that is."""
+        """Return scratch memory, the record of a call over it, and the address of that."""
         scratch, recipe = empty(x, self.scratch), self.recipe
         call = recipe.filled(scratch.data_ptr(), [0] * len(recipe.named), pool.NO_TEAM, recipe.whole)
         return scratch, call, call.buffer_info()[0]
@@ -254,24 +257,17 @@ class Prepared:
     ) -> Callable[[], None]:
         """Return a function that runs over these tensors again and again, on one thread."""
         tensors = (x, output, *finals, *initial, self.panels)
-        scratch = x.new_empty(self.recipe.scratch, dtype=torch.uint8)
-        addresses = [each.data_ptr() for each in tensors]
-        records = self.recipe.start(self.kernel, scratch.data_ptr(), addresses, pool.NO_TEAM)
-
-        def step(run=self.kernel.run, program=records + self.recipe.whole.place.offset, _kept=(scratch, tensors)):
-            run(program)
-
-        return step
+        return repeat(self.recipe, self.kernel, [each.data_ptr() for each in tensors], tensors)
 
 
 @functools.lru_cache(maxsize=1024)
-def recorded(planned: plan.Shape, kept: tuple[str, ...]) -> Recipe:
+def record_layer(planned: plan.Shape, kept: tuple[str, ...]) -> Recipe:
     """Record a layer. kept: names of what it leaves beside h."""
     return plan_forward.forward(planned, False, kept)
 
 
 def run_layer(
-    form: Form,
+    form: FrozenStack,
     x: Tensor,
     initial: Sequence[Tensor],
     panels: Tensor,
@@ -306,7 +302,7 @@ def run_layer(
     tensors |= zip((f"{state}_final" for state in STATES), finals, strict=False)
     signals = [as_signal(each) for each in signals]
     tensors |= zip((f"signal{n}" for n in range(len(signals))), signals, strict=True)
-    recipe = recorded(planned, kept)
+    recipe = record_layer(planned, kept)
     addresses = recipe.addresses(tensors)
     for n, signal in enumerate(signals):
         for name, stride in zip(("step", "row", "unit"), strides_of(signal), strict=True):
@@ -318,7 +314,7 @@ def run_layer(
 
 
 @functools.cache
-def processor_of(form: Form) -> str:
+def panel_layout_name(form: FrozenStack) -> str:
     """Name all that the layout of panels depends on beside the form."""
     chosen = form.target
     return f"{chosen.lanes} lanes, {chosen.registers} registers, {chosen.terms} terms, {chosen.dot or 'fma'}"

@@ -33,7 +33,7 @@ def in_dtype(tensors: Any, dtype: torch.dtype) -> Any:
     return type(tensors)(*parts) if hasattr(tensors, "_fields") else type(tensors)(parts)
 
 
-class Linearised:
+class TangentCall:
     """A layer's tensors, what its forward pass left, and the tangents, by name.
 
     kept: names of what forward left beside h. moves_x, moves_weights: whether x has a tangent, and the weights.
@@ -86,7 +86,7 @@ def jvp(layer: Layer, states: States, saved: States, tangents: Tangents) -> Outp
     dtype = layer.x.dtype
     if dtype in WIDER:
         return in_dtype(jvp(*in_dtype((layer, states, saved, tangents), WIDER[dtype])), dtype)
-    at = Linearised(layer, states, saved, tangents)
+    at = TangentCall(layer, states, saved, tangents)
     shape, biased = executable.shape_of(at.signature), at.signature.form.present.b_ih
     return at.run(partial(plan_tangents.jvp, shape, at.kept, at.moves_x, at.moves_weights, biased), {})[1]
 
@@ -105,7 +105,7 @@ def hvp(
     if dtype in WIDER:
         given = in_dtype((layer, states, saved, dstates, dfinals, tangents, needs), WIDER[dtype])
         return in_dtype(hvp(*given), dtype)
-    at = Linearised(layer, states, saved, tangents)
+    at = TangentCall(layer, states, saved, tangents)
     signature = at.signature
     names = executable.state_names(signature, "d{}"), executable.state_names(signature, "d{}_final")
     pairs = chain(zip(names[0], dstates, strict=True), zip(names[1], dfinals, strict=True))

@@ -37,7 +37,7 @@ CONSTANTS = {
 }
 
 
-def decay(a):
+def exp_neg_parts(a):
     """e^-a as a pair whose sum it is: (e^-a - 2^n, 2^n)."""
     shifted = a * MINUS_LOG2_E + ROUND_SHIFT
     n = shifted - ROUND_SHIFT
@@ -49,7 +49,7 @@ def decay(a):
 def sigmoid(x):
     """1 / (1 + e^-x), from e^-|x| so that nothing overflows."""
     a = magnitude(x)
-    part, power = decay(where_greater(a, EXP_LIMIT, EXP_LIMIT, a))
+    part, power = exp_neg_parts(where_greater(a, EXP_LIMIT, EXP_LIMIT, a))
     e = where_greater(a, EXP_LIMIT, ZERO, part + power)
     return where_greater(ZERO, x, e, ONE) / (e + ONE)
 
@@ -61,7 +61,7 @@ def tanh(x):
     """
     a = magnitude(x)
     a = where_greater(a, TANH_LIMIT, TANH_LIMIT, a)
-    part, power = decay(a + a)
+    part, power = exp_neg_parts(a + a)
     e = part + power
     fraction = where_greater(a, TANH_FAR, e, (ONE - power) - part) / (e + ONE)
     return with_sign_of(where_greater(a, TANH_FAR, ONE - (fraction + fraction), fraction), x)
@@ -100,7 +100,7 @@ HVP = (sigmoid_hvp, tanh_hvp)
 
 
 def constants(dtype: str) -> dict:
-    """The names that the functions above are bound over, but for `decay`."""
+    """The names that the functions above are bound over, but for `exp_neg_parts`."""
     row = dict(CONSTANTS[dtype])
     # e^r = 1 + r + r^2 (1/2! + r/3! + ...)
     series = vector.polynomial([1 / math.factorial(k) for k in range(2, row.pop("terms") + 1)])

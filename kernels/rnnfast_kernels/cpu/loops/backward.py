@@ -6,13 +6,13 @@
 def start_gradients(job, h_stride, aux_stride):
     """The gradient by a row's final state is where its recurrence back in time starts."""
     for row in range(job.rows):
-        goal = job.h_work + row * h_stride
+        out = job.h_work + row * h_stride
         source = job.dh_final + row * job.width * IO_BYTES if job.dh_final else job.zeros
-        read_row(source, goal, job.width)
+        read_row(source, out, job.width)
         for state in range(AUX):
-            goal = job.aux_work + (state * job.rows + row) * aux_stride
+            out = job.aux_work + (state * job.rows + row) * aux_stride
             source = job.daux_final + state * job.daux_final_step + row * job.hidden * IO_BYTES
-            read_row(source if job.daux_final else job.zeros, goal, job.hidden)
+            read_row(source if job.daux_final else job.zeros, out, job.hidden)
 
 
 def end_gradients(job, h_stride, aux_stride):
@@ -20,8 +20,8 @@ def end_gradients(job, h_stride, aux_stride):
     for row in range(job.rows):
         write_row(job.h_work + row * h_stride, job.dh_first + row * job.width * IO_BYTES, job.width)
         for state in range(AUX):
-            goal = job.daux_first + state * job.daux_first_step + row * job.hidden * IO_BYTES
-            write_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
+            out = job.daux_first + state * job.daux_first_step + row * job.hidden * IO_BYTES
+            write_row(job.aux_work + (state * job.rows + row) * aux_stride, out, job.hidden)
 
 
 def last_unit(job, units):
@@ -46,8 +46,8 @@ def add_gradients(job, step, live, h_stride, aux_stride):
         if job.daux:
             for state in range(AUX):
                 source = job.daux + state * job.daux_step + (index + row) * job.daux_row
-                goal = job.aux_work + (state * job.rows + row) * aux_stride
-                add_io_row(source + start * IO_BYTES, goal + start * ACC_BYTES, units)
+                out = job.aux_work + (state * job.rows + row) * aux_stride
+                add_io_row(source + start * IO_BYTES, out + start * ACC_BYTES, units)
 
 
 def entering_states(job, order, step, row):
@@ -78,9 +78,9 @@ def differentiate_cell(job, order, step, row, h_stride, aux_stride):
     dgates = index * job.dgates_row
     gate_step = job.hidden * ACC_BYTES
     for unit in range(job.first_block * LANES, last_unit(job, job.hidden), LANES):
-        place, given, lanes = unit * ACC_BYTES, unit * IO_BYTES, job.hidden - unit
-        dstate = (load(dh_in + place, LANES),) + load_aux(daux + place, job.rows * aux_stride, LANES)  # noqa: RUF005
-        kept = load_kept(gates + place, gate_step, lanes)
+        offset, given, lanes = unit * ACC_BYTES, unit * IO_BYTES, job.hidden - unit
+        dstate = (load(dh_in + offset, LANES),) + load_aux(daux + offset, job.rows * aux_stride, LANES)  # noqa: RUF005
+        kept = load_kept(gates + offset, gate_step, lanes)
         aux = load_io_aux(aux_before + given, before_step, lanes)
         state = (load_io(h_before + given, lanes),) + aux  # noqa: RUF005
         aux = load_io_aux(aux_after + given, job.aux_step, lanes)
@@ -88,14 +88,14 @@ def differentiate_cell(job, order, step, row, h_stride, aux_stride):
         p = load_parameters(job.parameters + given, job.hidden * IO_BYTES, lanes)
         s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
         dx, du, direct, dp, ds = cell_backward(dstate, kept, state, new_state, p, s)
-        store_tuple(job.dx_gates + dgates + place, gate_step, dx, lanes)
+        store_tuple(job.dx_gates + dgates + offset, gate_step, dx, lanes)
         if job.du_gates != job.dx_gates:
-            store_tuple(job.du_gates + index * job.du_row + place, gate_step, du, lanes)
-        store_tuple(job.dparameters + index * job.dparameters_row + place, gate_step, dp, lanes)
+            store_tuple(job.du_gates + index * job.du_row + offset, gate_step, du, lanes)
+        store_tuple(job.dparameters + index * job.dparameters_row + offset, gate_step, dp, lanes)
         if job.dsignals:
-            store_tuple(job.dsignals + index * job.dsignals_row + place, gate_step, ds, lanes)
-        store(dh_in + place, direct[0], LANES)
-        store_tuple(daux + place, job.rows * aux_stride, direct[1:], LANES)
+            store_tuple(job.dsignals + index * job.dsignals_row + offset, gate_step, ds, lanes)
+        store(dh_in + offset, direct[0], LANES)
+        store_tuple(daux + offset, job.rows * aux_stride, direct[1:], LANES)
 
 
 def clear_gradients(job, step, live):
@@ -148,8 +148,8 @@ def through_cell(job, order, h_stride, aux_stride):
         rows = as_operands(live, job.out_pointers, job.width, job.operands)
         project_plain(live, rows, ACC_BYTES, job.w_hr, job.width, job.hidden, job.row_pointers, 0, job.tile, False)
         for row in range(live):
-            goal = job.dh_total + (index + row) * job.dh_total_row
-            copy_row(job.h_work + row * h_stride, goal, job.width)
+            out = job.dh_total + (index + row) * job.dh_total_row
+            copy_row(job.h_work + row * h_stride, out, job.width)
     for row in range(live):
         differentiate_cell(job, order, step, row, h_stride, aux_stride)
 

@@ -94,16 +94,16 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                 for i in range(blocks):
                     unit = (block + i) * LANES
                     lanes = job.hidden - unit
-                    place = unit * ACC_BYTES
+                    offset = unit * ACC_BYTES
                     u = load_recurrent(job.tile + ((row - first) * blocks + i) * RECURRENT * VECTOR, VECTOR, LANES)
-                    x = load_gates(gates + row * job.gates_row + place, job.gate_step, lanes)
-                    h = load(h_now + row * h_stride + place, LANES)
-                    aux = job.aux_work + row * aux_stride + place
+                    x = load_gates(gates + row * job.gates_row + offset, job.gate_step, lanes)
+                    h = load(h_now + row * h_stride + offset, LANES)
+                    aux = job.aux_work + row * aux_stride + offset
                     state = (h,) + load_aux(aux, job.rows * aux_stride, LANES)  # noqa: RUF005
                     p = load_parameters(job.parameters + unit * IO_BYTES, job.hidden * IO_BYTES, lanes)
                     s = load_signals(job.signals, step, job.first_row + row, unit, lanes)
                     new_state, kept = cell_forward(x, u, state, p, s)
-                    store(cell_out + row * cell_stride + place, new_state[0], LANES)
+                    store(cell_out + row * cell_stride + offset, new_state[0], LANES)
                     store_tuple(aux, job.rows * aux_stride, new_state[1:], LANES)
                     if job.w_hr == 0:
                         store_io(job.h + (index + row) * job.h_row + unit * IO_BYTES, new_state[0], lanes)
@@ -112,10 +112,10 @@ def advance(job, step, live, gates, h_now, h_next, h_stride, aux_stride, zero):
                             job.unprojected + (index + row) * job.unprojected_row + unit * IO_BYTES, new_state[0], lanes
                         )
                     if job.aux:
-                        spot = job.aux + (index + row) * job.aux_row + unit * IO_BYTES
-                        store_io_tuple(spot, job.aux_step, new_state[1:], lanes)
+                        address = job.aux + (index + row) * job.aux_row + unit * IO_BYTES
+                        store_io_tuple(address, job.aux_step, new_state[1:], lanes)
                     if job.keep:
-                        store_tuple(gates + row * job.gates_row + place, job.gate_step, kept, lanes)
+                        store_tuple(gates + row * job.gates_row + offset, job.gate_step, kept, lanes)
             first += count
             nth += 1
         done += blocks
@@ -168,8 +168,8 @@ def forward_turn(address, turn):
 def write_aux_finals(job, aux_stride):
     for state in range(AUX):
         for row in range(job.rows):
-            goal = job.aux_final + state * job.aux_final_step + row * job.hidden * IO_BYTES
-            write_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
+            out = job.aux_final + state * job.aux_final_step + row * job.hidden * IO_BYTES
+            write_row(job.aux_work + (state * job.rows + row) * aux_stride, out, job.hidden)
 
 
 def layer_forward(address):

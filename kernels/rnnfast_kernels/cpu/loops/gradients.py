@@ -74,9 +74,9 @@ def add_block(job, depth, accumulate):
         lanes = min(LANES, job.columns - column)
         total = pack_strip(job, column, depth)
         if job.bias:
-            spot = job.bias + column * ACC_BYTES
-            total = total + load(spot, lanes) if accumulate else total
-            store(spot, total, lanes)
+            address = job.bias + column * ACC_BYTES
+            total = total + load(address, lanes) if accumulate else total
+            store(address, total, lanes)
             if job.second_bias:
                 store(job.second_bias + column * ACC_BYTES, total, lanes)
         fill_pointers(job.row_pointers, job.strip, ACC_BYTES, lanes)

@@ -70,12 +70,12 @@ def pack_columns(weight, bias, units, depth, panels, first_block, last_block):
             unit = (block + vector // GATES) * LANES
             count = units - unit
             row = (vector % GATES) * units + unit
-            goal = strip_address(panel, vector, depth)
-            store(goal, load_io(bias + row * IO_BYTES, count) if bias else zeros(), LANES)
+            out = strip_address(panel, vector, depth)
+            store(out, load_io(bias + row * IO_BYTES, count) if bias else zeros(), LANES)
             for k in range(0, depth, LANES * TERMS):
                 source = weight + (row * depth + k) * IO_BYTES
-                spot = goal + line * (HEAD + k // TERMS)
-                transpose_square(source, depth * IO_BYTES, count, min(LANES * TERMS, depth - k), spot, line)
+                address = out + line * (HEAD + k // TERMS)
+                transpose_square(source, depth * IO_BYTES, count, min(LANES * TERMS, depth - k), address, line)
         block += blocks
 
 
@@ -90,13 +90,13 @@ def pack_rows(row_pointers, depth, units, panels, first_block, last_block):
         for k in range(0, depth, TERMS):
             for i in range(blocks):
                 unit = (block + i) * LANES
-                goal = strip_address(panel, i, depth) + (HEAD + k // TERMS) * strip_line(blocks, i)
-                store(goal, load_io_line(row_pointers, k, depth, unit, units - unit), LANES)
+                out = strip_address(panel, i, depth) + (HEAD + k // TERMS) * strip_line(blocks, i)
+                store(out, load_io_line(row_pointers, k, depth, unit, units - unit), LANES)
         block += blocks
 
 
 def project(rows, row_pointers, step, panels, depth, units, out_pointers, gate_step, tile, accumulate):
-    """Multiply rows, in the form of operands, by panels; write, or add, each result [G, units] at its row's goal."""
+    """Multiply rows, in the form of operands, by panels; write or add each result [G, units] at its output pointer."""
     last_block = (units + LANES - 1) // LANES
     project_blocks(
         rows, row_pointers, step, panels, depth, units, 0, last_block, 0, out_pointers, gate_step, tile, accumulate
@@ -118,14 +118,14 @@ def project_blocks(
             multiply(blocks * GATES, count, row_pointers + 8 * first, step, panel, lines(depth), ahead, nth, tile)
             source = tile
             for row in range(first, first + count):
-                goal = load_int(out_pointers + 8 * row)
+                out = load_int(out_pointers + 8 * row)
                 for vector in range(blocks * GATES):
                     unit = (block + vector // GATES) * LANES
-                    spot = goal + (vector % GATES) * gate_step + unit * ACC_BYTES
+                    address = out + (vector % GATES) * gate_step + unit * ACC_BYTES
                     value = load(source, LANES)
                     if accumulate:
-                        value = value + load(spot, units - unit)
-                    store(spot, value, units - unit)
+                        value = value + load(address, units - unit)
+                    store(address, value, units - unit)
                     source += VECTOR
             first += count
             nth += 1
@@ -135,8 +135,8 @@ def project_blocks(
 def start_tile(vectors, rows, panel, depth, tile):
     """The tile of rows of zeros. (A bias of -0.0 becomes 0.0, as it does in a sum.)"""
     for vector in range(vectors):
-        spot = strip_address(panel, vector, depth) + (HEAD - 1) * strip_line(vectors, vector)
-        value = load(spot, LANES) + zeros()
+        address = strip_address(panel, vector, depth) + (HEAD - 1) * strip_line(vectors, vector)
+        value = load(address, LANES) + zeros()
         for row in range(rows):
             store(tile + (row * vectors + vector) * VECTOR, value, LANES)
 
@@ -147,9 +147,9 @@ def project_unpacked(rows, row_pointers, weight, bias, depth, units, block, last
         unit = block * LANES
         multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile)
         for row in range(rows):
-            goal = load_int(out_pointers + 8 * row) + unit * ACC_BYTES
+            out = load_int(out_pointers + 8 * row) + unit * ACC_BYTES
             for gate in range(GATES):
-                store(goal + gate * gate_step, load(tile + (row * GATES + gate) * VECTOR, LANES), units - unit)
+                store(out + gate * gate_step, load(tile + (row * GATES + gate) * VECTOR, LANES), units - unit)
         block += 1
 
 
@@ -157,44 +157,46 @@ def multiply_block(rows, row_pointers, weight, bias, depth, units, unit, tile):
     """The tile of one block of a weight that is not packed."""
     for gate in range(GATES):
         first = gate * units + unit
-        bias_spot = bias + first * IO_BYTES if bias else 0
-        goal = tile + gate * VECTOR
-        spot = weight + first * depth * IO_BYTES
-        multiply_unpacked(rows, row_pointers, spot, min(LANES, units - unit), depth, bias_spot, goal, GATES * VECTOR)
+        bias_address = bias + first * IO_BYTES if bias else 0
+        out = tile + gate * VECTOR
+        address = weight + first * depth * IO_BYTES
+        multiply_unpacked(
+            rows, row_pointers, address, min(LANES, units - unit), depth, bias_address, out, GATES * VECTOR
+        )
 
 
-def copy_row(source, goal, units):
+def copy_row(source, out, units):
     for unit in range(0, units, LANES):
-        store(goal + unit * ACC_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
+        store(out + unit * ACC_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
 
 
-def read_row(source, goal, units):
+def read_row(source, out, units):
     """Copy from a given tensor."""
     for unit in range(0, units, LANES):
-        store(goal + unit * ACC_BYTES, load_io(source + unit * IO_BYTES, units - unit), units - unit)
+        store(out + unit * ACC_BYTES, load_io(source + unit * IO_BYTES, units - unit), units - unit)
 
 
-def write_row(source, goal, units):
+def write_row(source, out, units):
     """Copy to a given tensor."""
     for unit in range(0, units, LANES):
-        store_io(goal + unit * IO_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
+        store_io(out + unit * IO_BYTES, load(source + unit * ACC_BYTES, units - unit), units - unit)
 
 
-def add_io_row(source, goal, units):
+def add_io_row(source, out, units):
     """Add from a given tensor."""
     for unit in range(0, units, LANES):
-        spot = goal + unit * ACC_BYTES
-        store(spot, load(spot, units - unit) + load_io(source + unit * IO_BYTES, units - unit), units - unit)
+        address = out + unit * ACC_BYTES
+        store(address, load(address, units - unit) + load_io(source + unit * IO_BYTES, units - unit), units - unit)
 
 
-def clear_row(goal, units):
+def clear_row(out, units):
     for unit in range(0, units, LANES):
-        store(goal + unit * ACC_BYTES, zeros(), units - unit)
+        store(out + unit * ACC_BYTES, zeros(), units - unit)
 
 
-def clear_io_row(goal, units):
+def clear_io_row(out, units):
     for unit in range(0, units, LANES):
-        store_io(goal + unit * IO_BYTES, zeros(), units - unit)
+        store_io(out + unit * IO_BYTES, zeros(), units - unit)
 
 
 def fill_pointers(row_pointers, start, step, count):

@@ -101,9 +101,9 @@ def run_turns(address, turns, backward):
         if claim(job.claimed, turn):
             run_turn(address, turn, backward)
             arrive(job.finished)
-        goal = (turn + 1) * job.workers
+        expected = (turn + 1) * job.workers
         looks = 0
-        while count_of(job.finished) < goal:
+        while count_of(job.finished) < expected:
             pause()
             looks += 1
             if looks == patience:

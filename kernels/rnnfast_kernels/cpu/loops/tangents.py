@@ -61,7 +61,7 @@ def jvp_recurrent(job, at, order, step, live, h_now, h_stride):
         )  # fmt: skip
 
 
-def jvp_cell(job, at, order, step, row, h_now, h_goal):
+def jvp_cell(job, at, order, step, row, h_now, h_out):
     """Tangents of a row's states, in place but for h, and of what the cell saved."""
     index = first_index(job, step) + row
     h_before, aux_before, before_step = entering_states(at, order, step, row)
@@ -73,21 +73,21 @@ def jvp_cell(job, at, order, step, row, h_now, h_goal):
     aux = job.aux_work + row * padded_row(job.hidden)
     aux_step = job.rows * padded_row(job.hidden)
     for unit in range(0, job.hidden, LANES):
-        place, lanes = unit * ACC_BYTES, job.hidden - unit
-        x_dot = load_gates(gates + place, job.gate_step, lanes)
-        u_dot = load_gates(u + place, job.gate_step, lanes)
-        state_dot = (load(h_now + place, LANES),) + load_aux(aux + place, aux_step, LANES)  # noqa: RUF005
-        saved = load_kept(kept + place, job.hidden * ACC_BYTES, lanes)
-        state = (load(h_before + place, lanes),) + load_aux(aux_before + place, before_step, lanes)  # noqa: RUF005
-        new_state = (load(h_after + place, lanes),) + load_aux(aux_after + place, at.aux_step, lanes)  # noqa: RUF005
+        offset, lanes = unit * ACC_BYTES, job.hidden - unit
+        x_dot = load_gates(gates + offset, job.gate_step, lanes)
+        u_dot = load_gates(u + offset, job.gate_step, lanes)
+        state_dot = (load(h_now + offset, LANES),) + load_aux(aux + offset, aux_step, LANES)  # noqa: RUF005
+        saved = load_kept(kept + offset, job.hidden * ACC_BYTES, lanes)
+        state = (load(h_before + offset, lanes),) + load_aux(aux_before + offset, before_step, lanes)  # noqa: RUF005
+        new_state = (load(h_after + offset, lanes),) + load_aux(aux_after + offset, at.aux_step, lanes)  # noqa: RUF005
         new_state_dot, saved_dot = cell_jvp(x_dot, u_dot, state_dot, saved, state, new_state)
-        store(h_goal + place, new_state_dot[0], LANES)
-        store_tuple(aux + place, aux_step, new_state_dot[1:], LANES)
+        store(h_out + offset, new_state_dot[0], LANES)
+        store_tuple(aux + offset, aux_step, new_state_dot[1:], LANES)
         if job.unprojected:
-            store(job.unprojected + index * job.unprojected_row + place, new_state_dot[0], lanes)
-        store_tuple(job.aux + index * job.aux_row + place, job.aux_step, new_state_dot[1:], lanes)
+            store(job.unprojected + index * job.unprojected_row + offset, new_state_dot[0], lanes)
+        store_tuple(job.aux + index * job.aux_row + offset, job.aux_step, new_state_dot[1:], lanes)
         if job.keep:
-            store_tuple(gates + place, job.gate_step, saved_dot, lanes)
+            store_tuple(gates + offset, job.gate_step, saved_dot, lanes)
 
 
 def jvp_output(job, at, step, live, h_next, h_stride):
@@ -133,8 +133,8 @@ def layer_jvp(address):
             apply_resets(job, step, live, h_now, h_stride, aux_stride)
         jvp_recurrent(job, at, order, step, live, h_now, h_stride)
         for row in range(live):
-            goal = job.unprojected_work + row * aux_stride if at.w_hr else h_next + row * h_stride
-            jvp_cell(job, at, order, step, row, h_now + row * h_stride, goal)
+            out = job.unprojected_work + row * aux_stride if at.w_hr else h_next + row * h_stride
+            jvp_cell(job, at, order, step, row, h_now + row * h_stride, out)
         jvp_output(job, at, step, live, h_next, h_stride)
         staying = live_rows(job, step_at(job, order + 1)) if order + 1 < job.steps else 0
         for row in range(staying, live):
@@ -142,14 +142,14 @@ def layer_jvp(address):
         h_now, h_next = h_next, h_now
     for state in range(AUX):
         for row in range(job.rows):
-            goal = job.aux_final + state * job.aux_final_step + row * job.hidden * ACC_BYTES
-            copy_row(job.aux_work + (state * job.rows + row) * aux_stride, goal, job.hidden)
+            out = job.aux_final + state * job.aux_final_step + row * job.hidden * ACC_BYTES
+            copy_row(job.aux_work + (state * job.rows + row) * aux_stride, out, job.hidden)
 
 
 def cell_operands(job, projected, order, step, row, unit):
     """What a cell's backward takes, one vector of each: `dstate`, `saved`, `state`, `new_state`; or their tangents."""
     index = first_index(job, step) + row
-    place, lanes = unit * ACC_BYTES, job.hidden - unit
+    offset, lanes = unit * ACC_BYTES, job.hidden - unit
     h_before, aux_before, before_step = entering_states(job, order, step, row)
     h_after, dh = job.h + index * job.h_row, job.h_work + row * padded_row(job.width)
     if projected:
@@ -158,26 +158,26 @@ def cell_operands(job, projected, order, step, row, unit):
             job.unprojected + index * job.unprojected_row,
             job.unprojected_work + row * padded_row(job.hidden),
         )
-    daux = job.aux_work + row * padded_row(job.hidden) + place
-    aux_after = job.aux + index * job.aux_row + place
-    dstate = (load(dh + place, LANES),) + load_aux(daux, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
-    saved = load_kept(job.gates + index * job.gates_row + place, job.hidden * ACC_BYTES, lanes)
-    state = (load(h_before + place, lanes),) + load_aux(aux_before + place, before_step, lanes)  # noqa: RUF005
-    new_state = (load(h_after + place, lanes),) + load_aux(aux_after, job.aux_step, lanes)  # noqa: RUF005
+    daux = job.aux_work + row * padded_row(job.hidden) + offset
+    aux_after = job.aux + index * job.aux_row + offset
+    dstate = (load(dh + offset, LANES),) + load_aux(daux, job.rows * padded_row(job.hidden), LANES)  # noqa: RUF005
+    saved = load_kept(job.gates + index * job.gates_row + offset, job.hidden * ACC_BYTES, lanes)
+    state = (load(h_before + offset, lanes),) + load_aux(aux_before + offset, before_step, lanes)  # noqa: RUF005
+    new_state = (load(h_after + offset, lanes),) + load_aux(aux_after, job.aux_step, lanes)  # noqa: RUF005
     return dstate, saved, state, new_state
 
 
 def keep_gradients(job, projected, step, row, unit, dx, du, direct):
     """Keep the gradient by the gates and, in place, by the states that entered the step; or its tangent."""
-    place, lanes = unit * ACC_BYTES, job.hidden - unit
-    dgates = (first_index(job, step) + row) * job.dgates_row + place
+    offset, lanes = unit * ACC_BYTES, job.hidden - unit
+    dgates = (first_index(job, step) + row) * job.dgates_row + offset
     store_tuple(job.dx_gates + dgates, job.hidden * ACC_BYTES, dx, lanes)
     if job.du_gates != job.dx_gates:
         store_tuple(job.du_gates + dgates, job.hidden * ACC_BYTES, du, lanes)
-    daux = job.aux_work + row * padded_row(job.hidden) + place
+    daux = job.aux_work + row * padded_row(job.hidden) + offset
     store_tuple(daux, job.rows * padded_row(job.hidden), direct[1:], LANES)
     if not projected:
-        store(job.h_work + row * padded_row(job.width) + place, direct[0], LANES)
+        store(job.h_work + row * padded_row(job.width) + offset, direct[0], LANES)
 
 
 def hvp_cell(job, at, order, step, row):
@@ -211,9 +211,9 @@ def hvp_projection(job, at, step, live):
             live, job.row_pointers, ACC_BYTES, job.w_hr, job.width, job.hidden, out_pointers, 0, job.tile, True
         )
     for row in range(live):
-        goal = (index + row) * job.dh_total_row
-        copy_row(at.h_work + row * h_stride, at.dh_total + goal, job.width)
-        copy_row(job.h_work + row * h_stride, job.dh_total + goal, job.width)
+        offset = (index + row) * job.dh_total_row
+        copy_row(at.h_work + row * h_stride, at.dh_total + offset, job.width)
+        copy_row(job.h_work + row * h_stride, job.dh_total + offset, job.width)
 
 
 def hvp_recurrent(job, at, step, live):

@@ -54,8 +54,8 @@ def backward(
         for first, last in pairwise(shape.cuts):
             rows = last - first
             fields = shared | slice_fields(shape, d, first, last) | state_work(recipe, shape, rows)
-            places = final_fields(shape, d, first, ("dh_final", "daux_final"))
-            fields |= {name: places[name] for name in finals}
+            addresses = final_fields(shape, d, first, ("dh_final", "daux_final"))
+            fields |= {name: addresses[name] for name in finals}
             if need_hx:
                 fields |= final_fields(shape, d, first, ("dh_first", "daux_first")[: 1 + shape.aux])
             jobs.append(loop_jobs(recipe, shape, fields, rows, 1, shape.recurrent_columns, widest_panel(1)))

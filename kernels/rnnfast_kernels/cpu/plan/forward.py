@@ -37,7 +37,7 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
     every weight, or `panels`, of all layers one after another. zero: the initial states are zero, and not given.
     """
     recipe = Recipe(shapes[0].threads, names)
-    x, place = Ref("x"), 0
+    x, offset = Ref("x"), 0
     for n, shape in enumerate(shapes):
         rows = shape.directions * shape.batch * shape.io_bytes
         h = (
@@ -54,8 +54,8 @@ def stack(shapes: tuple[Shape, ...], names: tuple[str, ...], biased: bool, zero:
         for name, d in itertools.product(WEIGHTS, range(shape.directions)):
             bases[f"{name}{d}"] = Ref(layer_name(f"{name}{d}", n))
         if shape.weights:
-            bases["panels"] = Ref("panels", place)
-            place += panel_layout(shape).size
+            bases["panels"] = Ref("panels", offset)
+            offset += panel_layout(shape).size
         with recipe.renamed(bases):
             write_forward(recipe, shape, biased, (), zero)
         x = h

@@ -107,23 +107,23 @@ def pack(
             of_units[:, :units] = row.reshape(gates, units)
             placed = np.ascontiguousarray(of_units.reshape(gates, blocks, lanes).transpose(1, 0, 2))
             vectors[:, line] = placed.view(np.uint8).reshape(blocks * gates, chosen.vector)
-    place = matrix.offset
+    offset = matrix.offset
     for first, count in strips(chosen, gates, units):
         strip = vectors[first : first + count].transpose(1, 0, 2)
-        buffer[place : place + strip.size] = strip.reshape(-1)
-        place += strip.size
+        buffer[offset : offset + strip.size] = strip.reshape(-1)
+        offset += strip.size
 
 
 def unpack(chosen: Target, matrix: Matrix, buffer: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the weight, the bias and the scales that `pack` was given; zeros where there was no bias."""
-    _, _, gates, units, depth, place = matrix
+    _, _, gates, units, depth, offset = matrix
     blocks, lanes, terms, lines = -(-units // chosen.lanes), chosen.lanes, chosen.terms, chosen.lines(matrix.depth)
     vectors = np.empty((blocks * gates, chosen.head + lines, chosen.vector), np.uint8)
     for first, count in strips(chosen, gates, units):
         size = count * (chosen.head + lines) * chosen.vector
-        strip = buffer[place : place + size].reshape(chosen.head + lines, count, chosen.vector)
+        strip = buffer[offset : offset + size].reshape(chosen.head + lines, count, chosen.vector)
         vectors[first : first + count] = strip.transpose(1, 0, 2)
-        place += size
+        offset += size
 
     def row(line: int) -> np.ndarray:
         placed = np.ascontiguousarray(vectors[:, line]).view(np.float32).reshape(blocks, gates, lanes)

@@ -10,7 +10,7 @@ CHUNK_BYTES = 1 << 17
 CHUNK_ROWS = 64
 # Multiplications below which another thread costs more than it brings.
 SERIAL_WORK = 1 << 20
-# Multiplications of one step that make a worker worth its part in a meeting of all, and the rows for each thread from
+# Multiplications of one step that make a worker worth its barrier, and the rows for each thread from
 # which on slices of the batch are the better way to share.
 STEP_WORK = 1 << 15
 BARRIER_ROWS = 4

@@ -29,25 +29,25 @@ class Ref(NamedTuple):
 class Phase(NamedTuple):
     """Jobs that may run side by side, after those of the phases before: where their record is, who runs them, when."""
 
-    place: Ref
+    record: Ref
     shared: bool
     prepares: bool
 
 
 class Program(NamedTuple):
-    """Phases in order, where the record that lists them is, and whether one thread runs all of them."""
+    """Phases in order, where the record that lists them is, and whether one thread runs all of them (`serial`)."""
 
-    place: Ref
+    record: Ref
     phases: tuple[Phase, ...]
-    alone: bool
+    serial: bool
 
 
 NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Bases that a recipe gives addresses to by itself.
 FIXED = 3 + len(TEAM)
-# A process that starts in a crowd meets no quick call by a team to tell slow ones by. So the call after this many by a
-# team runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
+# A process that starts oversubscribed has no fast call by a team to compare with. So after this many calls by a team,
+# one runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
 TRIAL, NEVER, LONG = 4, -1, 0.1
 # Where the addresses of the named bases are in a call's record (see `CALL`), after those.
 ADDRESSES = len(CALL.names) + FIXED
@@ -62,7 +62,7 @@ class Recipe:
         """names: bases that come first, in this order."""
         self.threads = threads
         fixed = (NOWHERE, SCRATCH, RECORDS, *TEAM)
-        self.bases = {name: place for place, name in enumerate((*fixed, *names))}
+        self.bases = {name: n for n, name in enumerate((*fixed, *names))}
         self.values: list[int] = []
         self.which: list[int] = []
         self.phases: list[Phase] = []
@@ -116,8 +116,8 @@ class Recipe:
             shared = shared and len(jobs) > 1 and self.threads > 1
             fields = {"task": task, "shared": int(shared), "count": len(jobs), "serial": len(serial)}
             fields |= {"team_size": Ref("omp_get_num_threads")} if serial else {}
-            place = self.record(PHASE, *jobs, *serial, **fields)
-            self.phases.append(Phase(place, shared, prepares))
+            record = self.record(PHASE, *jobs, *serial, **fields)
+            self.phases.append(Phase(record, shared, prepares))
 
     def finish(self) -> "Recipe":
         """Write the programs: of all phases, of those that prepare, and of the others."""
@@ -135,8 +135,8 @@ class Recipe:
 
     def program(self, phases: Sequence[Phase]) -> Program:
         """Write a program."""
-        places = [phase.place for phase in phases]
-        record = self.record(PROGRAM, *places, team=Ref("GOMP_parallel"), threads=self.threads, count=len(places))
+        records = [phase.record for phase in phases]
+        record = self.record(PROGRAM, *records, team=Ref("GOMP_parallel"), threads=self.threads, count=len(records))
         return Program(record, tuple(phases), not any(phase.shared for phase in phases))
 
     def addresses(self, tensors: Mapping[str, Any]) -> list[int]:
@@ -162,17 +162,17 @@ class Recipe:
     ) -> "array[int]":
         """Return the record of a call, which `start` of a kernel takes. Its addresses begin at `ADDRESSES`."""
         records = scratch + self.records
-        first = 0 if program is None else records + program.place.offset
+        first = 0 if program is None else records + program.record.offset
         return array("q", (*self.template, records, first, 0, scratch, records, *team, *addresses))
 
     def call(self, kernel: Kernel, scratch: int, addresses: Sequence[int]) -> None:
         """Fill in the records and run all phases, with a team if there is work for one and cores are left for it."""
         program = self.whole
-        if program.alone:
+        if program.serial:
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
         whole = self.sizes is None or addresses[self.sizes] == 0
-        if pool.crowd.is_here() or (self.until_trial == 0 and whole):
+        if pool.oversubscription.is_here() or (self.until_trial == 0 and whole):
             begun = time.perf_counter()
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             if whole:
@@ -191,9 +191,9 @@ class Recipe:
             else:
                 records = self.start(kernel, scratch, addresses, team)
                 for phase in program.phases:
-                    pool.share(kernel.share, records + phase.place.offset, self.threads if phase.shared else 1)
+                    pool.share(kernel.share, records + phase.record.offset, self.threads if phase.shared else 1)
             if whole:
-                self.usual = pool.crowd.note(time.perf_counter(), begun, self.usual)
+                self.usual = pool.oversubscription.note(time.perf_counter(), begun, self.usual)
                 self.until_trial -= self.usual < LONG
         finally:
             pool.reserved.pop(token, None)

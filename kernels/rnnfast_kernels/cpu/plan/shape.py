@@ -132,7 +132,7 @@ def operands(recipe: Recipe, chosen: Target, rows: int, depth: int) -> Ref | int
 
 
 def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth: int, bias: Ref | int = 0):
-    """Add the records that pack a weight, and return them and the panels' place."""
+    """Add the records that pack a weight, and return them and the panels' address."""
     gates = {products.GATE_COLUMNS: shape.definition.gates, products.RECURRENT_COLUMNS: shape.definition.recurrent}.get(
         kind, 1
     )
@@ -156,7 +156,7 @@ def pack(recipe: Recipe, shape: Shape, kind: int, weight: Ref, units: int, depth
 
 
 def pack_all(recipe: Recipe, shape: Shape, weights: Sequence[tuple]) -> list[Ref]:
-    """Add the phase that packs weights, and return the places of their panels."""
+    """Add the phase that packs weights, and return the addresses of their panels."""
     packed = [pack(recipe, shape, *weight) for weight in weights]
     jobs = [record for records, _ in packed for record in records]
     recipe.phase(tasks.PACK_WEIGHT, jobs, shared=True, prepares=True)
@@ -223,7 +223,7 @@ def state_fields(shape: Shape, direction: int, kept: Sequence[str]) -> dict[str,
 
 def signal_fields(recipe: Recipe, shape: Shape) -> dict[str, int | Ref]:
     """Add a record for each signal, whose strides are bases like its address, and return the fields that name them."""
-    places = [
+    records = [
         recipe.record(
             SIGNAL,
             address=Ref(f"signal{n}"),
@@ -233,7 +233,7 @@ def signal_fields(recipe: Recipe, shape: Shape) -> dict[str, int | Ref]:
         )
         for n in range(len(shape.definition.signals))
     ]
-    return {"signals": places[0]} if places else {}
+    return {"signals": records[0]} if records else {}
 
 
 def state_work(recipe: Recipe, shape: Shape, rows: int) -> dict[str, int | Ref]:

@@ -73,8 +73,8 @@ def hvp(
         for first, last in pairwise(shape.cuts):
             rows = last - first
             where = slice_fields(shape, d, first, last)
-            places = final_fields(shape, d, first, ("dh_final", "daux_final"))
-            finals = {name: place for name, place in places.items() if name in given}
+            addresses = final_fields(shape, d, first, ("dh_final", "daux_final"))
+            finals = {name: each for name, each in addresses.items() if name in given}
             around = where | shared | state_work(recipe, shape, rows) | finals | {"last_block": blocks(shape)}
             fields = dot_shared | where | state_work(recipe, shape, rows)
             fields |= {"around": recipe.record(steps.LAYER, **around)}

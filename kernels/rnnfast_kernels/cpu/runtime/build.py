@@ -122,7 +122,8 @@ def vectors(target: Target, salt: str) -> dict:
         "VECTOR": target.vector,
         "HEAD": target.head,
     }
-    numeric = (activations.decay, *activations.ACTIVATIONS, *activations.HVP, *elementary.PLAIN, *operands.LINES)
+    numeric = (activations.exp_neg_parts, *activations.ACTIVATIONS, *activations.HVP)
+    numeric += (*elementary.PLAIN, *operands.LINES)
     compile_into(namespace, by_name(numeric), forceinline=True)
     rows = by_name(operands.ROWS)
     if target.format:

@@ -4,7 +4,7 @@ The team is that of the OpenMP runtime which torch has loaded, started through i
 operators and ours use the same threads, and one that has just worked for torch waits, awake, for us. It would keep
 threads of our own off its core for milliseconds.
 
-Calls from several Python threads at once get teams as long as there are cores for them; the others run alone.
+Calls from several Python threads at once get teams as long as there are cores for them; the others run on one thread.
 
 Where there is no such runtime, and in a forked child, which has none of its parent's OpenMP threads and would wait for
 them for ever, plain Python threads share the jobs; kernels release the interpreter's lock.
@@ -126,43 +126,43 @@ def reserve(token: object, threads: int) -> bool:
     return True
 
 
-class Crowd:
+class Oversubscription:
     """Whether other processes want the cores, told from calls that take far longer than they usually do.
 
-    Threads that wait for one another wait for whichever the scheduler has stopped, milliseconds at a time; a thread by
-    itself only shares its core. So a process that meets a crowd runs its calls on one thread for a while. It then tries
-    a team again, and stays alone for longer if that was slow again. What a call usually takes is the least that a team
-    or, once, a thread by itself has taken (see `recipe`).
+    At a barrier, threads wait for whichever the scheduler has stopped, milliseconds at a time; a single thread only
+    shares its core. So while cores are oversubscribed, calls run on one thread for a while. Then a team is tried again,
+    and if that was slow again, the time on one thread doubles. The usual time of a call is the least that a team or,
+    once, one thread has taken (see `recipe`).
     """
 
     SLOW, SLACK = 2.5, 2e-4  # a slow call takes this many times its usual time, and seconds more
-    NEAR = 0.2  # two slow calls within so many seconds mean a crowd; one may be chance
-    SHORTEST, LONGEST = 0.05, 1.6  # seconds alone, doubled each time
+    NEAR = 0.2  # two slow calls within so many seconds count; one may be chance
+    SHORTEST, LONGEST = 0.05, 1.6  # seconds on one thread, doubled each time
 
     def __init__(self) -> None:
-        self.alone_until = self.last_slow = -math.inf
+        self.serial_until = self.last_slow = -math.inf
         self.pause = self.SHORTEST
 
     def is_here(self) -> bool:
         """Say whether calls should run on one thread for now."""
-        return self.alone_until > 0 and time.perf_counter() < self.alone_until
+        return self.serial_until > 0 and time.perf_counter() < self.serial_until
 
     def note(self, now: float, begun: float, usual: float) -> float:
         """Take note of a call by a team, from `begun` to `now`, and return what its usual time is from now on."""
         taken = now - begun
         if taken <= self.SLOW * usual + self.SLACK:
-            if self.alone_until > 0 and now - self.last_slow > self.NEAR:
-                self.alone_until, self.pause = -math.inf, self.SHORTEST
+            if self.serial_until > 0 and now - self.last_slow > self.NEAR:
+                self.serial_until, self.pause = -math.inf, self.SHORTEST
             return taken if taken < usual else usual + (taken - usual) / 256
-        again = self.alone_until > 0
+        again = self.serial_until > 0
         if again or now - self.last_slow < self.NEAR:
             self.pause = min(2 * self.pause, self.LONGEST) if again else self.SHORTEST
-            self.alone_until = now + self.pause
+            self.serial_until = now + self.pause
         self.last_slow = now
         return usual
 
 
-crowd = Crowd()
+oversubscription = Oversubscription()
 
 
 def c_function(name: str, result: type | None, *arguments: type) -> Callable:
@@ -247,12 +247,12 @@ def share(kernel: Callable[[int], None], phase: int, threads: int) -> None:
 
 def forget() -> None:
     """Start afresh in a forked child."""
-    global tasks, growing, reserving, forked, crowd
+    global tasks, growing, reserving, forked, oversubscription
     tasks = queue.SimpleQueue()
     growing, reserving = threading.RLock(), threading.RLock()
     workers.clear()
     reserved.clear()
-    crowd = Crowd()
+    oversubscription = Oversubscription()
     forked = True
     team.cache_clear()
 

@@ -18,16 +18,16 @@ from typing import NamedTuple
 
 import torch
 from rnnfast_kernels.bind import bind
-from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.cells import TORCH_CELLS
 from torch import Tensor
 from torch.nn.functional import linear
 
 from rnnfast import reference, torch_functions
-from rnnfast.spec import Layer, Weights
+from rnnfast.spec import Layer, Weights, cell_named
 
 States = tuple[Tensor, ...]
 
-BACKWARD = {name: bind(cell.backward, torch_functions.BACKWARD) for name, cell in CELLS.items()}
+BACKWARD = {name: bind(cell_named(name).backward, torch_functions.BACKWARD) for name in TORCH_CELLS}
 
 
 class Tangent(NamedTuple):
@@ -93,7 +93,7 @@ def linearise(layer: Layer, states: States, d: int) -> Linear:
     x = masked(layer.input_of(d, layer.x), live)
     after = tuple(s[:, :, d] for s in states)
     entering = entering_states(after, tuple(initial[d] for initial in layer.hx), reverse, live, kept)
-    gates = CELLS[layer.cell].gates
+    gates = layer.definition.gates
     x_gates, u_gates = linear(x, weights.w_ih, weights.b_ih), linear(entering[0], weights.w_hh, weights.b_hh)
     new, saved = reference.FORWARD[layer.cell](x_gates.chunk(gates, -1), u_gates.chunk(gates, -1), entering)
     by_x, by_recurrent, direct_from = jacobian(layer.cell, saved, entering, new)
