@@ -152,7 +152,7 @@ def test_later_steps_run_the_kernel_of_the_first(monkeypatch):
 
     monkeypatch.setattr(launch.triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(launch.Launch, "run", lambda self: found.append(self) or Compiled())
-    steps = launch.Repeated(launch.Launch(None, (1, 2, 3), ("tensors", "carry", 0, 5), {}), launch.STEP)
+    steps = launch.Repeated(launch.Launch(None, (1, 2, 3), ("tensors", "carry", 0, 5), {}))
     for k in range(4):
         steps.run(k)
     assert [each.args for each in found] == [("tensors", "carry", 0, 5)]

@@ -21,9 +21,7 @@ from rnnfast_kernels.gpu.tiles import INTERPRETED
 @triton.jit
 def exp(x, TIMES: tl.constexpr = 1.0):
     """e^(TIMES x); a result below the smallest normal number may be 0."""
-    if INTERPRETED:
-        return tl.exp(x * TIMES)
-    elif is_cuda() and x.dtype == tl.float32:
+    if not INTERPRETED and is_cuda() and x.dtype == tl.float32:
         power = x * (TIMES * 1.4426950408889634)  # log2(e)
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, is_pure=True, pack=1
@@ -35,9 +33,7 @@ def exp(x, TIMES: tl.constexpr = 1.0):
 @triton.jit
 def reciprocal(x):
     """1 / x, 0 for infinity; a result below the smallest normal number may be 0."""
-    if INTERPRETED:
-        return 1.0 / x
-    elif is_cuda() and x.dtype == tl.float32:
+    if not INTERPRETED and is_cuda() and x.dtype == tl.float32:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / x
@@ -198,19 +194,13 @@ def of_language(name: str) -> Callable:
 # `tl` itself must be among a bound cell's globals, or the interpreter cannot patch it.
 NAMESPACE = {
     "tl": tl,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
-    "relu": relu,
-    "sigmoid_backward": sigmoid_backward,
-    "tanh_backward": tanh_backward,
-    "relu_backward": relu_backward,
-    "zeros_like": zeros_like,
     **{name: of_language(name) for name in ("exp", "abs", "log", "sqrt", "sin", "cos", "erf")},
     **{
         function.__name__: function
         for function in (
-            where_greater, where_at_most, where_equal, log1p, expm1, softplus, logsigmoid, rsqrt, sign, maximum,
-            minimum, clamp_low, clamp_high, bounded, detach, surrogate,
+            sigmoid, tanh, relu, sigmoid_backward, tanh_backward, relu_backward, zeros_like, where_greater,
+            where_at_most, where_equal, log1p, expm1, softplus, logsigmoid, rsqrt, sign, maximum, minimum, clamp_low,
+            clamp_high, bounded, detach, surrogate,
         )
     },
 }  # fmt: skip

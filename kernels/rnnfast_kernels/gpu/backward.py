@@ -139,13 +139,12 @@ def backward_loop(
 
     if RECURRENT > 0:
         p_w = p.w_hh + d.to(tl.int64) * (RECURRENT * H * ROW)
-    if SLICES > 1:
-        n_column, p_w, count = slice_of_weights(p_w, BLOCK_N, H, ROW, K_LAST, COLUMNS, SLICES)
-        p_to_column, p_from_column, parts_slot, column_counter = parts_tiles(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES)
-    else:
-        n_column = n
-        count: tl.constexpr = ROW if K_LAST else H
-    if RECURRENT > 0:
+        if SLICES > 1:
+            n_column, p_w, count = slice_of_weights(p_w, BLOCK_N, H, ROW, K_LAST, COLUMNS, SLICES)
+            p_to_column, p_from_column, parts_slot, column_counter = parts_tiles(p, BLOCK_B, BLOCK_N, COLUMNS, SLICES)
+        else:
+            n_column = n
+            count: tl.constexpr = ROW if K_LAST else H
         weights = load_weights(p_w, n_column, count, RECURRENT, CHUNKS, H, ROW, K_LAST, SPLIT, BLOCK_K)
     parameters = load_parameters(p.parameters, d, n, PARAMETERS, H, BLOCK_B, DTYPE)
     dparameters = (tl.zeros([BLOCK_B, BLOCK_N], DTYPE),) * PARAMETERS

@@ -55,19 +55,19 @@ def addresses(value: Any) -> Any:
 
 
 class Repeated:
-    """A launch that is made again and again with another value of one argument, which its kernel is not compiled for.
+    """A launch that is made again and again with another number of the step, which its kernel is not compiled for.
 
     The first goes through Triton, which looks at every argument for the kernel to run. The others run that kernel on
     the same stream, which takes the host a quarter of the time.
     """
 
-    def __init__(self, launch: Launch, changing: int) -> None:
+    def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.before, self.after = launch.args[:changing], launch.args[changing + 1 :]
+        self.before, self.after = launch.args[:STEP], launch.args[STEP + 1 :]
         self.runner: Callable | None = None
 
-    def run(self, value: int) -> None:
-        args = (*self.before, value, *self.after)
+    def run(self, number: int) -> None:
+        args = (*self.before, number, *self.after)
         if self.runner is not None:
             self.runner(*args)
             return
@@ -137,7 +137,7 @@ def step(
 
 def steps(*described: Any) -> Repeated:
     """All steps, described as for `step`: run one after another, each with its number."""
-    return Repeated(step(*described), STEP)
+    return Repeated(step(*described))
 
 
 def shift(tensors: NamedTuple, result: Any, width: int, rows: int, towards: int, extent: Extent) -> Launch:

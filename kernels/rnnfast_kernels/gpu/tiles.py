@@ -79,9 +79,10 @@ def load_gates(pointer, span, b, n, d, D, COUNT: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def store_gates(
-    pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr, LAST: tl.constexpr = 64
-):
-    """Write tiles START, START + 1, ... but none from LAST on, to a tensor [R, D, COUNT, H], at one step's rows."""
+    pointer, tiles, span, b, n, d, D, COUNT: tl.constexpr, START: tl.constexpr, H: tl.constexpr,
+    LAST: tl.constexpr = 1 << 20,
+):  # fmt: skip
+    """Write tiles START, START + 1, ..., with LAST none from there on, to [R, D, COUNT, H] at one step's rows."""
     first, count = span
     p_tile = pointer + (first * D + d) * (COUNT * H)
     offsets = b[:, None] * (D * COUNT * H) + n[None, :]
