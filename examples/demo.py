@@ -71,7 +71,7 @@ def show_import() -> None:
     load = machine.load()
     if load is not None and load > torch.get_num_threads():
         print(f"Other programs keep this machine busy (load {load}): the times below may say little.")
-    print("Loading kernels; on the first run they are compiled, which takes about ten seconds each.", flush=True)
+    print("Loading kernels; on the first run they are compiled, which takes ten to twenty seconds each.", flush=True)
     start = time.perf_counter()
     rnnfast.warmup(rnnfast.RNN(16, 16), rnnfast.LSTM(16, 16), rnnfast.GRU(16, 16), verbose=True)
     print(f"ready after {time.perf_counter() - start:.1f} s")

@@ -204,7 +204,7 @@ def reason_against(layer: nn.Module) -> str | None:
         return "its cell is a declared one, rnnfast's already"
     if not isinstance(layer, tuple(COUNTERPARTS)):
         return "a subclass of RNNBase with a cell that rnnfast does not know"
-    names = (name for name in modules.ASKED_BY_TORCH if name in layer.__dict__ and name != "_flat_weights")
+    names = (name for name in modules.CALLED_BY_TORCH if name in layer.__dict__ and name != "_flat_weights")
     name = next(names, None) or modules.first_overridden(type(layer))
     if name is not None:
         return f"it overrides {name}, which torch's forward uses and rnnfast's does not"

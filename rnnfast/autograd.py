@@ -45,7 +45,7 @@ def layer(layer: Layer, backend: str, all_states: bool) -> tuple[States, States]
 
 
 def by_plain_loop(layer: Layer) -> tuple[States, States]:
-    """Run a layer that transforms and forward mode take apart, of a cell of which kernels know the gradient alone.
+    """Run the plain loop: transforms and forward mode of a cell for which kernels have only the gradient.
 
     Raises:
         RuntimeError: kernels were asked for by name.

@@ -1,7 +1,7 @@
 """What was saved for backward, where it was changed in place before backward came.
 
 A layer's output is saved, and the caller's too: `out += 1` is allowed with torch's layers. Torch raises when such a
-tensor is unpacked. What can be computed again is; so that costs nothing where nothing was changed.
+tensor is unpacked. What can be recomputed is recomputed; without changes this costs nothing.
 """
 
 from collections.abc import Callable, Sequence

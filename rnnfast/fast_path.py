@@ -46,8 +46,7 @@ def states_of(options: Options, hx) -> tuple[Tensor, ...] | None:
 def key_of(options: Options, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple | None:
     """Return the key of a call: all that it depends on but values and addresses; None off the fast path.
 
-    Tensors whose memory does not hold what they mean are found here if they are negated views; what is recorded
-    refuses those that have no memory.
+    Negated views are rejected here. Tensors without memory are rejected by the recorded call (`NoMemoryError`).
     """
     tensors = (x, *states, *weights)
     if (

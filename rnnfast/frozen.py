@@ -271,12 +271,12 @@ class Frozen(FrozenWeights):
         return Outcome(output, finals, tuple(flat))
 
     def held(self) -> tuple[list[list[Tensor]], str]:
-        """Return what the operator takes of each layer: panels and their processor, or in an export the weights."""
+        """Return what the operator takes of each layer: panels and their layout's name, or in an export the weights."""
         if _torch.is_exporting() and not torch.compiler.is_dynamo_compiling():
             directions, names = 2 if self.bidirectional else 1, self.weight_names()
             flat = [[named[name] for name in names] for named in self.constants()]
             return [list(chain.from_iterable(flat[n : n + directions])) for n in range(0, len(flat), directions)], ""
-        return [[self.panels[a:b]] for a, b in self._places], self._processor  # type: ignore[index]
+        return [[self.panels[a:b]] for a, b in self._offsets], self._panel_layout  # type: ignore[index]
 
 
 def in_float32(tensor: Tensor) -> Tensor:

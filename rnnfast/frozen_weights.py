@@ -14,7 +14,7 @@ from rnnfast.modules import CELL_OF_MODE
 from rnnfast.spec import cell_named, parameter_name
 
 # Attributes that `hold` makes.
-NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_places", "_processor")
+NOT_IN_STATE = ("panels", "_array", "_plain", "_prepared", "_elsewhere", "_forms", "_offsets", "_panel_layout")
 # Attributes that panels depend on.
 FIXED = (
     "bias", "bidirectional", "cell", "hidden_size", "input_size", "mode", "num_layers", "proj_size", "weights_format",
@@ -63,8 +63,8 @@ class FrozenWeights(nn.Module):
         if panels is not None:
             form = self.form()
             object.__setattr__(self, "_forms", tuple(form.each()))
-            object.__setattr__(self, "_places", tuple(pairwise(kernels().offsets(form))))
-            object.__setattr__(self, "_processor", kernels().panel_layout_name(form))
+            object.__setattr__(self, "_offsets", tuple(pairwise(kernels().offsets(form))))
+            object.__setattr__(self, "_panel_layout", kernels().panel_layout_name(form))
 
     @property
     def cell_name(self) -> str:

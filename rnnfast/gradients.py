@@ -106,8 +106,8 @@ def tangents_of(form: Form, tangents: Sequence[Tensor | None]) -> Tangents:
 class LayerBackward(torch.autograd.Function):
     """The gradient of a layer by x, hx, signals and weights, as a function of these and of the incoming gradients.
 
-    The states and saved tensors are results of x, hx and weights, and the derivatives of this function are total ones:
-    what they owe to the states is counted under x, hx and weights, and the states themselves enter as constants.
+    The derivatives of this function are total: the part through the states is added to that of x, hx and weights, and
+    the states are constants.
     """
 
     @staticmethod

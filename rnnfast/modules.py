@@ -20,8 +20,8 @@ from rnnfast import _torch
 from rnnfast.functional import recurrent
 from rnnfast.spec import Options
 
-# What the forward of torch's layers asks of the module, and ours does not.
-ASKED_BY_TORCH = (
+# What torch's forward uses of a layer and ours does not.
+CALLED_BY_TORCH = (
     "check_forward_args",
     "check_input",
     "check_hidden_size",
@@ -48,8 +48,8 @@ WITH_PARAMETERS = (*NOT_IN_STATE, ORIGINAL, "_flat_weights", "_flat_weights_name
 
 
 def first_overridden(cls: type) -> str | None:
-    """Return the first of the methods that torch's forward asks which a class has neither from torch nor from here."""
-    for name in ASKED_BY_TORCH:
+    """Return the first name of CALLED_BY_TORCH that a class overrides."""
+    for name in CALLED_BY_TORCH:
         owner = next((base for base in cls.__mro__ if name in vars(base)), nn.RNNBase)
         if owner.__module__ != __name__ and not owner.__module__.startswith("torch.nn.modules."):
             return name
@@ -196,7 +196,7 @@ class RNNBase(nn.RNNBase):
         object.__setattr__(self, "_kept_weights", (weights, self.weights()))
 
     def __setattr__(self, name, value) -> None:
-        if name in ASKED_BY_TORCH and name != "_flat_weights":
+        if name in CALLED_BY_TORCH and name != "_flat_weights":
             raise TypeError(unasked(type(self).__name__, name))
         if name in self.__dict__.get("_flat_weights_names", ()):
             self._kept_weights = None

@@ -19,7 +19,7 @@ def warmup(*modules: nn.Module, training: bool = True, verbose: bool = False) ->
     """Compile, or load from the disk cache, every kernel that the recurrent layers of `modules` will use.
 
     Runs each layer on two steps of zeros; parameters, gradients and random state stay as they are. Without modules,
-    prepares float32 layers of every cell on the CPU. Frozen layers have their kernels since `freeze`.
+    prepares RNN (tanh and relu), LSTM and GRU in float32 on the CPU. Frozen layers have their kernels since `freeze`.
 
     Args:
         modules: any modules; their rnnfast layers are found wherever they are.
@@ -57,7 +57,7 @@ def log_on_screen() -> Iterator[None]:
 
 
 def standard_layers() -> list[RNNBase]:
-    """Return a small float32 layer of every cell on the CPU."""
+    """Return a small float32 layer of every cell of torch on the CPU."""
     with torch.random.fork_rng(devices=[]):
         made: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         return [

@@ -1,9 +1,9 @@
 """Who runs a layer: the contract of a backend (its types are in `rnnfast.spec`).
 
-A backend is two functions, `forward` and `backward`, over one recurrent layer in one or more directions. They are
-called below autograd, with detached tensors of one floating dtype on one device, already validated. Two more, `jvp`
-and `hvp`, are for derivatives beyond the gradient; a backend may leave them out, and torch's operators do their work.
-Two more, `stack` and `compiled_layer`, are for calls of sizes that were seen before.
+A backend is a module with the functions of `Backend`: `forward` and `backward` over one recurrent layer in one or more
+directions, and what it can run. `forward` and `backward` are called below autograd, with detached, validated tensors of
+one floating dtype on one device. `SecondOrderBackend` adds `jvp` and `hvp`; without them torch's operators do that
+work. `CompilingBackend` adds `stack` and `compiled_layer`, for the fast path.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Which backend runs a case, and why: `use_backend`, the environment's default, and what `auto` means.
 
-`auto` takes Triton for CUDA and ROCm tensors and Numba for CPU tensors; torch itself runs what neither supports, and
-the sizes at which it was measured faster (`measured`).
+`auto` takes Triton for CUDA and ROCm tensors and Numba for CPU tensors. torch runs what neither supports, and the sizes
+at which it was measured faster (`measured`). The plain loop runs what torch lacks too.
 The setting is a context variable: it belongs to the thread or task that made it.
 """
 
@@ -60,8 +60,9 @@ class use_backend:
     silently. The environment variable RNNFAST_BACKEND sets the backend for all threads and tasks.
 
     Args:
-        name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, and torch's operators where
-            these cannot run the case or were measured slower; "reference" is the plain loop, which runs everything.
+        name: "auto" takes Triton for CUDA and ROCm tensors and Numba for CPU tensors, torch's operators where these
+            cannot run the case or were measured slower, and the plain loop where torch lacks the cell or an option;
+            "reference" is the plain loop, which runs everything.
 
     Raises:
         ValueError: the name is none of the above. TypeError: what is decorated is no function.

@@ -22,7 +22,7 @@ from rnnfast.backends import Gradients, Layer, Needs, Result, Weights
 from rnnfast.backends import gpu_projection as projection
 from rnnfast.backends.gpu_launch import loops, run_backward, run_forward, shift_rows
 from rnnfast.backends.gpu_products import multiply, multiply_add
-from rnnfast.backends.gpu_rows import Call, lay_out
+from rnnfast.backends.gpu_rows import LaidOutLayer, lay_out
 from rnnfast.spec import cell_named, shown
 
 TAKES_ENSEMBLES = False
@@ -125,18 +125,18 @@ def stack_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return present[0].contiguous().unsqueeze(0) if len(present) == 1 else torch.stack(present)
 
 
-def loop_weights(call: Call) -> Tensor | None:
+def loop_weights(call: LaidOutLayer) -> Tensor | None:
     """The recurrent weights of the time loop, [D, C*H, H]; None where no gate has a recurrent part."""
     return projection.loop_weights(call) if call.projected else stack_present([w.w_hh for w in call.layer.weights])
 
 
-def input_weights(call: Call) -> Tensor:
+def input_weights(call: LaidOutLayer) -> Tensor:
     """W_ih of all directions, [D*G*H, I]."""
     weights = [w.w_ih for w in call.layer.weights]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-def input_gates(call: Call) -> Tensor:
+def input_gates(call: LaidOutLayer) -> Tensor:
     """W_ih x + b_ih for all rows and directions: [*L, D, G, H]."""
     bias = stack_present([w.b_ih for w in call.layer.weights])
     gates = multiply_add(None if bias is None else bias.view(-1), call.input_rows(), input_weights(call).t())
@@ -180,7 +180,7 @@ def backward(
         )
 
 
-def dgiven(call: Call, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+def dgiven(call: LaidOutLayer, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
     """Room for the gradients by parameters, summed over the steps of each row, [D, B, P, H], and by signals at each
     step, [*L, D, N, H], both in the compute type; None for those that there are not or that are not asked for."""
     cell, rows, like = call.cell, call.rows, call.layer.x
@@ -194,7 +194,7 @@ def dgiven(call: Call, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
 
 
 def run_loop(
-    call: Call, states, saved, dstates, dfinals, dx: Tensor, du: Tensor, dparameters=None, dsignals=None
+    call: LaidOutLayer, states, saved, dstates, dfinals, dx: Tensor, du: Tensor, dparameters=None, dsignals=None
 ) -> tuple[Tensor, ...]:
     """Fill dx, du and the other gradients given, and return those by the initial states of the loop."""
     cell, layer = call.cell, call.layer
@@ -228,7 +228,7 @@ def run_loop(
     return dinitial
 
 
-def input_gradient(call: Call, dx: Tensor) -> Tensor:
+def input_gradient(call: LaidOutLayer, dx: Tensor) -> Tensor:
     """Gradient by x, summed over directions."""
     return multiply(call.by_row(dx).flatten(1), input_weights(call)).view(call.layer.x.shape)
 
@@ -238,7 +238,7 @@ def no_weights(layer: Layer) -> tuple[Weights, ...]:
 
 
 def weight_gradients(
-    call: Call, h: Tensor, saved: tuple[Tensor, ...], dx, du, dparameters, dleaving: Tensor | None, groups: int
+    call: LaidOutLayer, h: Tensor, saved: tuple[Tensor, ...], dx, du, dparameters, dleaving: Tensor | None, groups: int
 ) -> tuple[Weights, ...]:
     """Gradients by the weights of each direction: products over the rows of all steps, accumulated in float32."""
     x = call.input_rows()
@@ -261,7 +261,7 @@ def weight_gradients(
     )
 
 
-def projection_gradient(call: Call, d: int, dleaving: Tensor | None, saved: tuple[Tensor, ...], groups: int):
+def projection_gradient(call: LaidOutLayer, d: int, dleaving: Tensor | None, saved: tuple[Tensor, ...], groups: int):
     """Gradient by W_hr, from that by the projected output and from the output before its projection."""
     if not call.projected:
         return None
@@ -271,7 +271,7 @@ def projection_gradient(call: Call, d: int, dleaving: Tensor | None, saved: tupl
     )
 
 
-def signal_gradients(call: Call, dsignals: Tensor | None) -> tuple[Tensor | None, ...]:
+def signal_gradients(call: LaidOutLayer, dsignals: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients by the signals, summed over directions and over what a signal is broadcast in."""
     signals = call.layer.signals
     if dsignals is None:

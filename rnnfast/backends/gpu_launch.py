@@ -92,7 +92,7 @@ def run_backward(recurrence: Recurrence, tensors: BackwardTensors) -> None:
 
 
 def holds(chosen: plan.Plan, extent: Extent) -> bool:
-    """Whether all steps may run in one launch: by a loop that does, whose counters reach as far."""
+    """Whether all steps can run in one launch: the loop is resident, or cooperative and T fits its int32 counters."""
     return chosen.loop == "resident" or (
         chosen.loop == "cooperative" and (extent.T + 1) * chosen.members <= MOST_ARRIVALS
     )

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from rnnfast.backends.gpu_launch import shift_rows
 from rnnfast.backends.gpu_products import multiply
-from rnnfast.backends.gpu_rows import Call
+from rnnfast.backends.gpu_rows import LaidOutLayer
 
 
-def projection(call: Call, d: int) -> Tensor:
+def projection(call: LaidOutLayer, d: int) -> Tensor:
     """W_hr of direction d, [P, H]."""
     w_hr = call.layer.weights[d].w_hr
     assert w_hr is not None
     return w_hr
 
 
-def entry(call: Call, d: int) -> tuple[Tensor, Tensor]:
+def entry(call: LaidOutLayer, d: int) -> tuple[Tensor, Tensor]:
     """Where the initial state of direction d enters: row [B], and whether it does so, unerased by a reset [B, 1]."""
     step, row, runs = call.rows.starts(call.layer.reverse[d], call.layer.x.device)
     if call.layer.resets is not None:
@@ -29,12 +29,12 @@ def entry(call: Call, d: int) -> tuple[Tensor, Tensor]:
     return row, runs[:, None]
 
 
-def idle(call: Call, d: int) -> Tensor:
+def idle(call: LaidOutLayer, d: int) -> Tensor:
     """Which batch rows never run, so that they end with the initial state: [B, 1]."""
     return ~call.rows.starts(call.layer.reverse[d], call.layer.x.device)[2][:, None]
 
 
-def loop_weights(call: Call) -> Tensor:
+def loop_weights(call: LaidOutLayer) -> Tensor:
     """W_hh W_hr, multiplied in float32 at least: [D, G*H, H]."""
     dtype = call.layer.x.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -43,7 +43,7 @@ def loop_weights(call: Call) -> Tensor:
     return torch.stack(products).to(dtype)
 
 
-def add_initial(call: Call, gates: Tensor) -> None:
+def add_initial(call: LaidOutLayer, gates: Tensor) -> None:
     """Add W_hh h0 to the gates of each row's first step."""
     by_row = call.by_row(gates).flatten(2)
     for d, weights in enumerate(call.layer.weights):
@@ -52,7 +52,7 @@ def add_initial(call: Call, gates: Tensor) -> None:
         by_row[:, d].index_add_(0, row, part)
 
 
-def project(call: Call, output: Tensor, final: Tensor, states: Tensor) -> Tensor:
+def project(call: LaidOutLayer, output: Tensor, final: Tensor, states: Tensor) -> Tensor:
     """Fill `states` with h = W_hr m for every step, and return the final h."""
     finals = torch.empty_like(call.layer.hx[0])
     by_row, outputs = call.by_row(states), call.by_row(output)
@@ -63,7 +63,9 @@ def project(call: Call, output: Tensor, final: Tensor, states: Tensor) -> Tensor
     return finals
 
 
-def unproject(call: Call, dstates: Tensor | None, dfinals: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def unproject(
+    call: LaidOutLayer, dstates: Tensor | None, dfinals: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by m from those by h: of every step's, and of the final one."""
     dm, dm_final = None, None
     if dstates is not None:
@@ -76,13 +78,13 @@ def unproject(call: Call, dstates: Tensor | None, dfinals: Tensor | None) -> tup
     return dm, dm_final
 
 
-def entering_gradient(call: Call, du: Tensor) -> Tensor:
+def entering_gradient(call: LaidOutLayer, du: Tensor) -> Tensor:
     """Gradient by the h that entered each step, du W_hh: [R, D, P]."""
     by_row = call.by_row(du).flatten(2)
     return torch.stack([multiply(by_row[:, d], w.w_hh) for d, w in enumerate(call.layer.weights)], 1)
 
 
-def initial_gradient(call: Call, dentering: Tensor, dfinals: Tensor | None) -> Tensor:
+def initial_gradient(call: LaidOutLayer, dentering: Tensor, dfinals: Tensor | None) -> Tensor:
     """Gradient by h0: what entered each row's first step, or the final gradient of a row that never ran. [D, B, P]"""
     gradient = torch.zeros_like(call.layer.hx[0])
     for d in range(call.D):
@@ -93,7 +95,7 @@ def initial_gradient(call: Call, dentering: Tensor, dfinals: Tensor | None) -> T
     return gradient
 
 
-def leaving_gradient(call: Call, dentering: Tensor, dstates: Tensor | None, dfinals: Tensor | None) -> Tensor:
+def leaving_gradient(call: LaidOutLayer, dentering: Tensor, dstates: Tensor | None, dfinals: Tensor | None) -> Tensor:
     """Gradient by the h that left each step, to the next one, to the output and to the final state: [D, R, P]."""
     tensors = ShiftTensors(dentering, dfinals, call.rows.count, call.rows.first, call.resets)
     result = dentering.new_zeros(call.D, call.rows.total, dentering.shape[-1])

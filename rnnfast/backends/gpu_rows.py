@@ -58,7 +58,7 @@ def find_rows(layer: Layer) -> Rows:
 
 
 @dataclass(frozen=True)
-class Call:
+class LaidOutLayer:
     """A layer with its sizes."""
 
     layer: Layer
@@ -128,6 +128,6 @@ class Call:
         return tensor.reshape(self.rows.total, *tensor.shape[self.layer.x.dim() - 1 :])
 
 
-def lay_out(layer: Layer) -> Call:
+def lay_out(layer: Layer) -> LaidOutLayer:
     cell = layer.definition
-    return Call(layer, cell, find_rows(layer), layer.weights[0].w_ih.shape[0] // cell.gates)
+    return LaidOutLayer(layer, cell, find_rows(layer), layer.weights[0].w_ih.shape[0] // cell.gates)

@@ -1,8 +1,8 @@
 """Sizes at which torch was measured faster than the CPU kernels: there, "auto" runs torch's own operator.
 
 The measurements are data, `rnnfast.backends.slower`, written by `python -m benchmarks --facts`. They are of one float32
-layer in one direction, as wide as its input. A row speaks for sizes up to halfway to the next size of its grid, and for
-any number of threads: it was measured with the number that it is told with, and no other number was.
+layer in one direction, as wide as its input. A row covers sizes up to halfway to the next size of the grid. It is
+applied for every number of threads, although only the one named with it was measured.
 """
 
 from functools import cache, lru_cache

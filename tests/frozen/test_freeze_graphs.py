@@ -95,23 +95,23 @@ def test_weights_of_an_operator_are_packed_again_where_they_change():
 @pytest.mark.parametrize("frozen", ["int8"], indirect=True)
 def test_panels_of_another_processor_are_refused(frozen):
     layer, hx = frozen.rnn, [torch.zeros(2, 3, 20)] * 2
-    form, processor = layer._forms[0], layer._processor
-    (a, b), x = layer._places[0], torch.randn(6, 3, 7)
+    form, layout = layer._forms[0], layer._panel_layout
+    (a, b), x = layer._offsets[0], torch.randn(6, 3, 7)
 
-    def call(x, hx, held, processor):
+    def call(x, hx, held, layout):
         *constants, _, _ = form.cell, form.weights, 7, 20, 20, False, True, [False, True], False, 0, 0
-        return torch.ops.rnnfast.frozen_layer(*constants, processor, x, hx, held, None, None, [])
+        return torch.ops.rnnfast.frozen_layer(*constants, layout, x, hx, held, None, None, [])
 
     panels = layer.panels[a:b]
-    assert torch.equal(call(x, hx, [panels], processor)[2][0], layer(x)[1][0][0])
+    assert torch.equal(call(x, hx, [panels], layout)[2][0], layer(x)[1][0][0])
     with pytest.raises(RuntimeError, match=r"packed for 3 lanes, and this processor is \d+ lanes"):
         call(x, hx, [panels], "3 lanes")
     with pytest.raises(RuntimeError, match="expected panels of shape"):
-        call(x, hx, [panels[1:]], processor)
+        call(x, hx, [panels[1:]], layout)
     with pytest.raises(RuntimeError, match=r"expected hx\[1\] of shape \[2, 3, 20\]"):
-        call(x, [hx[0], hx[1][:, :2]], [panels], processor)
+        call(x, [hx[0], hx[1][:, :2]], [panels], layout)
     with pytest.raises(RuntimeError, match=r"expected x of shape \[T, B, 7\]"):
-        call(x[..., 1:], hx, [panels], processor)
+        call(x[..., 1:], hx, [panels], layout)
 
 
 @pytest.mark.parametrize("frozen", FORMATS, indirect=True)

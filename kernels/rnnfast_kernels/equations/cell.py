@@ -64,7 +64,7 @@ class Cell:
 
     @property
     def standard(self) -> bool:
-        """Say whether the cell has the form of torch's: all gates recurrent, no parameters, no signals."""
+        """Say whether it has the form of torch's: gates, all recurrent; no parameters, no signals; the output is h."""
         return self.recurrent == self.gates and self.gates > 0 and not (self.parameters or self.signals or self.output)
 
     @property

@@ -222,7 +222,7 @@ def loop_usage(listing: Listing, spill: str, *patterns: str) -> tuple[int, ...]:
 
 
 def problems(target: str, quick: bool) -> Iterator[plan.Problem]:
-    """Every cell, precision, width, batch and direction of the pass."""
+    """Every cell of torch, precision, width, batch and direction of the pass."""
     device = TARGETS[target][1]
     widths, batches = ((24, 128, 650), (16,)) if quick else (WIDTHS, BATCHES)
     for cell, (dtype, precision), H, B, backward in product(TORCH_CELLS, PRECISIONS, widths, batches, (False, True)):

@@ -18,7 +18,8 @@ class ForwardTensors(NamedTuple):
     rows: Any  # int64 [T], or None for dense input: rows of each step
     first: Any  # int64 [T], or None for dense input: where each step's rows start
     resets: Any  # bool [T, B] or None
-    exchange: Any  # [2, groups, BLOCK_B, K], zero on entry; None for the resident loop
+    # Triton: [2, groups, BLOCK_B, Plan.width], zero on entry. Gluon: int32 words, see `gluon_exchange`. None: resident
+    exchange: Any
     counters: Any  # int32 [groups, 32], zero on entry; None for the resident loop
     parameters: Any = None  # [D, P, H]; None for cells without
     signals: Any = None  # N times [T or 1, B or 1, H or 1]; None for cells without
@@ -43,7 +44,8 @@ class BackwardTensors(NamedTuple):
     rows: Any
     first: Any
     resets: Any
-    exchange: Any  # [2, groups, slices, BLOCK_B, C, K]
+    # Triton: [2, groups, slices, BLOCK_B, C, Plan.width]. Gluon: as in the forward pass, for each gate
+    exchange: Any
     counters: Any  # int32 [groups, 32]; with several slices of k, [groups * slices + groups * columns, 32]
     parts: Any  # float32 [2, programs, slices, BLOCK_B, BLOCK_N], zero on entry; None where there is one slice
     parameters: Any = None  # as in the forward pass

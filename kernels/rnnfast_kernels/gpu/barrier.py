@@ -1,8 +1,8 @@
 """The barrier between the programs that share one recurrence.
 
-Each group of programs has one counter that only grows: a program arrives once per step, and waits until the arrivals of
-all have been counted. The waiting program spins, so all programs of a launch must be on the device at once: the launch
-is cooperative, which the driver refuses where they do not fit.
+Programs that wait for one another share a counter that only grows: those of a group, or in a grid those of a line and
+those of a column. A program arrives once per step and waits until all arrivals are counted. It spins, so all programs
+of a launch must be on the device at once: the launch is cooperative, which the driver refuses where they do not fit.
 """
 
 import triton

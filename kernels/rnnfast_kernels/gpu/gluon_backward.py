@@ -1,4 +1,4 @@
-"""Backpropagation through time for NVIDIA's matrix instructions: the weights stay in registers for all steps.
+"""Backpropagation through time for NVIDIA's matrix instructions, with the weights on the chip for all steps.
 
 T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together. Programs,
 groups and weights are arranged as in `gluon_forward`. What the members of a group exchange is du, the gradient by the

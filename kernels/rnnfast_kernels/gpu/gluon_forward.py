@@ -1,8 +1,8 @@
-"""The forward time loop for NVIDIA's matrix instructions: the weights stay in registers for all steps.
+"""The forward time loop for NVIDIA's matrix instructions, with the weights on the chip for all steps.
 
 T steps, B batch rows, H hidden units, G gates, S state tensors, D directions, R rows of all steps together. Programs
 form groups as in `forward`; each of a group's MEMBERS holds the weights of BLOCK_N hidden units, its warps a part of k
-each, and all exchange h by `gluon_exchange`.
+each, in registers as far as they fit, the rest in shared memory. All exchange h by `gluon_exchange`.
 """
 
 from triton.experimental import gluon

@@ -1,4 +1,4 @@
-"""The recurrent product of a Gluon loop: weights that stay in registers, operands read as they are multiplied.
+"""The recurrent product of a Gluon loop: weights in registers as far as they fit, the rest in shared memory.
 
 R batch rows and U hidden units of a program, W warps. Each warp multiplies k of its own, in pieces of a power of two;
 a piece is a batch of W products [R, K] x [K, U] by matrix instructions, and the warps' sums are added in shared memory.

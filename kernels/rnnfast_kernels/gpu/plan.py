@@ -47,13 +47,13 @@ RATES = {
 POLLED = False
 # Warps of a Gluon loop, and values of k that one of them has at least.
 WARPS, UNIT = 8, 16
-# Registers of a thread of a Gluon loop. Beside weights, sums and operands, some are taken, by pass, and some for each
-# element of the tile that a thread has; polling takes more in backward, as does reading weights from shared memory, by
-# the bytes of an entry. Found by compiling.
+# Registers per thread of a Gluon loop, found by compiling: the limit; beside weights, sums and operands a base, by
+# pass; for each element of the tile that a thread has, by pass; more, per byte of an entry, for polling in backward and
+# for weights read from shared memory.
 ROOM, BASE, ELEMENT, POLLING, READING = 240, {False: 28, True: 60}, {False: 20, True: 40}, 10, 16
 # Rows of a Gluon loop's tile, by pass.
 MOST_ROWS = {False: 32, True: 16}
-# Of Triton loops: values of k of a part of a chunk to try, and slices of k in backward.
+# Triton loops: candidates for block_k by precision, and for the number of slices in backward.
 BLOCK_K = {"half": (128, 64, 32), "tf32": (32, 16), "ieee": (32,)}
 SLICES = (1, 4, 8, 16)
 # Registers of a thread that a step may take there, see `registers_of_step`; of 255, or 256 on AMD.

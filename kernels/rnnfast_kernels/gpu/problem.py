@@ -68,9 +68,10 @@ class Problem:
 
     @property
     def k_last(self) -> bool:
-        """Whether weights lie along k, as matrix instructions read them; others want neighbouring units side by side.
+        """Whether k is the contiguous dimension of the weights, as matrix instructions read them.
 
-        Each in shared memory in the order of global memory, so that the threads of a warp meet in no bank of it.
+        Without them, neighbouring units are contiguous. Shared memory keeps the order of global memory, which avoids
+        bank conflicts.
         """
         return not self.plain
 

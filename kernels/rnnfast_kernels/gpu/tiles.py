@@ -22,10 +22,10 @@ from rnnfast_kernels.gpu import TRITON
 # The interpreter multiplies the bit patterns of bfloat16 tiles; in float32 their product is the same, exactly.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
-# On NVIDIA an operand passes through shared memory, where the rows of one part of k have to follow one another, or
-# threads that read them meet in a bank. Triton orders its dimensions there as in the load's layout; since 3.7, those
-# first of which a thread holds several. So the load is told, since then, that neighbouring parts are contiguous, which
-# puts them before the rows. They are not, but k is, over more entries: it alone decides what one access takes.
+# On NVIDIA an operand passes through shared memory. Rows of one part of k must be adjacent there, or the threads of a
+# warp have bank conflicts. Triton orders the dimensions as in the load's layout; since 3.7, dimensions of which a
+# thread holds several elements come first. So `max_contiguous` declares the parts contiguous, which puts them before
+# the rows. They are not, but the width of an access depends on k alone, which is contiguous over more entries.
 PARTS_FIRST = tl.constexpr(TRITON >= (3, 7) and not knobs.runtime.interpret)
 
 

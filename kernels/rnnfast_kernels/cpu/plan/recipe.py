@@ -46,8 +46,8 @@ NOWHERE, SCRATCH, RECORDS = "nowhere", "scratch", "records"
 TEAM = ("GOMP_parallel", "omp_get_num_threads", "sched_yield")
 # Bases that a recipe gives addresses to by itself.
 FIXED = 3 + len(TEAM)
-# A process that starts oversubscribed has no fast call by a team to compare with. So after this many calls by a team,
-# one runs on one thread: a team should take no longer. Not where calls take more than LONG seconds.
+# If cores are oversubscribed from the start, there is no fast team call to compare with. After TRIAL team calls one
+# call runs on one thread; a team should be no slower. Calls longer than LONG seconds are exempt.
 TRIAL, NEVER, LONG = 4, -1, 0.1
 # Where the addresses of the named bases are in a call's record (see `CALL`), after those.
 ADDRESSES = len(CALL.names) + FIXED
@@ -172,7 +172,7 @@ class Recipe:
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             return
         whole = self.sizes is None or addresses[self.sizes] == 0
-        if pool.oversubscription.is_here() or (self.until_trial == 0 and whole):
+        if pool.oversubscription.is_active() or (self.until_trial == 0 and whole):
             begun = time.perf_counter()
             self.start(kernel, scratch, addresses, pool.NO_TEAM, program)
             if whole:

@@ -1,8 +1,7 @@
 """Threads that share the jobs of a phase.
 
-The team is that of the OpenMP runtime which torch has loaded, started through its entry point `GOMP_parallel`: torch's
-operators and ours use the same threads, and one that has just worked for torch waits, awake, for us. It would keep
-threads of our own off its core for milliseconds.
+The team is that of torch's OpenMP runtime, started through `GOMP_parallel`. After an operator, OpenMP's threads spin
+for milliseconds. Using them avoids waiting for their cores.
 
 Calls from several Python threads at once get teams as long as there are cores for them; the others run on one thread.
 
@@ -143,7 +142,7 @@ class Oversubscription:
         self.serial_until = self.last_slow = -math.inf
         self.pause = self.SHORTEST
 
-    def is_here(self) -> bool:
+    def is_active(self) -> bool:
         """Say whether calls should run on one thread for now."""
         return self.serial_until > 0 and time.perf_counter() < self.serial_until
 

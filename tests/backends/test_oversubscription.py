@@ -91,7 +91,7 @@ def test_oversubscription_changes_no_bit(monkeypatch):
     layer = case.layer()
     with threads(2):
         expected = case.run(layer)
-        monkeypatch.setattr(pool.oversubscription, "is_here", lambda: True)
+        monkeypatch.setattr(pool.oversubscription, "is_active", lambda: True)
         monkeypatch.setattr(pool, "team", None)
         assert not same(expected, case.run(layer))
 
