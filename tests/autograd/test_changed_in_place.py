@@ -174,3 +174,12 @@ def test_other_data_of_a_weight_are_not_read_beyond_their_end(form, other):
     weight.data = OTHERS[other](weight)
     with pytest.raises(RuntimeError, match="rnnfast: expected"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_other_data_of_a_weight_are_not_read_beyond_their_end_by_second_derivatives(name):
+    layer, x = rnnfast.GRU(X, H), torch.randn(5, 2, X, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    getattr(layer, name).data = torch.zeros(3 * H, 1)
+    with pytest.raises(RuntimeError, match="rnnfast: expected"):
+        gradient.square().sum().backward()
