@@ -24,6 +24,7 @@ from rnnfast.context import (
     needed_by_engine,
     no_more_derivatives,
 )
+from rnnfast.operator_checks import check_backward, check_layer, check_memory
 from rnnfast.spec import Form, Needs, OutputTangents, Tangents, cell_named, form_of, restore
 from rnnfast.vmap import map_backward, takes_batched_gradients
 
@@ -186,6 +187,10 @@ def gradients_jvp(ctx, tangents, wanted: Sequence[bool]) -> tuple[list[Tensor | 
         raise RuntimeError("rnnfast: gradients in groups have no derivative")
     everything = (*ctx.saved_tensors, *tangents)
     if no_more_derivatives(everything) and differentiates_twice(spec.backend, form.cell, layer.x.dtype):
+        # `weight.data = other` may have come after the first derivative.
+        check_layer(layer)
+        check_memory(tensors)
+        check_backward(layer, spec.backend, states, saved, gradients)
         with torch.no_grad():
             args = (layer, states, saved, dstates, dfinals, along, form.needs(wanted))
             found, of_states = load(spec.backend).hvp(*args)

@@ -19,7 +19,7 @@ def check_layer(layer: Layer) -> None:
     directions, packed = len(layer.reverse), x.dim() == 2
     inputs, hidden = first.w_ih.shape[-1], layer.hidden
     width = hidden if first.w_hh is None else first.w_hh.shape[-1]
-    if x.dim() not in (2, 3) or (x.shape[-1] % inputs if inputs else x.shape[-1]):
+    if x.dim() not in (2, 3) or not fits(x.shape[-1], inputs, directions):
         raise RuntimeError(f"rnnfast: expected x of shape [T, B, {inputs}] or [rows, {inputs}], got {list(x.shape)}")
     batch = layer.hx[0].shape[1] if packed and layer.hx[0].dim() > 1 else x.shape[-2]
     gates, recurrent = (cell.gates * hidden,), (cell.recurrent * hidden,)
@@ -35,6 +35,13 @@ def check_layer(layer: Layer) -> None:
     if layer.resets is not None:
         expect("resets", layer.resets, (steps, batch), None, torch.bool)
     check_signals(layer.cell, layer.signals, (steps, batch, hidden), x)
+
+
+def fits(columns: int, inputs: int, directions: int) -> bool:
+    """Say whether x has as many columns as weights of a width take: one input, or some that directions share evenly."""
+    if columns == inputs:
+        return True
+    return inputs > 0 and columns > 0 and columns % inputs == 0 and directions % (columns // inputs) == 0
 
 
 def check_rows(x: Tensor, batch_sizes: Tensor | None, batch: int) -> int:

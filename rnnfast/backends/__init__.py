@@ -119,7 +119,7 @@ class CompiledLayer(Protocol):
         """Return the output [T, B, D*P], the other state of every step, what else backward wants, the final states."""
 
     def fits(self, saved: Sequence[Tensor]) -> bool:
-        """Say whether tensors for `backward` are laid out as `forward` had them."""
+        """Say whether tensors for `backward` have the sizes and the layout that `forward` had them in."""
 
     def backward(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: tuple[bool, ...]

@@ -150,3 +150,36 @@ def test_states_of_cells_can_be_detached_in_place(name):
         cell.zero_grad()
     for found in results[1:]:
         torch.testing.assert_close(found, results[0])
+
+
+OTHERS = {
+    "smaller": lambda weight: torch.zeros(1, 1),
+    "larger": lambda weight: torch.zeros(20, 20),
+    "narrower": lambda weight: weight.detach().half(),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("form", ["plain", "lengths", "deep", "cell"])
+def test_other_data_of_a_weight_are_not_read_beyond_their_end(form, other):
+    """torch does not count `weight.data = other`, so that saved weights look as if they were unchanged."""
+    if form == "cell":
+        layer, x, options, name = rnnfast.GRUCell(X, H), torch.randn(2, X), {}, "weight_hh"
+    else:
+        layer, x, name = rnnfast.GRU(X, H, num_layers=1 + (form == "deep")), torch.randn(5, 2, X), "weight_hh_l0"
+        options = {"lengths": torch.tensor([3, 5])} if form == "lengths" else {}
+    for _ in range(3):
+        output = layer(x.requires_grad_(), **options)[0]
+    weight = getattr(layer, name)
+    weight.data = OTHERS[other](weight)
+    with pytest.raises(RuntimeError, match="rnnfast: expected"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_other_data_of_a_weight_are_not_read_beyond_their_end_by_second_derivatives(name):
+    layer, x = rnnfast.GRU(X, H), torch.randn(5, 2, X, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    getattr(layer, name).data = torch.zeros(3 * H, 1)
+    with pytest.raises(RuntimeError, match="rnnfast: expected"):
+        gradient.square().sum().backward()

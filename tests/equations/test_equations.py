@@ -1,6 +1,7 @@
 """Expression graphs: tracing, derivatives, residuals, and the cells of torch against their backward written by hand."""
 
 import inspect
+import linecache
 import math
 import random
 
@@ -109,6 +110,14 @@ def test_common_parts_are_computed_once_and_numbers_folded():
     source = inspect.getsource(cell.forward)
     assert source.count("tanh(") == 1
     assert "* 0.5" in source
+
+
+def test_sources_are_kept_though_linecache_forgets_them(monkeypatch):
+    cell = Cell("kept", lambda x, u: (x[0] + u[0]).tanh(), "a", "h")
+    before = cell.sources(2)
+    assert before.startswith(inspect.getsource(cell.forward))
+    monkeypatch.setattr(linecache, "cache", {})
+    assert cell.sources(2) == before
 
 
 def test_what_is_cheap_to_compute_again_is_not_kept():

@@ -1,7 +1,6 @@
 """A cell: a step function, its declaration, and what is derived from both."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -244,7 +243,7 @@ class Cell:
         """Return the source of the derived functions, for kernels of so many derivatives."""
         functions = [self.forward, self.backward]
         functions += [self.jvp, self.hvp] if derivatives > 1 else []
-        return "\n".join(map(inspect.getsource, functions))
+        return "\n".join(function.text for function in functions)
 
     @cached_property
     def text(self) -> str:

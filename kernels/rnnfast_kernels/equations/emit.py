@@ -5,6 +5,7 @@ import linecache
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rnnfast_kernels.equations.graph import Node, ordered
 from rnnfast_kernels.equations.operations import INFIX
@@ -103,9 +104,19 @@ def source(name: str, arguments: Sequence[str], names: Mapping[Node, str], resul
 
 
 def compiled(name: str, text: str) -> Callable:
-    """Compile a function; its source stays, for compilers and for readers of a traceback."""
+    """Compile a function, which keeps its source as `text`."""
     file = f"<{name}, derived, {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    namespace: dict[str, Callable] = {}
+    namespace: dict[str, Any] = {}
     exec(compile(text, file, "exec"), namespace)
-    return namespace[name]
+    namespace[name].text = text
+    return shown(namespace[name])
+
+
+def shown(function: Any) -> Any:
+    """Have `inspect` find the source of a compiled function, for compilers and for readers of a traceback.
+
+    `linecache.clearcache` makes it forget every source that is in no file.
+    """
+    file, text = function.__code__.co_filename, function.text
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    return function

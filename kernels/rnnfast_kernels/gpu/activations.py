@@ -15,6 +15,7 @@ from triton.language.target_info import is_cuda
 
 from rnnfast_kernels.bind import bind
 from rnnfast_kernels.cells import CELLS
+from rnnfast_kernels.equations.emit import shown
 from rnnfast_kernels.gpu.tiles import INTERPRETED
 
 
@@ -214,7 +215,7 @@ class BoundCell(NamedTuple):
 
 
 def bound(equation: Callable) -> triton.JITFunction:
-    function = bind(equation, NAMESPACE)
+    function = bind(shown(equation), NAMESPACE)
     # The interpreter looks a function up by the name that its source gives it.
     function.__name__ = equation.__name__
     return triton.jit(function)

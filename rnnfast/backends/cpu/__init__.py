@@ -5,6 +5,7 @@ of a layer for a signature.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from rnnfast_kernels.cpu.runtime import pool
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 TAKES_ENSEMBLES = True
+nbytes = attrgetter("nbytes")
 
 
 def saved_like(layer: Layer) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -140,14 +142,24 @@ class CompiledLayer:
         self.forward_pass = executable.forward(signature, True, False, flat=True)
         self.initial = 0 if signature.zero else min(2, signature.form.states)
         self.backward_passes: dict[tuple, tuple[executable.Executable, tuple[int, ...]]] = {}
+        self.sizes: list[int] = []
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the output [T, B, D*P], the other state of every step, what else backward wants, the final states."""
-        return self.forward_pass.run(tensors[0], addresses_of(tensors))
+        results = self.forward_pass.run(tensors[0], addresses_of(tensors))
+        if not self.sizes:
+            self.sizes = [*map(nbytes, (*tensors, *results[: -self.states]))]
+        return results
 
     def fits(self, saved: Sequence[Tensor]) -> bool:
-        """Say whether tensors for `backward` are laid out as `forward` had them."""
-        return saved[0].stride() == self.signature.x_strides and all(map(Tensor.is_contiguous, saved[1:]))
+        """Say whether tensors for `backward` are as `forward` had them; `weight.data = other` may have come between."""
+        x, signature = saved[0], self.signature
+        return (
+            x.stride() == signature.x_strides
+            and x.shape == signature.x_shape
+            and all(map(Tensor.is_contiguous, saved[1:]))
+            and [*map(nbytes, saved)] == self.sizes
+        )
 
     def backward(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: tuple[bool, ...]
