@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from cpu_layers import run_python
+from rnnfast_kernels.cpu.runtime import compiled
 
 from rnnfast.backends.cpu import available
 
@@ -14,6 +15,7 @@ from rnnfast.backends.cpu import available
 def test_a_module_that_stands_for_numba_is_a_reason(monkeypatch, tmp_path):
     """A stub, as documentation builders put it in place of a package, has no spec to be found by."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "kernels", {})
     monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
     assert "numba cannot be imported" in available.obstacle.__wrapped__("gru", torch.float32)
 
