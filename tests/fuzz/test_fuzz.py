@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="what is drawn is on the CPU"),
     pytest.mark.filterwarnings("ignore"),  # torch's, of what is drawn
 ]
-NUMBER = {"layers": 90, "declared": 25, "actions": 25, "streams": 40}
+NUMBER = {"layers": 90, "declared": 25, "actions": 15, "streams": 40}
 ON_THE_CPU = pytest.mark.skipif(backends_under_test() != ["numba"], reason="kernels of declared cells are the CPU's")
 
 
@@ -49,6 +49,7 @@ def test_a_fault_is_found_and_made_small(monkeypatch):
     assert (found.cell, found.steps, found.input_size, found.threads, found.hx) == ("rnn_tanh", 1, 1, 1, "none")
 
 
+@pytest.mark.long
 @ON_THE_CPU
 def test_a_fault_of_declared_cells_is_found_and_made_small(monkeypatch):
     """One state read for another where states are given by name."""

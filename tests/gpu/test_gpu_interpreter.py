@@ -24,8 +24,8 @@ LAYERS = (
     "resets_equal_pieces",
     "test_all_states and lengths",
     "states_of_a_packed_sequence",
-    "recomputing_gives",
-    "second_derivatives_equal_the_plain_loops",
+    "recomputing_gives and (lstm or gru)",
+    "second_derivatives_equal_the_plain_loops and (lstm or gru)",
     "chunks_equal_one_call and not any and (lstm] or gru)",
     "steps_equal_one_call and f32 and (lstm] or gru)",
 )

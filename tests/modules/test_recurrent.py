@@ -231,7 +231,10 @@ def test_a_cell_of_torchs_form_is_torchs_layer():
         assert_all_close({"y": flat[0], "h": expected[1]}, {"y": flat[1], "h": got[1]}, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32", marks=pytest.mark.long), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 def test_errs_no_more_than_the_plain_loop(dtype):
     """Against float64: no more than three times the error of the eager step, and in half precision less."""
     layer, x, hx, signals = make(directions=2)

@@ -19,7 +19,9 @@ def three(x, u, state):
     return h, torch.tanh(h + state[2]), 0.5 * (state[0] + state[1])
 
 
-@pytest.mark.parametrize("cell", [two_speeds, three], ids=["parameters", "three states"])
+@pytest.mark.parametrize(
+    "cell", [pytest.param(two_speeds, id="parameters"), pytest.param(three, id="three states", marks=pytest.mark.long)]
+)
 def test_steps_are_those_of_one_call(cell):
     layer, x = rnnfast.Recurrent(cell, 3, 19, 2), torch.randn(6, 2, 3)
     with torch.no_grad():

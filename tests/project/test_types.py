@@ -35,6 +35,7 @@ def run(*command: str, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.long
 def test_mypy(tmp_path):
     config = tmp_path / "mypy.ini"
     config.write_text(f"[mypy]\nstrict = true\nmypy_path = {ROOT}:{ROOT / 'kernels'}\nfollow_imports = silent\n")
