@@ -98,6 +98,7 @@ class Stream:
                 for own, old in zip(states, self.states, strict=True):
                     own.copy_(old)
             self.options, self.weights, self.input, self.states = options, weights, x, states
+            self.expected = x.shape[1:], x.dtype, x.device
             self.output = x.new_zeros(self.batch, options.width(weights))
             if frozen and frozen.reason_for_plain(x) is None:
                 self.backend, self.step = "numba", frozen.stepper(x, self.output, self.states)
@@ -139,17 +140,17 @@ class Stream:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"Stream: expected an input of type Tensor, got {type(x).__name__}")
-        if x.shape != self.input.shape[1:] and (x.shape != self.input.shape[2:] or len(self.output) != 1):
-            raise ValueError(f"Stream: expected input of shape {list(self.input.shape[1:])}, got {list(x.shape)}")
-        own = self.input
-        if (x.dtype != own.dtype and not self.is_converted(x)) or x.device != own.device:
-            raise ValueError(f"Stream: expected input of {own.dtype} on {own.device}, got {x.dtype} on {x.device}")
+        shape, dtype, device = self.expected
+        if x.shape != shape and (x.shape != shape[1:] or len(self.output) != 1):
+            raise ValueError(f"Stream: expected input of shape {list(shape)}, got {list(x.shape)}")
+        if (x.dtype != dtype and not self.is_converted(x)) or x.device != device:
+            raise ValueError(f"Stream: expected input of {dtype} on {device}, got {x.dtype} on {x.device}")
         try:
-            own.copy_(x)
+            self.input.copy_(x)
         except RuntimeError:
             if x.layout is torch.strided:
                 raise
-            own.copy_(x.to_dense())
+            self.input.copy_(x.to_dense())
         self.step()
         increment_version(self.output)  # kernels write where autograd does not see it
         return self.output
