@@ -275,9 +275,9 @@ def finish_products(products, COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_
         return (add_parts(products[0], SPLIT),)
     else:
         finished = ()
+        last: tl.constexpr = COUNT - 1
         for g in tl.static_range(0, COUNT, 4):
             # Absent ones of the four are the last one again.
-            last: tl.constexpr = COUNT - 1
             low = tl.join(products[g], products[g + 1 if g + 1 < last else last])
             high = tl.join(products[g + 2 if g + 2 < last else last], products[g + 3 if g + 3 < last else last])
             parts = tl.reshape(tl.join(low, high), (SPLIT, BLOCK_B, BLOCK_N * 4))
